@@ -1,0 +1,31 @@
+# `make demo` and `make test` are all that a new user needs; both set everything up in .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+# A folder of images for the demo; without one it makes crops of the photographs that scikit-image ships.
+SRC ?=
+
+.PHONY: setup demo test check gpu-check
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "maelstream needs Python 3.10 or newer")'
+	$(PYTHON) -m venv .venv
+	@echo "installing torch, DALI and DeepSpeed into .venv: 2 to 4 minutes, 6 GB"
+	$(BIN)/pip install --quiet --constraint constraints.txt pip --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/maelstream demo $(if $(SRC),--src '$(SRC)')
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# On a machine with a GPU: the tests of what a CPU cannot show.
+gpu-check: setup
+	$(BIN)/python -m pytest -m gpu

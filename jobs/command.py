@@ -1,0 +1,42 @@
+"""`maelstream COMMAND ...`: finds the command's module, and turns a user's mistake into one line and exit code 2."""
+
+import importlib
+import os
+import sys
+
+from shards.errors import MaelstreamError
+
+# One line each for `maelstream --help`; a command's module is imported only when it runs, because torch,
+# DALI and DeepSpeed take seconds to import and `maelstream info` needs none of them.
+COMMANDS = {
+    "pack": "images -> tar shards, an index and their side files",
+    "info": "what a packed dataset holds",
+    "pretrain": "train a masked autoencoder from a recipe, or go on with a run",
+    "reconstruct": "original, masked and reconstructed images of a run, side by side",
+    "report": "one HTML page of a run: curves, reconstructions, recipe",
+    "demo": "all of it on a small scale: pack, pre-train on two ranks, resume, look",
+}
+
+
+def run(command: str, args: list[str]) -> int:
+    """Exit code of `command`: its own, or 2 with one line on stderr for a `MaelstreamError`."""
+    try:
+        return importlib.import_module(f"jobs.{command}").main(args)
+    except MaelstreamError as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank finds the same mistake; one line is enough
+            print(f"maelstream {command}: {error}", file=sys.stderr)
+        return 2
+
+
+def main() -> None:
+    """Entry point of the `maelstream` script."""
+    command, *args = sys.argv[1:] or ["--help"]
+    if command in COMMANDS:
+        sys.exit(run(command, args))
+    listing = "\n".join(f"  {name:<12} {line}" for name, line in COMMANDS.items())
+    usage = f"usage: maelstream COMMAND ...\n\n{listing}\n\n`maelstream COMMAND --help` tells its options."
+    if command in ("-h", "--help"):
+        print(usage)
+        sys.exit(0)
+    print(f"maelstream: no command {command!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
+    sys.exit(2)

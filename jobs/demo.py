@@ -1,0 +1,122 @@
+"""`maelstream demo`: the whole job on a small scale, through the very commands that a user types.
+
+Photographs -> shards -> a small MAE on two ranks, stopped half-way and resumed -> reconstructions and a report.
+"""
+
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from PIL import Image
+
+from jobs.runfolder import RunFolder
+from shards.errors import MaelstreamError
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+# Photographs (and no diagrams) that scikit-image and scikit-learn install.
+_SKIMAGE = (
+    "astronaut brick camera chelsea coffee coins grass gravel hubble_deep_field ihc moon motorcycle_left retina rocket"
+)
+_SKLEARN = "china flower"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Pack real images, pre-train a small MAE on them on two ranks, resume it once, and look at the result."""
+
+    src: Path | None = None
+    """A folder of images, one folder a class; crops of scikit-image's photographs if not given."""
+    out: Path = Path("runs/demo")
+    """Everything is written below this folder; what an earlier demo left there is replaced."""
+
+
+def photographs() -> dict[str, Path]:
+    """Files that installed packages ship, by name; MaelstreamError when scikit-image or scikit-learn is missing."""
+    try:
+        import skimage
+        import sklearn
+    except ImportError as error:
+        raise MaelstreamError(
+            f"{error}: the demo's photographs come with scikit-image and scikit-learn; "
+            "`pip install maelstream[dev]`, or give a folder of images with --src"
+        ) from None
+    folders = {
+        Path(skimage.__file__).parent / "data": _SKIMAGE.split(),
+        Path(sklearn.__file__).parent / "datasets" / "images": _SKLEARN.split(),
+    }
+    return {name: next(folder.glob(f"{name}.*")) for folder, names in folders.items() for name in names}
+
+
+def write_crops(out: Path, per_photograph: int, seed: int) -> None:
+    """JPEGs of many sizes and qualities, a folder a photograph; the same files for the same seed."""
+    random = np.random.default_rng(seed)
+    for name, path in photographs().items():
+        folder = out / name
+        folder.mkdir(parents=True)
+        with Image.open(path) as file:
+            photograph = file if file.mode in ("L", "RGB") else file.convert("RGB")  # gray stays gray
+            photograph.load()
+        for number in range(per_photograph):
+            width, height = (int(random.integers(min(side, 120), min(side, 420) + 1)) for side in photograph.size)
+            left, top = (int(random.integers(0, a - b + 1)) for a, b in zip(photograph.size, (width, height)))
+            crop = photograph.crop((left, top, left + width, top + height))
+            crop.save(folder / f"{number:03d}.jpg", quality=int(random.integers(75, 96)))
+
+
+def step(*command: str) -> None:
+    """Runs a command as a user would type it, after printing it; MaelstreamError when it fails."""
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    scripts = Path(sys.executable).parent  # the commands of this environment, whether or not it is activated
+    path = f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"
+    code = subprocess.run(command, env=os.environ | {"PATH": path}).returncode
+    if code:
+        raise MaelstreamError(f"`{shlex.join(command)}` ended with exit code {code}; see its output above")
+
+
+def main(args: list[str]) -> int:
+    """`maelstream demo`; 0 when the loss fell clearly and everything is written."""
+    command = tyro.cli(Demo, args=args, prog="maelstream demo")
+    if command.src is not None and not command.src.is_dir():
+        raise MaelstreamError(f"--src {command.src} is not a folder; give one that holds images")
+    shutil.rmtree(command.out, ignore_errors=True)
+    shards, run = command.out / "shards", command.out / "run"
+    held_out: list[str] = []
+    if command.src is None:
+        write_crops(command.out / "photographs", per_photograph=32, seed=0)
+        write_crops(command.out / "photographs-held-out", per_photograph=1, seed=1)
+        step("maelstream", "pack", str(command.out / "photographs-held-out"), str(command.out / "held-out"))
+        held_out = ["--dataset", str(command.out / "held-out")]
+    step("maelstream", "pack", str(command.src or command.out / "photographs"), str(shards))
+    step("maelstream", "info", str(shards))
+
+    import torch  # seconds to import, and packing does not need it
+
+    ranks = min(2, torch.cuda.device_count() or 2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["deepspeed", "--no_local_rank", "--num_gpus", str(ranks), "--master_port", str(port)]
+    pretrain = [*launch, "--module", "jobs.pretrain", str(RECIPE), "--run", str(run), "--data.dataset", str(shards)]
+    step(*pretrain, "--stop-at-step", "100")
+    step(*pretrain)
+    step("maelstream", "reconstruct", str(run), *held_out)
+    step("maelstream", "report", str(run))
+
+    metrics = RunFolder(run).read_metrics()
+    first, last = metrics[0]["loss"], metrics[-1]["loss"]
+    rates = sorted(line["images_per_s"] for line in metrics)
+    print(
+        f"\nloss on removed patches {first:.3f} -> {last:.3f} in {metrics[-1]['step']} steps on {ranks} ranks, "
+        f"{rates[len(rates) // 2]:,.0f} images/s (median)\n"
+        f"reconstructions  {run / 'reconstructions'}\nreport           {run / 'report.html'}"
+    )
+    if last > 0.6 * first:
+        raise MaelstreamError(f"the loss fell from {first:.3f} to {last:.3f} only; that is not what the demo shows")
+    return 0

@@ -1,0 +1,173 @@
+"""Recipes: one YAML file an experiment, laid over its `base:`, resolved into frozen dataclasses.
+
+`model`, `data`, `optim` and `seed` are the experiment: a run keeps them for life. `engine`, `loader`, `log` and
+`checkpoint` say how it is carried out and may differ from one start of a run to the next.
+"""
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from model.mae import MAEConfig
+from pipeline.draws import CropConfig
+from shards.errors import MaelstreamError
+
+
+class RecipeError(MaelstreamError):
+    """A recipe that cannot be read or makes no sense."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dataset: str = "data/imagenet-train"
+    """Folder or URI that `maelstream pack` wrote."""
+    crop: CropConfig = CropConfig()
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, linear warm-up, half a cosine (paper, table 8)."""
+
+    batch_size: int = 4096
+    """Effective batch: samples a step over all ranks and micro-batches."""
+    base_lr: float = 1.5e-4
+    """Peak lr for 256 samples a step; the peak lr is base_lr x batch_size / 256."""
+    min_lr: float = 0.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup_epochs: float = 40.0
+    epochs: float = 800.0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size {self.batch_size} is not positive")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} is not in 0..epochs ({self.epochs})")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 keeps float32 master weights, moments and gradient sums."""
+    micro_batch_size: int = 64
+    """Most samples a rank puts through the model at once; gradient accumulation follows from it."""
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    threads: int = 0
+    """Threads that decode in each rank; 0: the machine's cores shared by its ranks."""
+    prefetch: int = 4
+    """Micro-batches read, and as many decoded, ahead of the step."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every_steps: int = 20
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    keep: int = 3
+    """How many of the newest checkpoints stay."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that defines a pre-training run."""
+
+    model: MAEConfig = MAEConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    seed: int = 0
+    engine: EngineConfig = EngineConfig()
+    loader: LoaderConfig = LoaderConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+EXPERIMENT = ("model", "data", "optim", "seed")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe of `path`; RecipeError for a missing file, a circle of bases, an unknown key or a wrong value."""
+    return resolve(_merged(path, ()), str(path))
+
+
+def resolve(values: dict[str, Any], where: str) -> Recipe:
+    """A recipe from nested plain values; `where` names them in errors."""
+    _refuse_unknown(values, Recipe, where, "")
+    try:
+        return TypeAdapter(Recipe).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"{where}: {name}: {first['msg']} (found {first['input']!r})") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML of every key; `load_recipe` gives the same recipe back."""
+    return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False)
+
+
+def differing_keys(old: Recipe, new: Recipe) -> list[str]:
+    """Dotted names of the experiment's keys in which two recipes differ."""
+    old_values, new_values = (_flat({name: asdict(recipe)[name] for name in EXPERIMENT}) for recipe in (old, new))
+    return [name for name in new_values if old_values.get(name) != new_values[name]]
+
+
+def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's values over those of its base."""
+    if path.resolve() in above:
+        raise RecipeError(f"{path}: its chain of `base:` leads back to itself")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
+        near = difflib.get_close_matches(path.stem, known, 1)
+        hint = f"; did you mean {path.with_name(near[0] + '.yaml')}?" if near else ""
+        raise RecipeError(f"recipe {path} cannot be read ({getattr(error, 'strerror', None) or error}){hint}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+    if (base := values.pop("base", None)) is None:
+        return values
+    return _laid_over(_merged(path.parent / base, (*above, path.resolve())), values)
+
+
+def _laid_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    both_dicts = {k for k in values.keys() & base.keys() if isinstance(values[k], dict) and isinstance(base[k], dict)}
+    return base | values | {key: _laid_over(base[key], values[key]) for key in both_dicts}
+
+
+def _refuse_unknown(values: dict[str, Any], schema: type, where: str, prefix: str) -> None:
+    hints = get_type_hints(schema)
+    names = [item.name for item in fields(schema)]
+    for key, value in values.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, 1, cutoff=0.0)[0]
+            raise RecipeError(f"{where}: unknown key {prefix}{key}; the nearest is {prefix}{near}")
+        if is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise RecipeError(f"{where}: {prefix}{key} holds keys of its own, not {value!r}")
+            _refuse_unknown(value, hints[key], where, f"{prefix}{key}.")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which YAML writes without a tag."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,101 @@
+"""`maelstream reconstruct RUN`: what the model makes of images whose patches were mostly removed (paper, figure 2)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+
+matplotlib.use("Agg")  # a file is written; a display is not asked for
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import tyro
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from jobs.recipe import Recipe
+from jobs.runfolder import RunFolder
+from model.mae import MAE, Reconstruction, position_tables
+from pipeline.decode import CpuDecoder, EncodedBatch
+from pipeline.draws import AugmentDraws
+from shards.dataset import Dataset
+from shards.errors import MaelstreamError
+from shards.reader import ShardReader
+
+COLUMNS = ("original", "masked", "reconstructed", "with visible patches")
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Original, masked and reconstructed images of a run, side by side in one PNG."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """A run's folder."""
+    dataset: str | None = None
+    """A packed dataset to take images from; the run's own if not given."""
+    count: int = 8
+    """Number of images, evenly spaced in the dataset."""
+    out: Path | None = None
+    """The PNG; RUN/reconstructions/step-XXXXXXXX.png if not given."""
+
+
+def trained_model(folder: RunFolder, step: int) -> MAE:
+    """The float32 model of a checkpoint, on the CPU."""
+    config = folder.recipe().model
+    model = MAE(config)
+    # bf16 training rounds the fixed tables; the exact ones are known.
+    model.load_state_dict(folder.checkpoints.weights(step) | position_tables(config))
+    return model.eval()
+
+
+def central_images(
+    dataset: Dataset, samples: Int64[np.ndarray, "b"], image_size: tuple[int, int]
+) -> UInt8[Tensor, "b 3 h w"]:
+    """The largest central window of the model's shape of each sample, resized; nothing is drawn."""
+    widths, heights = (column[samples].astype(np.int64) for column in (dataset.width, dataset.height))
+    scale = np.minimum(heights / image_size[0], widths / image_size[1])
+    window_heights, window_widths = (np.rint(side * scale).astype(np.int64).clip(1) for side in image_size)
+    windows = np.stack(
+        [(widths - window_widths) // 2, (heights - window_heights) // 2, window_widths, window_heights], axis=1
+    ).astype(np.int32)  # (B, 4)
+    batch = EncodedBatch(ShardReader(dataset).read(samples), windows, np.zeros(len(samples), bool))
+    decoder = CpuDecoder(lambda _: batch, len(samples), image_size, threads=2, device=torch.device("cpu"))
+    return decoder.run()
+
+
+def draw(result: Reconstruction, recipe: Recipe, step: int, path: Path) -> None:
+    """Writes the picture: a row an image, a column each of `COLUMNS`."""
+    pictures = (result.original, result.masked, result.reconstructed, result.reconstructed_with_visible)
+    rows = len(result.original)
+    figure, axes = plt.subplots(rows, len(COLUMNS), figsize=(2 * len(COLUMNS), 2 * rows + 0.5), squeeze=False)
+    for column, (name, images) in enumerate(zip(COLUMNS, pictures, strict=True)):
+        axes[0, column].set_title(name, fontsize=9)
+        for row in range(rows):
+            axes[row, column].imshow(images[row].permute(1, 2, 0).numpy())
+            axes[row, column].axis("off")
+    figure.suptitle(f"step {step}, {recipe.model.mask_ratio:.0%} removed, loss {result.loss:.3f}", fontsize=9)
+    figure.tight_layout(pad=0.4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(args: list[str]) -> int:
+    """`maelstream reconstruct`; 0 when the picture is written."""
+    command = tyro.cli(Reconstruct, args=args, prog="maelstream reconstruct")
+    folder = RunFolder(command.run)
+    recipe, step = folder.recipe(), folder.last_step()
+    dataset = Dataset.open(command.dataset or recipe.data.dataset)
+    if not 1 <= command.count <= len(dataset):
+        raise MaelstreamError(f"--count {command.count}: {dataset.uri} has 1 to {len(dataset)} images to show")
+    samples = np.linspace(0, len(dataset) - 1, command.count).astype(np.int64)
+    images = central_images(dataset, samples, recipe.model.image_size)
+    widths, heights = dataset.width[samples], dataset.height[samples]
+    keys = AugmentDraws(recipe.seed, recipe.data.crop).at(np.zeros_like(samples), samples, widths, heights).keys
+    result = trained_model(folder, step).reconstruct(images, torch.from_numpy(keys))
+    out = command.out or folder.path / "reconstructions" / f"step-{step:08d}.png"
+    draw(result, recipe, step, out)
+    print(f"{out}: {command.count} images of {dataset.uri}, step {step}, loss on removed patches {result.loss:.4f}")
+    return 0

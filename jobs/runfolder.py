@@ -1,0 +1,75 @@
+"""A run's folder: what was asked (`config.yaml`), what was seen (`metrics.jsonl`), what was kept (`checkpoints/`)."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.checkpoint import CheckpointStore
+from jobs.recipe import Recipe, RecipeError, differing_keys, dump_recipe, load_recipe
+from shards.errors import MaelstreamError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> CheckpointStore:
+        return CheckpointStore(self.path / "checkpoints")
+
+    def recipe(self) -> Recipe:
+        """The recipe that the run was last started with; MaelstreamError when the folder is not a run's."""
+        if not self.config.exists():
+            raise MaelstreamError(f"{self.path} is not a run: it has no config.yaml; `maelstream pretrain` makes one")
+        return load_recipe(self.config)
+
+    def last_step(self) -> int:
+        """Step of the newest checkpoint; MaelstreamError when there is none."""
+        if not (steps := self.checkpoints.steps()):
+            raise MaelstreamError(f"{self.path} has no checkpoint yet; let the run reach its first one")
+        return steps[-1]
+
+    def refuse_other_experiment(self, recipe: Recipe) -> None:
+        """RecipeError when the folder holds a run of another experiment than `recipe`."""
+        if self.config.exists() and (names := differing_keys(self.recipe(), recipe)):
+            raise RecipeError(
+                f"{self.path} holds a run with another {', '.join(names)}; give that value again, or another --run"
+            )
+
+    def start(self, recipe: Recipe, step: int) -> None:
+        """Makes the folder ready to go on after `step` steps: later lines of the metrics were never checkpointed."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write(self.config, dump_recipe(recipe))
+        lines = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
+        _write(self.metrics, "".join(lines))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """A dict a log step, ascending; a last line that a crash cut short is left out."""
+        if not self.metrics.exists():
+            return []
+        whole = self.metrics.read_text().rpartition("\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(path.name + ".writing")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)

@@ -1,0 +1,259 @@
+"""The masked autoencoder (He et al. 2021, arXiv 2111.06377): images and mask keys in, loss out.
+
+The encoder sees the kept patches alone; they are gathered before they are embedded. The decoder sees every place, with
+a mask token where a patch was removed; its prediction head runs on the removed places alone, since no other counts.
+Parameter names and shapes are those of the published checkpoints.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float, Float32, Int64, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.masking import Mask, keep_count, random_mask, take
+from model.patches import Target, denormalise, normalise, patchify, pixels_of, target_of, unpatchify
+from model.position import sincos_table
+from model.transformer import AttentionKind, PatchProjection, blocks, choose_attention, initialise, layer_norm
+
+
+@dataclass(frozen=True)
+class MAEConfig:
+    """Shape of a masked autoencoder; the defaults are the paper's ViT-B/16.
+
+    Raises:
+        ValueError: values that do not go together.
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    """Height and width in pixels."""
+    patch_size: int = 16
+    in_chans: int = 3
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    decoder_dim: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    mask_ratio: float = 0.75
+    """Share of patches that is removed; 0 is an autoencoder without a loss, for `MAE.encode` alone."""
+    target: Target = "normalised_pixel"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    attention: AttentionKind = "auto"
+    """`auto` is `sdpa` on CUDA and `math` elsewhere."""
+
+    def __post_init__(self) -> None:
+        sizes = (*self.image_size, self.patch_size, self.in_chans, self.dim, self.depth, self.heads)
+        if min(*sizes, self.decoder_dim, self.decoder_depth, self.decoder_heads) < 1:
+            raise ValueError(f"every size, depth and number of heads must be at least 1: {self}")
+        if any(side % self.patch_size for side in self.image_size):
+            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+        for name, dim, heads in (("", self.dim, self.heads), ("decoder_", self.decoder_dim, self.decoder_heads)):
+            if dim % heads:
+                raise ValueError(f"{name}heads {heads} does not divide {name}dim {dim}")
+            if dim % 4:
+                raise ValueError(f"{name}dim {dim} is not divisible by 4 (sine and cosine of row and column)")
+            if (dim * self.mlp_ratio) % 1 or self.mlp_ratio <= 0:
+                raise ValueError(f"mlp_ratio {self.mlp_ratio} of {name}dim {dim} is not a whole number of units")
+        if self.target not in get_args(Target):
+            raise ValueError(f"target {self.target!r} is none of {', '.join(get_args(Target))}")
+        if self.attention not in get_args(AttentionKind):
+            raise ValueError(f"attention {self.attention!r} is none of {', '.join(get_args(AttentionKind))}")
+        if self.target == "normalised_pixel" and self.patch_dim == 1:
+            raise ValueError("a patch of one number has no spread to be normalised by; take target pixel")
+        if not 0 <= self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio {self.mask_ratio} is not in [0, 1)")
+        if not self.keep:
+            raise ValueError(f"mask_ratio {self.mask_ratio} of {self.num_patches} patches leaves no patch visible")
+        if not len(self.mean) == len(self.std) == self.in_chans:
+            raise ValueError(f"mean {self.mean} and std {self.std} must have in_chans = {self.in_chans} values each")
+        if min(self.std) <= 0:
+            raise ValueError(f"std {self.std} must be positive")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch."""
+        return self.patch_size**2 * self.in_chans
+
+    @property
+    def keep(self) -> int:
+        """Patches that stay visible."""
+        return keep_count(self.num_patches, self.mask_ratio)
+
+
+class Reconstruction(NamedTuple):
+    """Images in 0..1 to look at, and the loss they come with."""
+
+    original: Float32[Tensor, "b c h w"]
+    masked: Float32[Tensor, "b c h w"]
+    """Removed patches in mid-grey."""
+    reconstructed: Float32[Tensor, "b c h w"]
+    """Every patch as predicted. Visible ones look bad: the loss never asks for them."""
+    reconstructed_with_visible: Float32[Tensor, "b c h w"]
+    """Removed patches as predicted, visible ones as they are."""
+    loss: Float[Tensor, ""]
+
+
+def position_tables(config: MAEConfig) -> dict[str, Float32[Tensor, "1 1+l d"]]:
+    """The two frozen tables under their state_dict keys, exact in float32.
+
+    An export of a model that was cast to bf16 writes these: the cast leaves 8 bits of each entry (docs/model.md).
+    """
+    return {
+        "pos_embed": sincos_table(config.grid, config.dim),
+        "decoder_pos_embed": sincos_table(config.grid, config.decoder_dim),
+    }
+
+
+class MAE(nn.Module):
+    """Encoder, decoder and loss; `state_dict` has the keys and shapes of the published `*_full.pth` checkpoints.
+
+    The weights are a function of `seed` alone, drawn on the CPU whatever the default device is; on the meta device
+    nothing is drawn.
+    """
+
+    pos_embed: Float[Tensor, "1 1+l d"]
+    decoder_pos_embed: Float[Tensor, "1 1+l d2"]
+
+    def __init__(self, config: MAEConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        device = torch.get_default_device()
+        # Built without memory first, so that timm's own initialisation neither costs time nor moves torch's generator.
+        with torch.device("meta"):
+            self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
+            self.mask_token = nn.Parameter(torch.empty(1, 1, config.decoder_dim))
+            projection = PatchProjection(config.in_chans, config.dim, config.patch_size)
+            self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
+            self.blocks = blocks(config.dim, config.depth, config.heads, config.mlp_ratio)
+            self.norm = layer_norm(config.dim)
+            self.decoder_embed = nn.Linear(config.dim, config.decoder_dim)
+            self.decoder_blocks = blocks(
+                config.decoder_dim, config.decoder_depth, config.decoder_heads, config.mlp_ratio
+            )
+            self.decoder_norm = layer_norm(config.decoder_dim)
+            self.decoder_pred = nn.Linear(config.decoder_dim, config.patch_dim)
+        self.to_empty(device=device)
+        initialise(self, seed)
+        # Buffers, not frozen parameters: DDP complains of parameters without a gradient (lightly#1775).
+        for name, table in position_tables(config).items():
+            self.register_buffer(name, table.to(device))
+
+    def forward(self, images: UInt8[Tensor, "b c h w"], keys: Int64[Tensor, "b"]) -> Float[Tensor, ""]:
+        """Mean squared error over the removed patches of the whole batch, in float32 (float64 for a float64 model).
+
+        Raises:
+            ValueError: images of another shape or dtype than the configuration's, or a mask that removes no patch.
+        """
+        self._check(images)
+        return self.loss(normalise(images, self.config.mean, self.config.std), self._mask(keys))
+
+    def loss(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, ""]:
+        """The loss of normalised images under a given mask, in the dtype of `images`: float32 or float64."""
+        patches = patchify(images, self.config.patch_size)  # (B, L, P*P*C)
+        latent = self.encode_patches(take(patches, mask.kept), mask.kept)  # (B, 1+K, D)
+        decoded = self.decode(latent, mask.restore)  # (B, L, D')
+        prediction = self.predict(take(decoded, mask.removed))  # (B, R, P*P*C)
+        return self._error(prediction, take(patches, mask.removed))
+
+    def encode(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b 1+l d"]:
+        """Features of whole images, nothing masked: class token first, then the patches in row-major order.
+
+        Raises:
+            ValueError: images of another shape or dtype than the configuration's.
+        """
+        self._check(images)
+        patches = patchify(normalise(images, self.config.mean, self.config.std), self.config.patch_size)
+        numbers = torch.arange(self.config.num_patches, device=images.device).expand(len(images), -1)  # (B, L)
+        return self.encode_patches(patches, numbers)
+
+    @torch.no_grad()
+    def reconstruct(self, images: UInt8[Tensor, "b c h w"], keys: Int64[Tensor, "b"]) -> Reconstruction:
+        """What the model makes of `images` under the masks of `keys`: figures 2 to 4 of the paper.
+
+        Under the normalised target each patch is shown with the mean and spread of the true one (see `pixels_of`).
+
+        Raises:
+            ValueError: as `forward`.
+        """
+        self._check(images)
+        config, mask = self.config, self._mask(keys)
+        patches = patchify(normalise(images, config.mean, config.std), config.patch_size)  # (B, L, P*P*C)
+        latent = self.encode_patches(take(patches, mask.kept), mask.kept)  # (B, 1+K, D)
+        prediction = self.predict(self.decode(latent, mask.restore))  # (B, L, P*P*C)
+        pixels = pixels_of(prediction.to(patches.dtype), patches, config.target)
+        reconstructed = denormalise(unpatchify(pixels, config.patch_size, config.grid), config.mean, config.std)
+        removed = (mask.restore >= config.keep)[:, :, None].expand_as(patches)  # (B, L, P*P*C)
+        hidden = unpatchify(removed, config.patch_size, config.grid)  # (B, C, H, W)
+        original = images.float() / 255
+        return Reconstruction(
+            original=original,
+            masked=torch.where(hidden, 0.5, original),
+            reconstructed=reconstructed,
+            reconstructed_with_visible=torch.where(hidden, reconstructed, original),
+            loss=self._error(take(prediction, mask.removed), take(patches, mask.removed)),
+        )
+
+    def encode_patches(
+        self, patches: Float[Tensor, "b n ppc"], numbers: Int64[Tensor, "b n"]
+    ) -> Float[Tensor, "b 1+n d"]:
+        """Latent of the class token and of `patches` (normalised), which stand at `numbers` of the grid."""
+        # DeepSpeed's bf16 casts parameters and leaves buffers in float32: the parameters' dtype is the model's.
+        table = self.pos_embed[0].to(self.cls_token.dtype)  # (1+L, D)
+        tokens = self.patch_embed(patches) + F.embedding(numbers + 1, table)  # (B, N, D)
+        cls_token = (self.cls_token + table[0]).expand(len(tokens), -1, -1)  # (B, 1, D)
+        return self.norm(self.blocks(torch.cat([cls_token, tokens], dim=1)))  # (B, 1+N, D)
+
+    def decode(self, latent: Float[Tensor, "b 1+k d"], restore: Int64[Tensor, "b l"]) -> Float[Tensor, "b l d2"]:
+        """Decoder features of every patch, in row-major order; a mask token stands in for each removed one."""
+        embedded = self.decoder_embed(latent)  # (B, 1+K, D')
+        missing = restore.shape[1] + 1 - embedded.shape[1]
+        mask_tokens = self.mask_token.expand(len(embedded), missing, -1)  # (B, R, D')
+        patches = take(torch.cat([embedded[:, 1:], mask_tokens], dim=1), restore)  # (B, L, D')
+        table = self.decoder_pos_embed.to(self.mask_token.dtype)  # (1, 1+L, D')
+        tokens = torch.cat([embedded[:, :1], patches], dim=1) + table  # (B, 1+L, D')
+        return self.decoder_blocks(tokens)[:, 1:]  # (B, L, D')
+
+    def predict(self, decoded: Float[Tensor, "b n d2"]) -> Float[Tensor, "b n ppc"]:
+        """Predicted target of each patch from its decoder features."""
+        return self.decoder_pred(self.decoder_norm(decoded))  # (B, N, P*P*C)
+
+    def _error(self, prediction: Tensor, patches: Tensor) -> Tensor:
+        """Mean squared error against the target of `patches`, in their dtype: a bf16 model's loss is float32."""
+        return F.mse_loss(prediction.to(patches.dtype), target_of(patches, self.config.target))
+
+    def _mask(self, keys: Tensor) -> Mask:
+        if self.config.keep == self.config.num_patches:
+            raise ValueError(
+                f"mask_ratio {self.config.mask_ratio} removes none of {self.config.num_patches} patches, so there is "
+                "no loss; use encode() for features without a mask"
+            )
+        return random_mask(keys, self.config.num_patches, self.config.keep)
+
+    def _check(self, images: Tensor) -> None:
+        expected = (self.config.in_chans, *self.config.image_size)
+        if images.dtype != torch.uint8 or images.shape[1:] != expected:
+            raise ValueError(
+                f"images are {images.dtype} of shape {tuple(images.shape)}; the model takes uint8 of shape (batch, "
+                f"{', '.join(map(str, expected))}) and normalises them itself"
+            )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MAE":
+        """Follow a move to another device with the attention of that device."""
+        super()._apply(fn, recurse)
+        choose_attention(self, self.config.attention, self.cls_token.device)
+        return self

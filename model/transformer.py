@@ -1,0 +1,73 @@
+"""The parts of a plain ViT (Dosovitskiy et al. 2021) as MAE uses them: blocks, patch projection, initialisation."""
+
+import math
+import zlib
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from timm.models.vision_transformer import Attention, Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+AttentionKind = Literal["auto", "sdpa", "math"]
+
+layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)  # torch's own default, 1e-5, moves the loss of ViT-B by 1.6e-5
+
+
+def blocks(dim: int, depth: int, heads: int, mlp_ratio: float) -> nn.Sequential:
+    """`depth` pre-norm transformer blocks with biases and exact (erf) GELU; (B, N, dim) -> (B, N, dim)."""
+    return nn.Sequential(*(Block(dim, heads, mlp_ratio, qkv_bias=True, norm_layer=layer_norm) for _ in range(depth)))
+
+
+class PatchProjection(nn.Module):
+    """The patch embedding for patches that are already cut out: a convolution's weights, applied as a linear layer."""
+
+    def __init__(self, in_chans: int, dim: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, in_chans, size, size))
+        self.bias = nn.Parameter(torch.empty(dim))
+
+    def forward(self, patches: Float[Tensor, "b n ppc"]) -> Float[Tensor, "b n d"]:
+        """Embed patches of `patchify`, in any float dtype; the result has the dtype of the weights (or autocast's)."""
+        # The kernel is stored (channel, row, column), a patch is (row, column, channel).
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*C)
+        return F.linear(patches.to(weight.dtype), weight, self.bias)  # (B, N, D)
+
+
+def choose_attention(model: nn.Module, kind: AttentionKind, device: torch.device) -> None:
+    """Set each attention of `model` to torch's fused kernel ("sdpa") or to plain products ("math").
+
+    "auto" takes "sdpa" on CUDA and "math" elsewhere: on a CPU in bf16 the fused kernel's backward is the slower one
+    (docs/measured/step.md).
+    """
+    fused = device.type == "cuda" if kind == "auto" else kind == "sdpa"
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.fused_attn = fused  # type: ignore[misc]  # Final for TorchScript alone
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> None:
+    """Draw every parameter of a ViT in place (paper, appendix A.1; the reference implementation).
+
+    Matrices and patch kernels are Xavier uniform, with a kernel taken as the matrix (D, C*P*P); tokens are normal with
+    deviation 0.02; biases 0; LayerNorm scales 1. A parameter depends on `seed`, its name and its shape alone, drawn on
+    the CPU: every rank and device starts from the same weights, and two models that differ in their decoders share
+    their encoder.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            continue
+        generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+        draw = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        if name.endswith("_token"):
+            draw.normal_(std=0.02, generator=generator)
+        elif draw.ndim > 1:
+            fan_out, fan_in = draw.flatten(1).shape
+            bound = math.sqrt(6 / (fan_in + fan_out))
+            draw.uniform_(-bound, bound, generator=generator)
+        else:
+            draw.fill_(0 if name.endswith("bias") else 1)
+        parameter.copy_(draw)

@@ -1,0 +1,95 @@
+"""Recipes: laid over their base, checked key by key, and the same again after a round trip."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.recipe import Recipe, RecipeError, differing_keys, dump_recipe, load_recipe
+from jobs.pretrain import schedule_of
+from model.mae import MAE
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def recipe_file(folder: Path, text: str, name: str = "mine.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_builds(path: Path) -> None:
+    recipe = load_recipe(path)
+    with torch.device("meta"):  # shapes without memory: ViT-H is 2.6 GB
+        model = MAE(recipe.model)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 10_000
+    assert schedule_of(recipe, 1_281_167).total_steps > 0
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_printed_recipe_is_the_same_recipe(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    assert load_recipe(recipe_file(tmp_path, dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("b16", 111_907_840), ("l16", 329_541_888), ("h14", 657_074_508)]
+)
+def test_the_papers_models_have_their_published_sizes(name: str, parameters: int) -> None:
+    """Elements of the published full checkpoints, the frozen tables included."""
+    recipe = load_recipe(next(path for path in RECIPES if path.stem == f"pretrain_vit_{name}"))
+    with torch.device("meta"):
+        state = MAE(recipe.model).state_dict()
+    assert sum(tensor.numel() for tensor in state.values()) == parameters
+
+
+def test_the_paper_s_pretraining_is_the_default_and_the_base_recipe() -> None:
+    assert load_recipe(RECIPES[0].with_name("pretrain.yaml")) == Recipe()
+
+
+def test_a_recipe_overrides_single_keys_of_its_base(tmp_path: Path) -> None:
+    recipe_file(tmp_path, "optim: {batch_size: 128, epochs: 90}\nseed: 3\n", "base.yaml")
+    recipe = load_recipe(recipe_file(tmp_path, "base: base.yaml\noptim: {batch_size: 256}\n"))
+    assert (recipe.optim.batch_size, recipe.optim.epochs, recipe.seed) == (256, 90.0, 3)
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
+    """YAML 1.1 takes `1e-4`, without a point, for a string."""
+    assert load_recipe(recipe_file(tmp_path, "optim: {base_lr: 1e-4}")).optim.base_lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("optim: {batchsize: 4}", "unknown key optim.batchsize; the nearest is optim.batch_size"),
+        ("modle: {}", "unknown key modle; the nearest is model"),
+        ("model: {depth: deep}", "model.depth: .*integer.*'deep'"),
+        ("model: {patch_size: 15}", "not divisible by patch_size 15"),
+        ("model: 3", "model holds keys of its own, not 3"),
+        ("optim: {epochs: 3, warmup_epochs: 3}", "warmup_epochs"),
+        ("engine: {precision: fp16}", "precision.*'bf16' or 'fp32'"),
+        ("- a", "a recipe is a mapping"),
+        ("a: b: c", "is not YAML"),
+        ("base: none.yaml", "none.yaml cannot be read"),
+        ("base: mine.yaml", "leads back to itself"),
+    ],
+)
+def test_a_wrong_recipe_gets_one_clear_line(tmp_path: Path, text: str, complaint: str) -> None:
+    with pytest.raises(RecipeError, match=complaint) as caught:
+        load_recipe(recipe_file(tmp_path, text))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_misspelt_recipe_is_told_the_nearest_one(tmp_path: Path) -> None:
+    recipe_file(tmp_path, "", "pretrain_vit_b16.yaml")
+    with pytest.raises(RecipeError, match=r"did you mean .*pretrain_vit_b16\.yaml"):
+        load_recipe(tmp_path / "pretrain_vitb16.yaml")
+
+
+def test_only_the_experiment_is_compared_when_a_run_goes_on(tmp_path: Path) -> None:
+    old = load_recipe(recipe_file(tmp_path, "{}"))
+    other_hardware = load_recipe(recipe_file(tmp_path, "engine: {micro_batch_size: 8}\nlog: {every_steps: 1}"))
+    other_experiment = load_recipe(recipe_file(tmp_path, "optim: {epochs: 100}\nmodel: {depth: 2}"))
+    assert differing_keys(old, other_hardware) == []
+    assert differing_keys(old, other_experiment) == ["model.depth", "optim.epochs"]

@@ -1,0 +1,15 @@
+"""The reference implementation's outputs (tests/golden), read by name."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Mapping[str, np.ndarray]]:
+    """`golden("f64/mae_small")` is the mapping that file holds."""
+    return lambda name: np.load(FOLDER / f"{name}.npz")

@@ -1,0 +1,220 @@
+"""The masked autoencoder's own claims, beyond parity: what a loss depends on, other shapes, errors, pictures."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model.mae import MAE, MAEConfig, position_tables
+from model.masking import Mask, random_mask, take
+from model.patches import normalise, patchify, target_of
+
+TINY = MAEConfig(
+    image_size=(32, 32), patch_size=8, dim=32, depth=2, heads=4, decoder_dim=16, decoder_depth=1, decoder_heads=2
+)
+SHAPES = {
+    "square": {},
+    "wide": {"image_size": (32, 64)},
+    "tall": {"image_size": (48, 16)},
+    "grey": {"in_chans": 1, "mean": (0.4,), "std": (0.3,)},
+    "six channels": {"in_chans": 6, "mean": (0.5,) * 6, "std": (0.2,) * 6},
+    "CIFAR": {"image_size": (32, 32), "patch_size": 4},
+    "pixel target": {"target": "pixel"},
+}
+
+
+def tiny(**options) -> MAE:
+    return MAE(dataclasses.replace(TINY, **options))
+
+
+def batch(config: MAEConfig, size: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (size, config.in_chans, *config.image_size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator), torch.arange(size) * 7 - 5
+
+
+def patches_of(model: MAE, images: torch.Tensor) -> torch.Tensor:
+    return patchify(normalise(images, model.config.mean, model.config.std), model.config.patch_size)
+
+
+def latent_of(model: MAE, images: torch.Tensor, mask: Mask) -> torch.Tensor:
+    return model.encode_patches(take(patches_of(model, images), mask.kept), mask.kept)
+
+
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
+def test_gathering_first_equals_embedding_everything_and_gathering_then(options):
+    model = tiny(**options)
+    config = model.config
+    images, keys = batch(config)
+    mask = random_mask(keys, config.num_patches, config.keep)
+    projection = model.patch_embed.proj
+    normalised = normalise(images, config.mean, config.std)
+    embedded = F.conv2d(normalised, projection.weight, projection.bias, stride=config.patch_size)
+    tokens = take(embedded.flatten(2).transpose(1, 2) + model.pos_embed[:, 1:], mask.kept)
+    tokens = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(len(images), -1, -1), tokens], dim=1)
+    assert torch.allclose(latent_of(model, images, mask), model.norm(model.blocks(tokens)), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
+def test_the_loss_is_the_error_of_the_full_prediction_over_removed_patches(options):
+    model = tiny(**options)
+    config = model.config
+    images, keys = batch(config)
+    mask = random_mask(keys, config.num_patches, config.keep)
+    predictions = model.predict(model.decode(latent_of(model, images, mask), mask.restore))
+    errors = ((predictions - target_of(patches_of(model, images), config.target)) ** 2).mean(2)  # (B, L)
+    removed = (mask.restore >= config.keep).float()
+    loss = model(images, keys)
+    loss.backward()
+    assert torch.allclose(loss, (errors * removed).sum() / removed.sum(), rtol=1e-5)
+    assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_images():
+    model = tiny()
+    images, keys = batch(TINY, 5)
+    alone = torch.stack([model(image[None], key[None]) for image, key in zip(images, keys, strict=True)])
+    assert torch.allclose(model(images, keys), alone.mean(), rtol=1e-5)
+
+
+def test_kept_patches_alone_influence_the_latent():
+    model = tiny()
+    images, keys = batch(TINY)
+    mask = random_mask(keys, 16, 4)
+    latent = latent_of(model, images, mask)
+    for numbers, same in ((mask.removed, True), (mask.kept[:, :1], False)):
+        chosen = torch.zeros(3, 16).scatter_(1, numbers, 1.0).reshape(3, 1, 4, 4)
+        pixels = F.interpolate(chosen, scale_factor=8).bool()  # nearest
+        altered = torch.where(pixels, 255 - images, images)
+        assert torch.equal(latent_of(model, altered, mask), latent) == same
+
+
+def test_decoder_features_follow_the_places_of_the_patches():
+    model = tiny()
+    images, keys = batch(TINY)
+    mask = random_mask(keys, 16, 4)
+    shuffle = torch.tensor([2, 0, 3, 1])
+    other = Mask(mask.kept[:, shuffle], mask.removed, torch.cat([mask.kept[:, shuffle], mask.removed], 1).argsort(1))
+    ours, theirs = (model.decode(latent_of(model, images, each), each.restore) for each in (mask, other))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_features_of_whole_images_need_no_mask():
+    images, _ = batch(TINY)
+    model, unmasked = tiny(), tiny(mask_ratio=0.0)
+    features = model.encode(images)
+    assert features.shape == (3, 17, 32) and features.isfinite().all()
+    assert torch.equal(features, model.encode(images)) and torch.equal(features, unmasked.encode(images))
+
+
+def test_a_mask_that_removes_nothing_has_no_loss_and_says_so():
+    model = tiny(mask_ratio=0.0)
+    for call in (model.forward, model.reconstruct):
+        with pytest.raises(ValueError, match="mask_ratio 0.0 removes none of 16 patches"):
+            call(*batch(TINY))
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 32, 40, dtype=torch.uint8)])
+def test_images_of_another_kind_are_refused(images):
+    model = tiny()
+    for call in (lambda: model(images, torch.arange(2)), lambda: model.encode(images)):
+        with pytest.raises(ValueError, match=r"uint8 of shape \(batch, 3, 32, 32\)"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"image_size": (224, 220)}, "not divisible by patch_size 16"),
+        ({"heads": 5}, "heads 5 does not divide dim 768"),
+        ({"decoder_heads": 7}, "decoder_heads 7 does not divide decoder_dim 512"),
+        ({"dim": 30, "heads": 3}, "dim 30 is not divisible by 4"),
+        ({"decoder_dim": 30, "decoder_heads": 3}, "decoder_dim 30 is not divisible by 4"),
+        ({"mlp_ratio": 0.3}, "not a whole number"),
+        ({"mask_ratio": 1.0}, r"not in \[0, 1\)"),
+        ({"mask_ratio": -0.1}, r"not in \[0, 1\)"),
+        ({"mask_ratio": float("nan")}, r"not in \[0, 1\)"),
+        ({"image_size": (32, 32), "mask_ratio": 0.8}, "leaves no patch visible"),
+        ({"in_chans": 1}, "in_chans = 1 values each"),
+        ({"std": (0.2, 0.0, 0.2)}, "must be positive"),
+        ({"depth": 0}, "at least 1"),
+        ({"target": "colour"}, "target 'colour' is none of pixel, normalised_pixel"),
+        ({"attention": "flash"}, "attention 'flash' is none of auto, sdpa, math"),
+        ({"patch_size": 1, "in_chans": 1, "mean": (0.5,), "std": (0.5,)}, "has no spread"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused_in_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        MAEConfig(**options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["pixel", "normalised_pixel"])
+def test_a_perfect_prediction_reconstructs_the_image(target, monkeypatch):
+    model = tiny(target=target)
+    images, keys = batch(TINY)
+    monkeypatch.setattr(model, "predict", lambda decoded: target_of(patches_of(model, images), target))
+    picture = model.reconstruct(images, keys)
+    assert picture.loss == 0
+    assert (picture.reconstructed - images / 255).abs().max() < 1e-5
+
+
+def test_a_reconstruction_shows_visible_patches_as_they_are_and_hides_the_others():
+    model = tiny()
+    images, keys = batch(TINY)
+    picture = model.reconstruct(images, keys)
+    hidden = (random_mask(keys, 16, 4).restore >= 4).float().reshape(3, 1, 4, 4)
+    hidden = F.interpolate(hidden, scale_factor=8).bool().expand(-1, 3, -1, -1)
+    assert torch.equal(picture.original, images.float() / 255)
+    assert torch.equal(picture.masked, torch.where(hidden, 0.5, picture.original))
+    assert torch.equal(picture.reconstructed_with_visible, torch.where(hidden, picture.reconstructed, picture.original))
+    assert picture.reconstructed.min() >= 0 and picture.reconstructed.max() <= 1
+    assert torch.allclose(picture.loss, model(images, keys), rtol=1e-6)
+
+
+def test_weights_depend_on_the_seed_alone():
+    torch.manual_seed(3)
+    generator = torch.get_rng_state()
+    first = MAE(TINY, seed=1).state_dict()
+    assert torch.equal(torch.get_rng_state(), generator)
+    torch.manual_seed(4)
+    again, other = MAE(TINY, seed=1).state_dict(), MAE(TINY, seed=2).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])
+
+
+def test_models_that_differ_in_their_decoders_start_from_one_encoder():
+    small, large = tiny().state_dict(), tiny(decoder_depth=3, decoder_dim=32).state_dict()
+    encoder = [name for name in small if not name.startswith(("decoder", "mask_token"))]
+    assert encoder and all(torch.equal(small[name], large[name]) for name in encoder)
+
+
+def test_a_model_on_the_meta_device_takes_no_memory():
+    with torch.device("meta"):
+        model = MAE(MAEConfig(dim=1280, depth=32, heads=16, patch_size=14))
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert sum(tensor.numel() for tensor in model.state_dict().values()) == 657_074_508
+
+
+def test_tables_are_saved_but_not_trained():
+    model = tiny()
+    assert {"pos_embed", "decoder_pos_embed"} <= set(model.state_dict())
+    assert not {"pos_embed", "decoder_pos_embed"} & {name for name, _ in model.named_parameters()}
+
+
+def test_a_cast_to_bf16_rounds_the_tables_and_position_tables_has_them_exactly():
+    model = tiny().bfloat16()
+    images, keys = batch(TINY)
+    assert model(images, keys).dtype == torch.float32
+    for name, table in position_tables(TINY).items():
+        difference = (model.state_dict()[name].float() - table).abs()
+        assert 0 < difference.max() <= 2**-9
+        assert torch.equal(tiny().state_dict()[name], table)
+
+
+def test_the_forward_is_one_graph():
+    images, keys = batch(TINY)
+    model = tiny()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(images, keys), model(images, keys), rtol=1e-5)

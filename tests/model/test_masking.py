@@ -1,0 +1,149 @@
+"""Masks: uniform, independent, the same bits everywhere and for ever."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from model.masking import keep_count, mask_by_score, random_mask, take
+
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def mix(z: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser as published, on uint64."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def random_keys(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(-(2**63), 2**63, count))
+
+
+def kept_matrix(keys: torch.Tensor, num_patches: int, keep: int) -> np.ndarray:
+    mask = random_mask(keys, num_patches, keep)
+    return torch.zeros(len(keys), num_patches).scatter_(1, mask.kept, 1.0).numpy()
+
+
+@pytest.mark.parametrize("num_patches", [1, 16, 196, 256])
+def test_the_hash_is_splitmix64_on_uint64(num_patches):
+    keys = torch.cat([random_keys(50), torch.tensor([0, 1, -1, 2**63 - 1, -(2**63)])])
+    unsigned = mix(keys.numpy().view(np.uint64) ^ np.uint64(0x7061746368657300))[:, None]
+    numbers = np.arange(num_patches, dtype=np.uint64)
+    hashes = mix(unsigned + (numbers + np.uint64(1)) * GOLDEN_GAMMA)
+    expected = np.argsort(hashes >> np.uint64(17), axis=1, kind="stable")
+    mask = random_mask(keys, num_patches, num_patches)
+    assert np.array_equal(mask.kept, expected)
+
+
+def test_masks_never_change():
+    mask = random_mask(torch.tensor([0, 1, -1, 123456789012345678]), 16, 4)
+    assert mask.kept.tolist() == [[13, 8, 5, 14], [7, 13, 0, 11], [10, 3, 2, 7], [4, 6, 13, 7]]
+    mask = random_mask(torch.tensor([2**63 - 1, -(2**63)]), 196, 49)
+    assert mask.kept[:, :8].tolist() == [[61, 17, 40, 94, 140, 49, 116, 7], [61, 28, 19, 164, 151, 167, 47, 3]]
+
+
+def test_a_mask_splits_the_patches_and_restores_their_order():
+    mask = random_mask(random_keys(64), 196, 49)
+    both = torch.cat([mask.kept, mask.removed], dim=1)
+    everything = torch.arange(196).expand(64, -1)
+    assert mask.kept.shape == (64, 49) and mask.removed.shape == (64, 147)
+    assert torch.equal(both.sort(dim=1).values, everything)
+    assert torch.equal(both.gather(1, mask.restore), everything)
+
+
+def test_the_mask_of_a_key_does_not_depend_on_the_rest_of_the_batch():
+    keys = random_keys(32)
+    together = random_mask(keys, 196, 49)
+    alone = [random_mask(key[None], 196, 49) for key in keys]
+    for name in together._fields:
+        assert torch.equal(getattr(together, name), torch.cat([getattr(mask, name) for mask in alone]))
+
+
+def test_torch_s_generators_do_not_move_a_mask_and_are_not_moved():
+    torch.manual_seed(1)
+    first = random_mask(random_keys(4), 64, 16)
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    second = random_mask(random_keys(4), 64, 16)
+    assert torch.equal(first.kept, second.kept) and torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_patch_is_kept_equally_often():
+    keys, num_patches, keep = 40_000, 196, 49
+    counts = kept_matrix(random_keys(keys), num_patches, keep).sum(0)
+    rate = keep / num_patches
+    # Counts of one mask sum to `keep`, so this statistic is chi-square with L - 1 degrees of freedom: mean 195,
+    # deviation 19.7; five deviations is a chance of about 3e-6.
+    chi_square = ((counts - keys * rate) ** 2 / (keys * rate * (1 - rate))).sum() * (num_patches - 1) / num_patches
+    assert abs(chi_square - 195) < 5 * math.sqrt(2 * 195)
+
+
+def test_pairs_of_patches_are_kept_independently():
+    keys, num_patches, keep = 40_000, 49, 12
+    kept = kept_matrix(random_keys(keys, seed=1), num_patches, keep)
+    pairs = (kept.T @ kept)[np.triu_indices(num_patches, 1)]
+    rate = keep * (keep - 1) / (num_patches * (num_patches - 1))  # a draw without replacement
+    deviations = (pairs - keys * rate) / math.sqrt(keys * rate * (1 - rate))
+    assert abs(deviations).max() < 5  # of 1,176 pairs; one beyond 5 has a chance of 7e-4
+    assert 0.85 < deviations.std() < 1.15
+
+
+@pytest.mark.parametrize("name", ["consecutive", "one bit apart", "a gamma apart"])
+def test_masks_of_close_keys_are_unrelated(name):
+    numbers = torch.arange(4_000)
+    keys, others = {
+        "consecutive": (numbers, numbers + 1),
+        "one bit apart": (random_keys(4_000), random_keys(4_000) ^ (1 << numbers % 64)),
+        "a gamma apart": (numbers, numbers + (0x9E3779B97F4A7C15 - 2**64)),
+    }[name]
+    overlap = (kept_matrix(keys, 196, 49) * kept_matrix(others, 196, 49)).sum(1)
+    # Hypergeometric: 49 x 49 / 196 = 12.25 patches in common, variance 12.25 x 0.75 x 147 / 195.
+    deviation = math.sqrt(12.25 * 0.75 * 147 / 195)
+    assert abs(overlap.mean() - 12.25) < 5 * deviation / math.sqrt(4_000)
+    assert 0.9 < overlap.std() / deviation < 1.1
+
+
+def test_all_masks_of_a_small_grid_come_equally_often():
+    masks = np.sort(random_mask(random_keys(60_000, seed=2), 6, 3).kept.numpy(), axis=1)
+    counts = np.array(list(Counter(map(tuple, masks)).values()))
+    assert len(counts) == math.comb(6, 3)
+    # 19 degrees of freedom: mean 19, deviation 6.2
+    assert ((counts - 3_000) ** 2 / 3_000).sum() < 19 + 5 * math.sqrt(2 * 19)
+
+
+def test_a_compiled_mask_has_the_same_bits():
+    keys = random_keys(16)
+    compiled = torch.compile(random_mask, fullgraph=True)(keys, 196, 49)
+    for ours, eager in zip(compiled, random_mask(keys, 196, 49), strict=True):
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_draws_the_same_bits():
+    keys = random_keys(512)
+    for ours, theirs in zip(random_mask(keys.cuda(), 196, 49), random_mask(keys, 196, 49), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+
+
+def test_the_patches_of_lowest_score_stay():
+    mask = mask_by_score(torch.tensor([[0.3, 0.1, 0.9, 0.2]]), 2)
+    assert mask.kept.tolist() == [[1, 3]] and mask.removed.tolist() == [[0, 2]]
+    assert mask.restore.tolist() == [[2, 0, 3, 1]]
+
+
+def test_take_picks_the_numbered_tokens_in_order():
+    tokens = torch.arange(12.0).reshape(1, 4, 3)
+    assert take(tokens, torch.tensor([[3, 1]])).tolist() == [[[9, 10, 11], [3, 4, 5]]]
+
+
+def test_kept_patches_are_cut_off_not_rounded():
+    assert [keep_count(196, 0.75), keep_count(256, 0.75), keep_count(100, 0.9), keep_count(16, 0)] == [49, 64, 9, 16]
+
+
+def test_too_many_patches_for_distinct_scores_are_refused():
+    with pytest.raises(ValueError, match="65537 patches"):
+        random_mask(random_keys(1), 2**16 + 1, 1)

@@ -1,0 +1,204 @@
+"""Float64 parity with the reference implementation, where a wrong GELU form or epsilon cannot hide."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model.mae import MAE, MAEConfig
+from model.masking import keep_count, mask_by_score, take
+from model.optimise import lr_at, weight_decay_groups
+from model.patches import patch_statistics, patchify, target_of, unpatchify
+
+SMALL = dict(image_size=(64, 64), dim=64, depth=2, heads=4, decoder_dim=32, decoder_depth=2, decoder_heads=4)
+TARGETS = {"npl0": "pixel", "npl1": "normalised_pixel"}
+SHAPES = json.loads((Path(__file__).parents[1] / "golden/f64/state_dict_shapes.json").read_text())
+SIZES = {
+    "base": MAEConfig(),
+    "large": MAEConfig(dim=1024, depth=24, heads=16),
+    "huge": MAEConfig(dim=1280, depth=32, heads=16, patch_size=14),
+}
+
+
+def drawn(name: str, shape: tuple[int, ...], kind: str = "standard_normal") -> np.ndarray:
+    return getattr(np.random.RandomState(zlib.crc32(name.encode())), kind)(shape)
+
+
+def with_golden_weights(config: MAEConfig) -> MAE:
+    model = MAE(config)
+    for name, parameter in model.named_parameters():
+        weights = 0.05 * drawn(name, tuple(parameter.shape))
+        weights += name.endswith(".weight") and parameter.ndim == 1
+        parameter.data.copy_(torch.from_numpy(weights.astype(np.float32)))
+    return model.double()
+
+
+@pytest.fixture(scope="module")
+def base_weights():
+    """The drawn weights of ViT-B, once: drawing 112 million numbers takes seconds."""
+    return with_golden_weights(MAEConfig()).float().state_dict()
+
+
+def base_model(weights, **options) -> MAE:
+    model = MAE(MAEConfig(**options))
+    model.load_state_dict(weights)
+    return model
+
+
+def widened(name: str, shape: tuple[int, ...], kind: str = "standard_normal") -> torch.Tensor:
+    return torch.from_numpy(drawn(name, shape, kind).astype(np.float32)).double()
+
+
+def small_inputs(model: MAE, suffix: str = ""):
+    mask = mask_by_score(widened(f"noise{suffix}", (3, 16), "random_sample"), model.config.keep)
+    return widened(f"images{suffix}", (3, 3, 64, 64)), mask
+
+
+def base_inputs(vectors, dtype: torch.dtype):
+    mean, std = np.array(MAEConfig().mean), np.array(MAEConfig().std)
+    images = ((vectors["images_u8"] / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
+    return torch.from_numpy(images).to(dtype), mask_by_score(widened("noise", (2, 196), "random_sample"), 49)
+
+
+def predictions_of(model: MAE, images: torch.Tensor, mask):
+    with torch.no_grad():
+        patches = patchify(images, model.config.patch_size)
+        latent = model.encode_patches(take(patches, mask.kept), mask.kept)
+        return latent, model.predict(model.decode(latent, mask.restore))
+
+
+def close(ours, reference, tolerance: float) -> None:
+    np.testing.assert_allclose(np.asarray(ours), np.asarray(reference), rtol=tolerance, atol=tolerance)
+
+
+def test_small_masks_exactly(golden):
+    vectors = golden("f64/mae_small")
+    _, mask = small_inputs(MAE(MAEConfig(**SMALL)))
+    assert np.array_equal(torch.cat([mask.kept, mask.removed], dim=1), vectors["ids_shuffle"])
+    assert np.array_equal(mask.restore, vectors["ids_restore"])
+    assert np.array_equal(mask.restore >= 4, vectors["mask"] == 1)
+
+
+def test_small_latent_and_predictions(golden):
+    vectors = golden("f64/mae_small")
+    model = with_golden_weights(MAEConfig(**SMALL))
+    latent, predictions = predictions_of(model, *small_inputs(model))
+    close(latent, vectors["latent_f64"], 1e-8)
+    close(predictions[:1], vectors["pred_f64"], 1e-8)
+    close(predictions.sum(2), vectors["pred_sum_f64"], 1e-8)
+    close(unpatchify(predictions, 16, (4, 4))[:1, :, ::8, ::8], vectors["unpatchify_pred_f32"], 1e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_small_loss_and_gradients(golden, target):
+    vectors = golden("f64/mae_small")
+    model = with_golden_weights(MAEConfig(**SMALL, target=TARGETS[target]))
+    loss = model.loss(*small_inputs(model))
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    close(loss.detach(), vectors[f"{target}_f64_loss"], 1e-10)
+    norms = [gradients[name].norm() for name in vectors["param_names"]]
+    np.testing.assert_allclose(norms, vectors[f"{target}_f64_gradnorm"], rtol=1e-8)
+    close(gradients["cls_token"], vectors[f"{target}_f64_grad_cls_token"], 1e-10)
+    close(gradients["mask_token"], vectors[f"{target}_f64_grad_mask_token"], 1e-10)
+
+
+def test_normalised_target(golden):
+    vectors = golden("f64/mae_small")
+    patches = patchify(small_inputs(MAE(MAEConfig(**SMALL)))[0], 16)
+    mean, deviation = patch_statistics(patches)
+    close(mean, vectors["target_norm_mean"], 1e-12)
+    close(deviation**2 - 1e-6, vectors["target_norm_var_unbiased"], 1e-12)
+    assert np.array_equal(patches[:1].float(), vectors["patchify_f32"])
+    subset = vectors["target_norm_sub_f64"]
+    close(target_of(patches, "normalised_pixel")[..., :: 768 // subset.shape[2]], subset, 1e-10)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.6, 0.8])
+def test_loss_at_other_ratios(golden, ratio):
+    vectors = golden("f64/mae_small")
+    model = with_golden_weights(MAEConfig(**SMALL, mask_ratio=ratio))
+    images, mask = small_inputs(model)
+    assert [mask.removed.shape[1]] * 3 == vectors[f"ratio{ratio}_masksum"].tolist()
+    close(model.loss(images, mask).detach(), vectors[f"ratio{ratio}_loss"], 1e-10)
+
+
+def test_kept_patches_are_counted_in_floating_point(golden):
+    for num_patches, ratio, kept in golden("f64/mae_small")["len_keep_table"]:
+        assert keep_count(int(num_patches), ratio) == kept
+    assert keep_count(100, 0.9) == 9
+
+
+def test_six_steps_of_adamw(golden):
+    vectors = golden("f64/mae_small")
+    model = with_golden_weights(MAEConfig(**SMALL))
+    optimizer = torch.optim.AdamW(weight_decay_groups(model, 0.05), betas=(0.9, 0.95), eps=1e-8)
+    for step in range(6):
+        lr = lr_at(step, peak=1e-2, floor=0.0, warmup_steps=3, total_steps=6)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = model.loss(*small_inputs(model, f"/{step}"))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+        optimizer.step()
+        close(lr, vectors["train_lr"][step], 1e-15)
+        close(loss.detach(), vectors["train_loss_f64"][step], 1e-10)
+        close(norm, vectors["train_gradnorm"][step], 1e-8)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    close(weights["cls_token"], vectors["train_final_cls_token"], 1e-8)
+    close(weights["mask_token"], vectors["train_final_mask_token"], 1e-8)
+    close(weights["blocks.0.attn.qkv.weight"][::16, ::8], vectors["train_final_qkv0_sub"], 1e-8)
+    close(weights["norm.bias"], vectors["train_final_norm_bias"], 1e-8)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_base_loss_and_gradients(golden, base_weights, target):
+    vectors = golden("f64/mae_base")
+    model = base_model(base_weights, target=TARGETS[target]).double()
+    loss = model.loss(*base_inputs(vectors, torch.float64))
+    loss.backward()
+    close(loss.detach(), vectors[f"{target}_f64_loss"], 1e-10)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    norms = [gradients[name].norm() for name in vectors[f"{target}_gradnorm_names"]]
+    np.testing.assert_allclose(norms, vectors[f"{target}_gradnorm"], rtol=1e-8)
+
+
+def test_base_masks_latent_and_predictions(golden, base_weights):
+    vectors = golden("f64/mae_base")
+    images, mask = base_inputs(vectors, torch.float64)
+    latent, predictions = predictions_of(base_model(base_weights).double(), images, mask)
+    assert np.array_equal(mask.restore, vectors["ids_restore"])
+    assert np.array_equal(mask.restore >= 49, vectors["mask"] == 1)
+    close(latent[:, ::7, ::32], vectors["latent_sub_f64"], 1e-8)
+    close(latent.abs().mean(), vectors["latent_absmean"], 1e-8)
+    close(predictions[:, ::14, ::48], vectors["pred_sub_f64"], 1e-8)
+    close(predictions.abs().mean(), vectors["pred_absmean"], 1e-8)
+
+
+@pytest.mark.parametrize("attention", ["math", "sdpa"])
+def test_base_loss_in_lower_precision(golden, base_weights, attention):
+    vectors = golden("f64/mae_base")
+    images, mask = base_inputs(vectors, torch.float32)
+    model = base_model(base_weights, attention=attention)
+    reference = vectors["npl1_f64_loss"]
+    with torch.no_grad():
+        close(
+            model.loss(images, mask), reference, 2e-6
+        )  # relative or absolute; the reference's own float32 is 1e-7 off
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = model.loss(images, mask)
+        whole = model.bfloat16().loss(images, mask)  # as DeepSpeed's bf16 mode holds the module
+    assert autocast.dtype == whole.dtype == torch.float32
+    assert abs(float(autocast) - reference) < 2e-3
+    assert abs(float(whole) - reference) < 1e-2
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_state_dict_has_the_keys_and_shapes_of_the_published_checkpoints(size):
+    with torch.device("meta"):
+        state = MAE(SIZES[size]).state_dict()
+    assert {name: list(tensor.shape) for name, tensor in state.items()} == SHAPES[size]

@@ -1,0 +1,52 @@
+"""Patches: their order, their inverse, their statistics."""
+
+import pytest
+import torch
+
+from model.patches import denormalise, normalise, patch_statistics, patchify, pixels_of, target_of, unpatchify
+
+
+def test_a_patch_is_its_rows_then_columns_then_channels():
+    images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6).float()
+    patches = patchify(images, 2)
+    assert patches.shape == (2, 6, 12)
+    row, column = 1, 2  # patch 5 of a 2 x 3 grid
+    expected = images[1, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].permute(1, 2, 0).flatten()
+    assert torch.equal(patches[1, row * 3 + column], expected)
+
+
+@pytest.mark.parametrize("channels, height, width, size", [(3, 32, 32, 4), (1, 48, 16, 8), (5, 14, 42, 14)])
+def test_unpatchify_undoes_patchify(channels, height, width, size):
+    images = torch.rand(2, channels, height, width)
+    assert torch.equal(unpatchify(patchify(images, size), size, (height // size, width // size)), images)
+
+
+def test_normalise_is_float32_and_denormalise_undoes_it():
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 2, 16, 16)
+    mean, std = (0.1, 0.5), (0.2, 0.9)
+    normalised = normalise(images, mean, std)
+    expected = (images.double() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert normalised.dtype == torch.float32
+    assert (normalised - expected).abs().max() < 1e-6
+    assert (denormalise(normalised, mean, std) - images / 255).abs().max() < 1e-6
+
+
+def test_as_many_means_as_channels():
+    with pytest.raises(ValueError):
+        normalise(torch.zeros(1, 2, 4, 4, dtype=torch.uint8), (0.5, 0.5), (0.5,))
+
+
+def test_the_variance_is_unbiased_and_taken_over_pixels_and_channels():
+    patches = torch.tensor([[[1.0, 2.0, 3.0, 6.0]]])
+    mean, deviation = patch_statistics(patches)
+    assert mean.item() == 3 and deviation.item() == pytest.approx((14 / 3 + 1e-6) ** 0.5)
+
+
+def test_a_flat_patch_has_a_finite_target():
+    assert not target_of(torch.full((1, 2, 12), 0.7), "normalised_pixel").abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("target", ["pixel", "normalised_pixel"])
+def test_a_perfect_prediction_gives_the_pixels_back(target):
+    patches = torch.randn(2, 5, 48)
+    assert torch.allclose(pixels_of(target_of(patches, target), patches, target), patches, atol=1e-5)

@@ -1,0 +1,68 @@
+"""Parts of the transformer: initialisation as the paper's, attention by device."""
+
+import math
+
+import pytest
+import torch
+from timm.models.vision_transformer import Attention
+
+from model.mae import MAE, MAEConfig
+from model.transformer import PatchProjection, choose_attention
+
+CONFIG = MAEConfig(image_size=(32, 32), dim=192, depth=2, heads=3, decoder_dim=128, decoder_depth=1, decoder_heads=4)
+
+
+def test_every_parameter_starts_as_in_the_paper():
+    for name, parameter in MAE(CONFIG, seed=5).named_parameters():
+        if name.endswith("_token"):
+            assert 0.015 < parameter.std() < 0.025, name
+        elif parameter.ndim > 1:
+            fan_out, fan_in = parameter.flatten(1).shape  # a patch kernel counts as the matrix it is applied as
+            bound = math.sqrt(6 / (fan_in + fan_out))
+            assert 0.99 * bound < parameter.abs().max() <= bound, name
+            assert abs(parameter.std() / (bound / math.sqrt(3)) - 1) < 0.02, name
+            assert abs(parameter.mean()) < 5 * bound / math.sqrt(3 * parameter.numel()), name
+        else:
+            assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
+
+
+def test_layer_norms_have_the_reference_s_epsilon():
+    norms = [module for module in MAE(CONFIG).modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(norms) == 2 * 3 + 2 and {norm.eps for norm in norms} == {1e-6}
+
+
+@pytest.mark.parametrize(
+    "kind, device, fused",
+    [
+        ("auto", "cuda", True),
+        ("auto", "cpu", False),
+        ("sdpa", "cpu", True),
+        ("math", "cuda", False),
+    ],
+)
+def test_attention_is_chosen_by_device(kind, device, fused):
+    model = MAE(CONFIG)
+    choose_attention(model, kind, torch.device(device))
+    assert {module.fused_attn for module in model.modules() if isinstance(module, Attention)} == {fused}
+
+
+def test_a_built_model_has_the_attention_of_its_device():
+    with torch.device("meta"):
+        model = MAE(CONFIG)
+    assert not any(module.fused_attn for module in model.modules() if isinstance(module, Attention))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_attention_follows_the_model_to_the_gpu_and_back():
+    model = MAE(CONFIG)
+    assert all(module.fused_attn for module in model.cuda().modules() if isinstance(module, Attention))
+    assert not any(module.fused_attn for module in model.cpu().modules() if isinstance(module, Attention))
+
+
+def test_a_projection_takes_float_patches_of_any_width():
+    projection = PatchProjection(3, 8, 2)
+    torch.nn.init.normal_(projection.weight)
+    torch.nn.init.zeros_(projection.bias)
+    patches = torch.randn(1, 4, 12)
+    assert projection.bfloat16()(patches).dtype == torch.bfloat16
+    assert projection.double()(patches).dtype == torch.float64
