@@ -60,7 +60,7 @@ def central_images(
     windows = np.stack(
         [(widths - window_widths) // 2, (heights - window_heights) // 2, window_widths, window_heights], axis=1
     ).astype(np.int32)  # (B, 4)
-    batch = EncodedBatch(ShardReader(dataset).read(samples), windows, np.zeros(len(samples), bool))
+    batch = EncodedBatch(ShardReader(dataset, check_crc=True).read(samples), windows, np.zeros(len(samples), bool))
     decoder = CpuDecoder(lambda _: batch, len(samples), image_size, threads=2, device=torch.device("cpu"))
     return decoder.run()
 
@@ -89,7 +89,7 @@ def main(args: list[str]) -> int:
     recipe, step = folder.recipe(), folder.last_step()
     dataset = Dataset.open(command.dataset or recipe.data.dataset)
     if not 1 <= command.count <= len(dataset):
-        raise MaelstreamError(f"--count {command.count}: {dataset.uri} has 1 to {len(dataset)} images to show")
+        raise MaelstreamError(f"--count {command.count}: {dataset.folder} has 1 to {len(dataset)} images to show")
     samples = np.linspace(0, len(dataset) - 1, command.count).astype(np.int64)
     images = central_images(dataset, samples, recipe.model.image_size)
     widths, heights = dataset.width[samples], dataset.height[samples]
@@ -97,5 +97,5 @@ def main(args: list[str]) -> int:
     result = trained_model(folder, step).reconstruct(images, torch.from_numpy(keys))
     out = command.out or folder.path / "reconstructions" / f"step-{step:08d}.png"
     draw(result, recipe, step, out)
-    print(f"{out}: {command.count} images of {dataset.uri}, step {step}, loss on removed patches {result.loss:.4f}")
+    print(f"{out}: {command.count} images of {dataset.folder}, step {step}, loss on removed patches {result.loss:.4f}")
     return 0

@@ -1,13 +1,13 @@
 """A run's folder: what was asked (`config.yaml`), what was seen (`metrics.jsonl`), what was kept (`checkpoints/`)."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.checkpoint import CheckpointStore
 from jobs.recipe import Recipe, RecipeError, differing_keys, dump_recipe, load_recipe
+from shards.durable import written_whole
 from shards.errors import MaelstreamError
 
 
@@ -53,9 +53,11 @@ class RunFolder:
     def start(self, recipe: Recipe, step: int) -> None:
         """Makes the folder ready to go on after `step` steps: later lines of the metrics were never checkpointed."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.config, dump_recipe(recipe))
+        with written_whole(self.config) as file:
+            file.write(dump_recipe(recipe).encode())
         lines = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
-        _write(self.metrics, "".join(lines))
+        with written_whole(self.metrics) as file:
+            file.write("".join(lines).encode())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """A dict a log step, ascending; a last line that a crash cut short is left out."""
@@ -63,13 +65,3 @@ class RunFolder:
             return []
         whole = self.metrics.read_text().rpartition("\n")[0]
         return [json.loads(line) for line in whole.splitlines()]
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(path.name + ".writing")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)

@@ -105,11 +105,11 @@ class PretrainLoader:
         """`threads` decode and, on the CPU, as many resize; `prefetch` micro-batches are read, and as many decoded, ahead."""
         if slices.batch_size > len(dataset):
             raise MaelstreamError(
-                f"batch_size {slices.batch_size} is larger than the dataset: {dataset.uri} holds "
+                f"batch_size {slices.batch_size} is larger than the dataset: {dataset.folder} holds "
                 f"{len(dataset)} samples; use a smaller batch_size"
             )
         self._dataset, self._order, self._draws, self._slices, self._rank = dataset, order, draws, slices, rank
-        self._reader = ShardReader(dataset)
+        self._reader = ShardReader(dataset, check_crc=False)
         self._image_size, self._threads, self._prefetch = image_size, threads, prefetch
         self._consumed = 0
         self._stop = threading.Event()
@@ -161,12 +161,12 @@ class PretrainLoader:
         encoded = [data.copy() for data in self._reader.read(plan.samples)]
         for data, sample in zip(encoded, plan.samples, strict=True):
             if reason := refusal(data):
-                raise DatasetError(f"{self._name(sample)}: {reason}; run `maelstream verify {self._dataset.uri}`")
+                raise DatasetError(f"{self._name(sample)}: {reason}; run `maelstream verify {self._dataset.folder}`")
         return EncodedBatch(encoded, plan.draws.windows, plan.draws.flips)
 
     def _name(self, sample: int) -> str:
         shard = self._dataset.shard_names[int(self._dataset.shard[sample])]
-        return f"{self._dataset.uri}: {shard}, key {self._dataset.keys(np.array([sample]))[0]}"
+        return f"{self._dataset.folder / shard}: sample {self._dataset.keys(np.array([sample]))[0]}"
 
     def _produce(self, start: int, device: torch.device, batches: "Queue[Batch | Exception]") -> None:
         """Body of the producer thread: reads ahead, decodes, and hands batches or what went wrong to the consumer."""
@@ -202,7 +202,7 @@ class PretrainLoader:
                 Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
             except (OSError, SyntaxError) as reason:
                 return DatasetError(
-                    f"{self._name(sample)}: cannot be decoded ({reason}); run `maelstream verify {self._dataset.uri}`"
+                    f"{self._name(sample)}: cannot be decoded ({reason}); run `maelstream verify {self._dataset.folder}`"
                 )
         return error
 
