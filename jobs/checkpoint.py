@@ -1,9 +1,9 @@
 """Checkpoints of a run: `checkpoints/step-00001234/`, whole or absent.
 
-DeepSpeed writes into a folder with another name, which is synced to the disk and then renamed; a crash at any moment
-leaves the older checkpoints as they were. Beside DeepSpeed's own files, one a rank, stands `weights.safetensors`, the
-float32 weights merged: DeepSpeed's converter (`zero_to_fp32`) refuses what its bf16 optimizer writes. DeepSpeed's own `latest` file is not used: where it is missing,
-DeepSpeed starts again from step 0 without a word.
+It holds `weights.safetensors`, the float32 weights merged (DeepSpeed's own converter, `zero_to_fp32`, refuses what its
+bf16 optimizer writes), and `engine/`, DeepSpeed's files, one a rank. All is written into a folder of another name that
+is synced to the disk and then renamed: a crash at any moment leaves the older checkpoints as they were. DeepSpeed's own
+`latest` file is not used: where it is missing, DeepSpeed starts again from step 0 without a word.
 """
 
 import os

@@ -65,7 +65,9 @@ def write_crops(out: Path, per_photograph: int, seed: int) -> None:
             photograph.load()
         for number in range(per_photograph):
             width, height = (int(random.integers(min(side, 120), min(side, 420) + 1)) for side in photograph.size)
-            left, top = (int(random.integers(0, a - b + 1)) for a, b in zip(photograph.size, (width, height)))
+            left, top = (
+                int(random.integers(0, a - b + 1)) for a, b in zip(photograph.size, (width, height), strict=True)
+            )
             crop = photograph.crop((left, top, left + width, top + height))
             crop.save(folder / f"{number:03d}.jpg", quality=int(random.integers(75, 96)))
 

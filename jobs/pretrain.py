@@ -20,7 +20,7 @@ from torch import Tensor
 from jobs.command import run
 from jobs.engine import Ranks, build_engine, mean_over_ranks, process_group, ranks_from_environment, set_lr
 from jobs.log import Clock, run_log
-from jobs.recipe import Recipe, RecipeError, dump_recipe, load_recipe
+from jobs.recipe import Recipe, dump_recipe, load_recipe
 from jobs.runfolder import RunFolder
 from model.optimise import lr_at
 from pipeline.draws import AugmentDraws
@@ -145,13 +145,10 @@ def main(args: list[str]) -> int:
     """`maelstream pretrain`; 0 when the run reached its end or --stop-at-step."""
     args = [arg for arg in args if not arg.startswith("--local_rank=")]  # the deepspeed launcher adds it
     recipe_file = next((Path(arg) for arg in args if not arg.startswith("-")), None)
-    default = None
+    default: Any = tyro.MISSING  # only for --help, or for a mistake that tyro explains
     if recipe_file is not None:
         default = Pretrain(recipe_file, load_recipe(recipe_file), Path("runs") / recipe_file.stem)
-    try:
-        command = tyro.cli(Pretrain, args=args, default=default, prog="maelstream pretrain")
-    except ValueError as error:  # an override that a dataclass of the recipe refuses
-        raise RecipeError(f"{recipe_file}, with its overrides: {error}") from None
+    command = tyro.cli(Pretrain, args=args, default=default, prog="maelstream pretrain")
     if command.print_config:
         print(dump_recipe(command.recipe), end="")
         return 0

@@ -69,14 +69,14 @@ def draw(result: Reconstruction, recipe: Recipe, step: int, path: Path) -> None:
     """Writes the picture: a row an image, a column each of `COLUMNS`."""
     pictures = (result.original, result.masked, result.reconstructed, result.reconstructed_with_visible)
     rows = len(result.original)
-    figure, axes = plt.subplots(rows, len(COLUMNS), figsize=(2 * len(COLUMNS), 2 * rows + 0.5), squeeze=False)
+    figure, axes = plt.subplots(rows, len(COLUMNS), figsize=(2 * len(COLUMNS), 2 * rows + 0.4), squeeze=False)
     for column, (name, images) in enumerate(zip(COLUMNS, pictures, strict=True)):
         axes[0, column].set_title(name, fontsize=9)
         for row in range(rows):
             axes[row, column].imshow(images[row].permute(1, 2, 0).numpy())
             axes[row, column].axis("off")
-    figure.suptitle(f"step {step}, {recipe.model.mask_ratio:.0%} removed, loss {result.loss:.3f}", fontsize=9)
-    figure.tight_layout(pad=0.4)
+    figure.text(0.01, 0.004, f"step {step}, {recipe.model.mask_ratio:.0%} removed, loss {result.loss:.3f}", fontsize=8)
+    figure.tight_layout(pad=0.4, rect=(0, 0.4 / (2 * rows + 0.4) / 2, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -59,8 +59,8 @@ def take(tokens: Float[Tensor, "b l d"], numbers: Int64[Tensor, "b n"]) -> Float
     return tokens.gather(1, numbers[:, :, None].expand(-1, -1, tokens.shape[2]))  # (B, N, D)
 
 
-# An operator of its own, so that torch.compile calls it and does not translate it: Inductor computes arange * GAMMA in 32
-# bits on CUDA (pytorch#175966, #183901) and corrupts the heap on a CPU (torch 2.15); the masks would silently be others.
+# An operator of its own, so that torch.compile calls it and does not translate it: Inductor's arange * GAMMA overflows
+# in 32 bits on CUDA (pytorch#175966, #183901), silently another mask, and corrupts the heap on a CPU (torch 2.15).
 @torch.library.custom_op("maelstream::hash_scores", mutates_args=())
 def _hash_scores(keys: Tensor, num_patches: int) -> Tensor:
     numbers = torch.arange(num_patches, device=keys.device)

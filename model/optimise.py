@@ -18,7 +18,7 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
-def lr_at(step: int, *, peak: float, floor: float, warmup_steps: int, total_steps: int) -> float:
+def lr_at(step: int, *, peak: float, floor: float, warmup_steps: float, total_steps: int) -> float:
     """Learning rate of `step` (from 0): linear from 0 to `peak` in the warm-up, then half a cosine down to `floor`.
 
     Steps are iterations: the reference's fractional epoch is step / steps per epoch, so `warmup_steps` is warm-up

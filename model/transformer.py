@@ -45,7 +45,7 @@ def choose_attention(model: nn.Module, kind: AttentionKind, device: torch.device
     fused = device.type == "cuda" if kind == "auto" else kind == "sdpa"
     for module in model.modules():
         if isinstance(module, Attention):
-            module.fused_attn = fused  # type: ignore[misc]  # Final for TorchScript alone
+            module.fused_attn = fused
 
 
 @torch.no_grad()

@@ -58,7 +58,9 @@ class CpuDecoder:
         """Images of the next iteration. RuntimeError when one cannot be decoded: the decoder is then of no use."""
         (windows,) = self._pipeline.run()
         flips = self._flips.popleft()
-        images = torch.empty((len(windows), 3, *self._image_size), dtype=torch.uint8, device=self._device)  # (B, 3, H, W)
+        images = torch.empty(
+            (len(windows), 3, *self._image_size), dtype=torch.uint8, device=self._device
+        )  # (B, 3, H, W)
 
         def resize(number: int) -> None:
             window = torch.from_numpy(np.asarray(windows.at(number))).permute(2, 0, 1)[None]  # (1, 3, h, w)
@@ -93,7 +95,9 @@ class GpuDecoder:
     def run(self) -> UInt8[Tensor, "b 3 h w"]:
         """Images of the next iteration. RuntimeError when one cannot be decoded: the decoder is then of no use."""
         (decoded,) = self._pipeline.run()
-        images = torch.empty((len(decoded), 3, *self._image_size), dtype=torch.uint8, device=self._device)  # (B, 3, H, W)
+        images = torch.empty(
+            (len(decoded), 3, *self._image_size), dtype=torch.uint8, device=self._device
+        )  # (B, 3, H, W)
         stream = torch.cuda.current_stream(self._device)
         feed_ndarray(decoded.as_tensor(), images, cuda_stream=stream)
         stream.synchronize()  # DALI reuses `decoded` at its next run, and the images pass to another stream's thread

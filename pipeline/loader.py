@@ -6,6 +6,7 @@ epoch. A batch is cut into `world_size * micro_batches` slices by position alone
 masks on any number of ranks, and the state is how far the line has been consumed.
 """
 
+import contextlib
 import io
 import threading
 from collections import deque
@@ -102,7 +103,7 @@ class PretrainLoader:
         threads: int,
         prefetch: int,
     ):
-        """`threads` decode and, on the CPU, as many resize; `prefetch` micro-batches are read, and as many decoded, ahead."""
+        """`threads` decode and, on the CPU, as many resize; `prefetch` micro-batches are read, and decoded, ahead."""
         if slices.batch_size > len(dataset):
             raise MaelstreamError(
                 f"batch_size {slices.batch_size} is larger than the dataset: {dataset.folder} holds "
@@ -161,7 +162,7 @@ class PretrainLoader:
         encoded = [data.copy() for data in self._reader.read(plan.samples)]
         for data, sample in zip(encoded, plan.samples, strict=True):
             if reason := refusal(data):
-                raise DatasetError(f"{self._name(sample)}: {reason}; run `maelstream verify {self._dataset.folder}`")
+                raise DatasetError(f"{self._name(sample)}: {reason}; restore this shard, or pack it again")
         return EncodedBatch(encoded, plan.draws.windows, plan.draws.flips)
 
     def _name(self, sample: int) -> str:
@@ -202,7 +203,7 @@ class PretrainLoader:
                 Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
             except (OSError, SyntaxError) as reason:
                 return DatasetError(
-                    f"{self._name(sample)}: cannot be decoded ({reason}); run `maelstream verify {self._dataset.folder}`"
+                    f"{self._name(sample)}: cannot be decoded ({reason}); restore this shard, or pack it again"
                 )
         return error
 
@@ -219,10 +220,9 @@ class PretrainLoader:
 
     def _offer(self, batches: "Queue[Batch | Exception]", item: Batch | Exception) -> None:
         while not self._stop.is_set():
-            try:
-                return batches.put(item, timeout=_POLL_S)
-            except Full:
-                continue
+            with contextlib.suppress(Full):
+                batches.put(item, timeout=_POLL_S)
+                break
 
 
 def _take(batches: "Queue[Batch | Exception]") -> Batch:

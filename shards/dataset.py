@@ -63,7 +63,9 @@ class Dataset:
         try:
             index = pa.ipc.open_file(pa.memory_map(str(folder / INDEX_NAME))).get_batch(0)
         except (OSError, pa.ArrowInvalid) as error:
-            raise DatasetError(f"{folder / INDEX_NAME} is missing or damaged ({error}); pack the dataset again") from None
+            raise DatasetError(
+                f"{folder / INDEX_NAME} is missing or damaged ({error}); pack the dataset again"
+            ) from None
         if len(index) != manifest["samples"]:
             raise DatasetError(
                 f"{folder}: {INDEX_NAME} has {len(index)} samples, {MANIFEST_NAME} says {manifest['samples']}; "

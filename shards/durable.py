@@ -21,7 +21,9 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         aside.rename(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise DatasetError(f"{path} cannot be written ({error.strerror}); what was finished before it is kept") from None
+        raise DatasetError(
+            f"{path} cannot be written ({error.strerror}); what was finished before it is kept"
+        ) from None
     finally:
         aside.unlink(missing_ok=True)
 

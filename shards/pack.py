@@ -1,8 +1,8 @@
 """The builder: a plan's samples, each decoded in full first, into tar shards and their side files.
 
-A shard is built by `build_shard`, whoever calls it, to the same bytes. Its receipt, written after the shard itself, holds
-what the index needs of it; a build that is started again keeps every shard that has one. `dataset.json` is written last:
-where it stands, the dataset is whole.
+A shard is built by `build_shard`, whoever calls it, to the same bytes. Its receipt, written after the shard itself,
+holds what the index needs of it; a build that is started again keeps every shard that has one. `dataset.json` is
+written last: where it stands, the dataset is whole.
 """
 
 import hashlib
@@ -100,9 +100,7 @@ def build_shard(job: ShardJob) -> dict[str, Any]:
     with written_whole(job.destination / job.name) as file:
         hashed = _HashedFile(file)
         # USTAR, mtime 0 and no owner: the same bytes whoever writes them.
-        writer = webdataset.TarWriter(
-            hashed, user="", group="", mode=0o644, compress=False, encoder=False, mtime=0
-        )
+        writer = webdataset.TarWriter(hashed, user="", group="", mode=0o644, compress=False, encoder=False, mtime=0)
         for place, source in enumerate(job.sources):
             data = _read(job.root / source.path)
             try:
@@ -115,7 +113,8 @@ def build_shard(job: ShardJob) -> dict[str, Any]:
             label_offset = _write_member(writer, key, "cls", label)
             formats[info.extension] += 1
             dali_index.append(
-                f"{info.extension} {offset} {len(data)} {key}.{info.extension} cls {label_offset} {len(label)} {key}.cls"
+                f"{info.extension} {offset} {len(data)} {key}.{info.extension} "
+                f"cls {label_offset} {len(label)} {key}.cls"
             )
             row = (
                 job.number,
@@ -210,7 +209,12 @@ def _finish(plan: Plan, others: list[str], jobs: list[ShardJob]) -> None:
     with written_whole(destination / INDEX_NAME) as file:
         write_index(file, rows)
     shards = [
-        {"name": job.name, "samples": len(receipt["rows"]["key"]), "bytes": receipt["bytes"], "sha256": receipt["sha256"]}
+        {
+            "name": job.name,
+            "samples": len(receipt["rows"]["key"]),
+            "bytes": receipt["bytes"],
+            "sha256": receipt["sha256"],
+        }
         for job, receipt in zip(jobs, receipts, strict=True)
     ]
     with written_whole(destination / "_info.json") as file:  # timm's and webdataset's description of a split

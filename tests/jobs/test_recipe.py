@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.recipe import Recipe, RecipeError, differing_keys, dump_recipe, load_recipe
 from jobs.pretrain import schedule_of
+from jobs.recipe import Recipe, RecipeError, differing_keys, dump_recipe, load_recipe
 from model.mae import MAE
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -33,9 +33,7 @@ def test_a_printed_recipe_is_the_same_recipe(path: Path, tmp_path: Path) -> None
     assert load_recipe(recipe_file(tmp_path, dump_recipe(recipe))) == recipe
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"), [("b16", 111_907_840), ("l16", 329_541_888), ("h14", 657_074_508)]
-)
+@pytest.mark.parametrize(("name", "parameters"), [("b16", 111_907_840), ("l16", 329_541_888), ("h14", 657_074_508)])
 def test_the_papers_models_have_their_published_sizes(name: str, parameters: int) -> None:
     """Elements of the published full checkpoints, the frozen tables included."""
     recipe = load_recipe(next(path for path in RECIPES if path.stem == f"pretrain_vit_{name}"))

@@ -1,6 +1,7 @@
 """FLOPs: the formula, against torch's counter and the paper's models."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -31,16 +32,16 @@ def counted(config: MAEConfig, backward: bool) -> int:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_formula_counts_what_torch_counts(name):
+def test_the_formula_counts_what_torch_counts(name: str) -> None:
     assert forward_flops(CONFIGS[name]) == counted(CONFIGS[name], backward=False)
     assert training_flops(CONFIGS[name]) == counted(CONFIGS[name], backward=True)
 
 
-@pytest.mark.parametrize("sizes, giga", [({}, 59), ({"dim": 1024, "depth": 24, "heads": 16}, 125)])
-def test_training_costs_what_the_reference_s_does_within_two_percent(sizes, giga):
+@pytest.mark.parametrize(("sizes", "giga"), [({}, 59), ({"dim": 1024, "depth": 24, "heads": 16}, 125)])
+def test_training_costs_what_the_reference_s_does_within_two_percent(sizes: dict[str, Any], giga: int) -> None:
     # We are the cheaper one: the reference embeds hidden patches and predicts visible ones.
     assert 0.98 < training_flops(MAEConfig(**sizes)) / (giga * 1e9) <= 1
 
 
-def test_a_vit_huge_costs_five_times_a_base():
+def test_a_vit_huge_costs_five_times_a_base() -> None:
     assert training_flops(CONFIGS["H/14"]) == pytest.approx(291e9, rel=0.01)

@@ -29,7 +29,7 @@ def kept_matrix(keys: torch.Tensor, num_patches: int, keep: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("num_patches", [1, 16, 196, 256])
-def test_the_hash_is_splitmix64_on_uint64(num_patches):
+def test_the_hash_is_splitmix64_on_uint64(num_patches: int) -> None:
     keys = torch.cat([random_keys(50), torch.tensor([0, 1, -1, 2**63 - 1, -(2**63)])])
     unsigned = mix(keys.numpy().view(np.uint64) ^ np.uint64(0x7061746368657300))[:, None]
     numbers = np.arange(num_patches, dtype=np.uint64)
@@ -39,23 +39,24 @@ def test_the_hash_is_splitmix64_on_uint64(num_patches):
     assert np.array_equal(mask.kept, expected)
 
 
-def test_masks_never_change():
+def test_masks_never_change() -> None:
     mask = random_mask(torch.tensor([0, 1, -1, 123456789012345678]), 16, 4)
     assert mask.kept.tolist() == [[13, 8, 5, 14], [7, 13, 0, 11], [10, 3, 2, 7], [4, 6, 13, 7]]
     mask = random_mask(torch.tensor([2**63 - 1, -(2**63)]), 196, 49)
     assert mask.kept[:, :8].tolist() == [[61, 17, 40, 94, 140, 49, 116, 7], [61, 28, 19, 164, 151, 167, 47, 3]]
 
 
-def test_a_mask_splits_the_patches_and_restores_their_order():
+def test_a_mask_splits_the_patches_and_restores_their_order() -> None:
     mask = random_mask(random_keys(64), 196, 49)
     both = torch.cat([mask.kept, mask.removed], dim=1)
     everything = torch.arange(196).expand(64, -1)
-    assert mask.kept.shape == (64, 49) and mask.removed.shape == (64, 147)
+    assert mask.kept.shape == (64, 49)
+    assert mask.removed.shape == (64, 147)
     assert torch.equal(both.sort(dim=1).values, everything)
     assert torch.equal(both.gather(1, mask.restore), everything)
 
 
-def test_the_mask_of_a_key_does_not_depend_on_the_rest_of_the_batch():
+def test_the_mask_of_a_key_does_not_depend_on_the_rest_of_the_batch() -> None:
     keys = random_keys(32)
     together = random_mask(keys, 196, 49)
     alone = [random_mask(key[None], 196, 49) for key in keys]
@@ -63,16 +64,17 @@ def test_the_mask_of_a_key_does_not_depend_on_the_rest_of_the_batch():
         assert torch.equal(getattr(together, name), torch.cat([getattr(mask, name) for mask in alone]))
 
 
-def test_torch_s_generators_do_not_move_a_mask_and_are_not_moved():
+def test_torch_s_generators_do_not_move_a_mask_and_are_not_moved() -> None:
     torch.manual_seed(1)
     first = random_mask(random_keys(4), 64, 16)
     torch.manual_seed(2)
     before = torch.get_rng_state()
     second = random_mask(random_keys(4), 64, 16)
-    assert torch.equal(first.kept, second.kept) and torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.kept, second.kept)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_every_patch_is_kept_equally_often():
+def test_every_patch_is_kept_equally_often() -> None:
     keys, num_patches, keep = 40_000, 196, 49
     counts = kept_matrix(random_keys(keys), num_patches, keep).sum(0)
     rate = keep / num_patches
@@ -82,7 +84,7 @@ def test_every_patch_is_kept_equally_often():
     assert abs(chi_square - 195) < 5 * math.sqrt(2 * 195)
 
 
-def test_pairs_of_patches_are_kept_independently():
+def test_pairs_of_patches_are_kept_independently() -> None:
     keys, num_patches, keep = 40_000, 49, 12
     kept = kept_matrix(random_keys(keys, seed=1), num_patches, keep)
     pairs = (kept.T @ kept)[np.triu_indices(num_patches, 1)]
@@ -93,7 +95,7 @@ def test_pairs_of_patches_are_kept_independently():
 
 
 @pytest.mark.parametrize("name", ["consecutive", "one bit apart", "a gamma apart"])
-def test_masks_of_close_keys_are_unrelated(name):
+def test_masks_of_close_keys_are_unrelated(name: str) -> None:
     numbers = torch.arange(4_000)
     keys, others = {
         "consecutive": (numbers, numbers + 1),
@@ -107,7 +109,7 @@ def test_masks_of_close_keys_are_unrelated(name):
     assert 0.9 < overlap.std() / deviation < 1.1
 
 
-def test_all_masks_of_a_small_grid_come_equally_often():
+def test_all_masks_of_a_small_grid_come_equally_often() -> None:
     masks = np.sort(random_mask(random_keys(60_000, seed=2), 6, 3).kept.numpy(), axis=1)
     counts = np.array(list(Counter(map(tuple, masks)).values()))
     assert len(counts) == math.comb(6, 3)
@@ -115,7 +117,7 @@ def test_all_masks_of_a_small_grid_come_equally_often():
     assert ((counts - 3_000) ** 2 / 3_000).sum() < 19 + 5 * math.sqrt(2 * 19)
 
 
-def test_a_compiled_mask_has_the_same_bits():
+def test_a_compiled_mask_has_the_same_bits() -> None:
     keys = random_keys(16)
     compiled = torch.compile(random_mask, fullgraph=True)(keys, 196, 49)
     for ours, eager in zip(compiled, random_mask(keys, 196, 49), strict=True):
@@ -123,27 +125,28 @@ def test_a_compiled_mask_has_the_same_bits():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gpu_draws_the_same_bits():
+def test_the_gpu_draws_the_same_bits() -> None:
     keys = random_keys(512)
     for ours, theirs in zip(random_mask(keys.cuda(), 196, 49), random_mask(keys, 196, 49), strict=True):
         assert torch.equal(ours.cpu(), theirs)
 
 
-def test_the_patches_of_lowest_score_stay():
+def test_the_patches_of_lowest_score_stay() -> None:
     mask = mask_by_score(torch.tensor([[0.3, 0.1, 0.9, 0.2]]), 2)
-    assert mask.kept.tolist() == [[1, 3]] and mask.removed.tolist() == [[0, 2]]
+    assert mask.kept.tolist() == [[1, 3]]
+    assert mask.removed.tolist() == [[0, 2]]
     assert mask.restore.tolist() == [[2, 0, 3, 1]]
 
 
-def test_take_picks_the_numbered_tokens_in_order():
+def test_take_picks_the_numbered_tokens_in_order() -> None:
     tokens = torch.arange(12.0).reshape(1, 4, 3)
     assert take(tokens, torch.tensor([[3, 1]])).tolist() == [[[9, 10, 11], [3, 4, 5]]]
 
 
-def test_kept_patches_are_cut_off_not_rounded():
+def test_kept_patches_are_cut_off_not_rounded() -> None:
     assert [keep_count(196, 0.75), keep_count(256, 0.75), keep_count(100, 0.9), keep_count(16, 0)] == [49, 64, 9, 16]
 
 
-def test_too_many_patches_for_distinct_scores_are_refused():
+def test_too_many_patches_for_distinct_scores_are_refused() -> None:
     with pytest.raises(ValueError, match="65537 patches"):
         random_mask(random_keys(1), 2**16 + 1, 1)

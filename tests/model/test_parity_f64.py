@@ -1,20 +1,26 @@
 """Float64 parity with the reference implementation, where a wrong GELU form or epsilon cannot hide."""
 
+import dataclasses
 import json
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import ArrayLike
 
 from model.mae import MAE, MAEConfig
-from model.masking import keep_count, mask_by_score, take
+from model.masking import Mask, keep_count, mask_by_score, take
 from model.optimise import lr_at, weight_decay_groups
-from model.patches import patch_statistics, patchify, target_of, unpatchify
+from model.patches import Target, patch_statistics, patchify, target_of, unpatchify
 
-SMALL = dict(image_size=(64, 64), dim=64, depth=2, heads=4, decoder_dim=32, decoder_depth=2, decoder_heads=4)
-TARGETS = {"npl0": "pixel", "npl1": "normalised_pixel"}
+Golden = Callable[[str], Mapping[str, np.ndarray]]
+
+SMALL = MAEConfig(image_size=(64, 64), dim=64, depth=2, heads=4, decoder_dim=32, decoder_depth=2, decoder_heads=4)
+TARGETS: dict[str, Target] = {"npl0": "pixel", "npl1": "normalised_pixel"}
 SHAPES = json.loads((Path(__file__).parents[1] / "golden/f64/state_dict_shapes.json").read_text())
 SIZES = {
     "base": MAEConfig(),
@@ -37,12 +43,12 @@ def with_golden_weights(config: MAEConfig) -> MAE:
 
 
 @pytest.fixture(scope="module")
-def base_weights():
+def base_weights() -> dict[str, torch.Tensor]:
     """The drawn weights of ViT-B, once: drawing 112 million numbers takes seconds."""
     return with_golden_weights(MAEConfig()).float().state_dict()
 
 
-def base_model(weights, **options) -> MAE:
+def base_model(weights: dict[str, torch.Tensor], **options: Any) -> MAE:
     model = MAE(MAEConfig(**options))
     model.load_state_dict(weights)
     return model
@@ -52,39 +58,43 @@ def widened(name: str, shape: tuple[int, ...], kind: str = "standard_normal") ->
     return torch.from_numpy(drawn(name, shape, kind).astype(np.float32)).double()
 
 
-def small_inputs(model: MAE, suffix: str = ""):
+def small_inputs(model: MAE, suffix: str = "") -> tuple[torch.Tensor, Mask]:
     mask = mask_by_score(widened(f"noise{suffix}", (3, 16), "random_sample"), model.config.keep)
     return widened(f"images{suffix}", (3, 3, 64, 64)), mask
 
 
-def base_inputs(vectors, dtype: torch.dtype):
+def base_inputs(vectors: Mapping[str, np.ndarray], dtype: torch.dtype) -> tuple[torch.Tensor, Mask]:
     mean, std = np.array(MAEConfig().mean), np.array(MAEConfig().std)
     images = ((vectors["images_u8"] / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
     return torch.from_numpy(images).to(dtype), mask_by_score(widened("noise", (2, 196), "random_sample"), 49)
 
 
-def predictions_of(model: MAE, images: torch.Tensor, mask):
+def predictions_of(model: MAE, images: torch.Tensor, mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         patches = patchify(images, model.config.patch_size)
         latent = model.encode_patches(take(patches, mask.kept), mask.kept)
         return latent, model.predict(model.decode(latent, mask.restore))
 
 
-def close(ours, reference, tolerance: float) -> None:
+def gradients_of(model: MAE) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def close(ours: ArrayLike, reference: ArrayLike, tolerance: float) -> None:
     np.testing.assert_allclose(np.asarray(ours), np.asarray(reference), rtol=tolerance, atol=tolerance)
 
 
-def test_small_masks_exactly(golden):
+def test_small_masks_exactly(golden: Golden) -> None:
     vectors = golden("f64/mae_small")
-    _, mask = small_inputs(MAE(MAEConfig(**SMALL)))
+    _, mask = small_inputs(MAE(SMALL))
     assert np.array_equal(torch.cat([mask.kept, mask.removed], dim=1), vectors["ids_shuffle"])
     assert np.array_equal(mask.restore, vectors["ids_restore"])
     assert np.array_equal(mask.restore >= 4, vectors["mask"] == 1)
 
 
-def test_small_latent_and_predictions(golden):
+def test_small_latent_and_predictions(golden: Golden) -> None:
     vectors = golden("f64/mae_small")
-    model = with_golden_weights(MAEConfig(**SMALL))
+    model = with_golden_weights(SMALL)
     latent, predictions = predictions_of(model, *small_inputs(model))
     close(latent, vectors["latent_f64"], 1e-8)
     close(predictions[:1], vectors["pred_f64"], 1e-8)
@@ -93,12 +103,12 @@ def test_small_latent_and_predictions(golden):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_small_loss_and_gradients(golden, target):
+def test_small_loss_and_gradients(golden: Golden, target: str) -> None:
     vectors = golden("f64/mae_small")
-    model = with_golden_weights(MAEConfig(**SMALL, target=TARGETS[target]))
+    model = with_golden_weights(dataclasses.replace(SMALL, target=TARGETS[target]))
     loss = model.loss(*small_inputs(model))
     loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = gradients_of(model)
     close(loss.detach(), vectors[f"{target}_f64_loss"], 1e-10)
     norms = [gradients[name].norm() for name in vectors["param_names"]]
     np.testing.assert_allclose(norms, vectors[f"{target}_f64_gradnorm"], rtol=1e-8)
@@ -106,9 +116,9 @@ def test_small_loss_and_gradients(golden, target):
     close(gradients["mask_token"], vectors[f"{target}_f64_grad_mask_token"], 1e-10)
 
 
-def test_normalised_target(golden):
+def test_normalised_target(golden: Golden) -> None:
     vectors = golden("f64/mae_small")
-    patches = patchify(small_inputs(MAE(MAEConfig(**SMALL)))[0], 16)
+    patches = patchify(small_inputs(MAE(SMALL))[0], 16)
     mean, deviation = patch_statistics(patches)
     close(mean, vectors["target_norm_mean"], 1e-12)
     close(deviation**2 - 1e-6, vectors["target_norm_var_unbiased"], 1e-12)
@@ -118,23 +128,23 @@ def test_normalised_target(golden):
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.6, 0.8])
-def test_loss_at_other_ratios(golden, ratio):
+def test_loss_at_other_ratios(golden: Golden, ratio: float) -> None:
     vectors = golden("f64/mae_small")
-    model = with_golden_weights(MAEConfig(**SMALL, mask_ratio=ratio))
+    model = with_golden_weights(dataclasses.replace(SMALL, mask_ratio=ratio))
     images, mask = small_inputs(model)
     assert [mask.removed.shape[1]] * 3 == vectors[f"ratio{ratio}_masksum"].tolist()
     close(model.loss(images, mask).detach(), vectors[f"ratio{ratio}_loss"], 1e-10)
 
 
-def test_kept_patches_are_counted_in_floating_point(golden):
+def test_kept_patches_are_counted_in_floating_point(golden: Golden) -> None:
     for num_patches, ratio, kept in golden("f64/mae_small")["len_keep_table"]:
         assert keep_count(int(num_patches), ratio) == kept
     assert keep_count(100, 0.9) == 9
 
 
-def test_six_steps_of_adamw(golden):
+def test_six_steps_of_adamw(golden: Golden) -> None:
     vectors = golden("f64/mae_small")
-    model = with_golden_weights(MAEConfig(**SMALL))
+    model = with_golden_weights(SMALL)
     optimizer = torch.optim.AdamW(weight_decay_groups(model, 0.05), betas=(0.9, 0.95), eps=1e-8)
     for step in range(6):
         lr = lr_at(step, peak=1e-2, floor=0.0, warmup_steps=3, total_steps=6)
@@ -143,7 +153,7 @@ def test_six_steps_of_adamw(golden):
         loss = model.loss(*small_inputs(model, f"/{step}"))
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+        norm = torch.nn.utils.get_total_norm(gradients_of(model).values())
         optimizer.step()
         close(lr, vectors["train_lr"][step], 1e-15)
         close(loss.detach(), vectors["train_loss_f64"][step], 1e-10)
@@ -156,18 +166,18 @@ def test_six_steps_of_adamw(golden):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_base_loss_and_gradients(golden, base_weights, target):
+def test_base_loss_and_gradients(golden: Golden, base_weights: dict[str, torch.Tensor], target: str) -> None:
     vectors = golden("f64/mae_base")
     model = base_model(base_weights, target=TARGETS[target]).double()
     loss = model.loss(*base_inputs(vectors, torch.float64))
     loss.backward()
     close(loss.detach(), vectors[f"{target}_f64_loss"], 1e-10)
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = gradients_of(model)
     norms = [gradients[name].norm() for name in vectors[f"{target}_gradnorm_names"]]
     np.testing.assert_allclose(norms, vectors[f"{target}_gradnorm"], rtol=1e-8)
 
 
-def test_base_masks_latent_and_predictions(golden, base_weights):
+def test_base_masks_latent_and_predictions(golden: Golden, base_weights: dict[str, torch.Tensor]) -> None:
     vectors = golden("f64/mae_base")
     images, mask = base_inputs(vectors, torch.float64)
     latent, predictions = predictions_of(base_model(base_weights).double(), images, mask)
@@ -180,7 +190,7 @@ def test_base_masks_latent_and_predictions(golden, base_weights):
 
 
 @pytest.mark.parametrize("attention", ["math", "sdpa"])
-def test_base_loss_in_lower_precision(golden, base_weights, attention):
+def test_base_loss_in_lower_precision(golden: Golden, base_weights: dict[str, torch.Tensor], attention: str) -> None:
     vectors = golden("f64/mae_base")
     images, mask = base_inputs(vectors, torch.float32)
     model = base_model(base_weights, attention=attention)
@@ -194,11 +204,11 @@ def test_base_loss_in_lower_precision(golden, base_weights, attention):
         whole = model.bfloat16().loss(images, mask)  # as DeepSpeed's bf16 mode holds the module
     assert autocast.dtype == whole.dtype == torch.float32
     assert abs(float(autocast) - reference) < 2e-3
-    assert abs(float(whole) - reference) < 1e-2
+    assert abs(float(whole) - reference) < 5e-3
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_state_dict_has_the_keys_and_shapes_of_the_published_checkpoints(size):
+def test_state_dict_has_the_keys_and_shapes_of_the_published_checkpoints(size: str) -> None:
     with torch.device("meta"):
         state = MAE(SIZES[size]).state_dict()
     assert {name: list(tensor.shape) for name, tensor in state.items()} == SHAPES[size]

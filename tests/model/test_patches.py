@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from model.patches import denormalise, normalise, patch_statistics, patchify, pixels_of, target_of, unpatchify
+from model.patches import Target, denormalise, normalise, patch_statistics, patchify, pixels_of, target_of, unpatchify
 
 
-def test_a_patch_is_its_rows_then_columns_then_channels():
+def test_a_patch_is_its_rows_then_columns_then_channels() -> None:
     images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6).float()
     patches = patchify(images, 2)
     assert patches.shape == (2, 6, 12)
@@ -15,13 +15,13 @@ def test_a_patch_is_its_rows_then_columns_then_channels():
     assert torch.equal(patches[1, row * 3 + column], expected)
 
 
-@pytest.mark.parametrize("channels, height, width, size", [(3, 32, 32, 4), (1, 48, 16, 8), (5, 14, 42, 14)])
-def test_unpatchify_undoes_patchify(channels, height, width, size):
+@pytest.mark.parametrize(("channels", "height", "width", "size"), [(3, 32, 32, 4), (1, 48, 16, 8), (5, 14, 42, 14)])
+def test_unpatchify_undoes_patchify(channels: int, height: int, width: int, size: int) -> None:
     images = torch.rand(2, channels, height, width)
     assert torch.equal(unpatchify(patchify(images, size), size, (height // size, width // size)), images)
 
 
-def test_normalise_is_float32_and_denormalise_undoes_it():
+def test_normalise_is_float32_and_denormalise_undoes_it() -> None:
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 2, 16, 16)
     mean, std = (0.1, 0.5), (0.2, 0.9)
     normalised = normalise(images, mean, std)
@@ -31,22 +31,23 @@ def test_normalise_is_float32_and_denormalise_undoes_it():
     assert (denormalise(normalised, mean, std) - images / 255).abs().max() < 1e-6
 
 
-def test_as_many_means_as_channels():
+def test_as_many_means_as_channels() -> None:
     with pytest.raises(ValueError):
         normalise(torch.zeros(1, 2, 4, 4, dtype=torch.uint8), (0.5, 0.5), (0.5,))
 
 
-def test_the_variance_is_unbiased_and_taken_over_pixels_and_channels():
+def test_the_variance_is_unbiased_and_taken_over_pixels_and_channels() -> None:
     patches = torch.tensor([[[1.0, 2.0, 3.0, 6.0]]])
     mean, deviation = patch_statistics(patches)
-    assert mean.item() == 3 and deviation.item() == pytest.approx((14 / 3 + 1e-6) ** 0.5)
+    assert mean.item() == 3
+    assert deviation.item() == pytest.approx((14 / 3 + 1e-6) ** 0.5)
 
 
-def test_a_flat_patch_has_a_finite_target():
+def test_a_flat_patch_has_a_finite_target() -> None:
     assert not target_of(torch.full((1, 2, 12), 0.7), "normalised_pixel").abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("target", ["pixel", "normalised_pixel"])
-def test_a_perfect_prediction_gives_the_pixels_back(target):
+def test_a_perfect_prediction_gives_the_pixels_back(target: Target) -> None:
     patches = torch.randn(2, 5, 48)
     assert torch.allclose(pixels_of(target_of(patches, target), patches, target), patches, atol=1e-5)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import pytest
@@ -11,20 +12,23 @@ import torch
 from model.mae import MAEConfig, position_tables
 from model.position import sincos_table
 
+Golden = Callable[[str], Mapping[str, np.ndarray]]
 
-def test_tables_are_the_reference_s(golden):
+
+def test_tables_are_the_reference_s(golden: Golden) -> None:
     for name, rows in golden("pos_embed").items():
-        grid, dim = map(int, re.fullmatch(r"grid(\d+)_dim(\d+)", name).groups())
+        grid, dim = map(int, re.findall(r"\d+", name))
         table = sincos_table((grid, grid), dim)
-        assert table.dtype == torch.float32 and table.shape == (1, 1 + grid * grid, dim)
+        assert table.dtype == torch.float32
+        assert table.shape == (1, 1 + grid * grid, dim)
         assert np.array_equal(table[0, :: max(1, grid // 4)], rows)
 
 
-def test_tables_are_the_reference_s_in_every_row(golden):
+def test_tables_are_the_reference_s_in_every_row(golden: Golden) -> None:
     vectors = golden("f64/pos_embed")
     tables = json.loads(str(vectors["meta_json"]))
     for name in (name for name in tables if name.startswith("g")):
-        grid, dim = map(int, re.fullmatch(r"g(\d+)_d(\d+)", name).groups())
+        grid, dim = map(int, re.findall(r"\d+", name))
         table = sincos_table((grid, grid), dim)[0].numpy()
         same_libm = hashlib.sha256(table.astype("<f4").tobytes()).hexdigest() == tables[name]["sha256_f32"]
         np.testing.assert_allclose(table[vectors[f"{name}_rows"]], vectors[f"{name}_val"], rtol=0, atol=1e-7)
@@ -33,24 +37,27 @@ def test_tables_are_the_reference_s_in_every_row(golden):
     np.testing.assert_allclose(sincos_table((4, 4), 64)[0], vectors["g4_d64_full"], rtol=0, atol=1e-7)
 
 
-def test_a_rectangular_table_is_cut_from_a_square_one():
+def test_a_rectangular_table_is_cut_from_a_square_one() -> None:
     square = sincos_table((8, 8), 32)[0, 1:].reshape(8, 8, 32)
     assert torch.equal(sincos_table((3, 8), 32)[0, 1:].reshape(3, 8, 32), square[:3])
     assert torch.equal(sincos_table((8, 5), 32)[0, 1:].reshape(8, 5, 32), square[:, :5])
 
 
-def test_the_first_half_encodes_the_column_and_the_second_the_row():
+def test_the_first_half_encodes_the_column_and_the_second_the_row() -> None:
     table = sincos_table((3, 5), 16)[0, 1:].reshape(3, 5, 16)
-    assert torch.equal(table[0, :, :8], table[2, :, :8]) and not torch.equal(table[:, 0, :8], table[:, 4, :8])
-    assert torch.equal(table[:, 0, 8:], table[:, 4, 8:]) and not torch.equal(table[0, :, 8:], table[2, :, 8:])
-    assert table[1, 3, 0] == np.float32(np.sin(3.0)) and table[1, 3, 12] == np.float32(np.cos(1.0))
+    assert torch.equal(table[0, :, :8], table[2, :, :8])
+    assert not torch.equal(table[:, 0, :8], table[:, 4, :8])
+    assert torch.equal(table[:, 0, 8:], table[:, 4, 8:])
+    assert not torch.equal(table[0, :, 8:], table[2, :, 8:])
+    assert table[1, 3, 0] == np.float32(np.sin(3.0))
+    assert table[1, 3, 12] == np.float32(np.cos(1.0))
 
 
-def test_the_class_token_has_a_zero_row():
+def test_the_class_token_has_a_zero_row() -> None:
     assert not sincos_table((4, 4), 32)[0, 0].any()
 
 
-def test_both_tables_of_a_model_come_under_their_checkpoint_keys():
+def test_both_tables_of_a_model_come_under_their_checkpoint_keys() -> None:
     tables = position_tables(MAEConfig(image_size=(96, 160)))
     assert {name: tuple(table.shape) for name, table in tables.items()} == {
         "pos_embed": (1, 61, 768),
@@ -58,6 +65,6 @@ def test_both_tables_of_a_model_come_under_their_checkpoint_keys():
     }
 
 
-def test_a_width_without_room_for_four_waves_is_refused():
+def test_a_width_without_room_for_four_waves_is_refused() -> None:
     with pytest.raises(ValueError, match="30 is not divisible by 4"):
         sincos_table((4, 4), 30)

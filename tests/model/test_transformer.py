@@ -7,12 +7,12 @@ import torch
 from timm.models.vision_transformer import Attention
 
 from model.mae import MAE, MAEConfig
-from model.transformer import PatchProjection, choose_attention
+from model.transformer import AttentionKind, PatchProjection, choose_attention
 
 CONFIG = MAEConfig(image_size=(32, 32), dim=192, depth=2, heads=3, decoder_dim=128, decoder_depth=1, decoder_heads=4)
 
 
-def test_every_parameter_starts_as_in_the_paper():
+def test_every_parameter_starts_as_in_the_paper() -> None:
     for name, parameter in MAE(CONFIG, seed=5).named_parameters():
         if name.endswith("_token"):
             assert 0.015 < parameter.std() < 0.025, name
@@ -26,13 +26,14 @@ def test_every_parameter_starts_as_in_the_paper():
             assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
 
 
-def test_layer_norms_have_the_reference_s_epsilon():
+def test_layer_norms_have_the_reference_s_epsilon() -> None:
     norms = [module for module in MAE(CONFIG).modules() if isinstance(module, torch.nn.LayerNorm)]
-    assert len(norms) == 2 * 3 + 2 and {norm.eps for norm in norms} == {1e-6}
+    assert len(norms) == 2 * 3 + 2
+    assert {norm.eps for norm in norms} == {1e-6}
 
 
 @pytest.mark.parametrize(
-    "kind, device, fused",
+    ("kind", "device", "fused"),
     [
         ("auto", "cuda", True),
         ("auto", "cpu", False),
@@ -40,26 +41,26 @@ def test_layer_norms_have_the_reference_s_epsilon():
         ("math", "cuda", False),
     ],
 )
-def test_attention_is_chosen_by_device(kind, device, fused):
+def test_attention_is_chosen_by_device(kind: AttentionKind, device: str, fused: bool) -> None:
     model = MAE(CONFIG)
     choose_attention(model, kind, torch.device(device))
     assert {module.fused_attn for module in model.modules() if isinstance(module, Attention)} == {fused}
 
 
-def test_a_built_model_has_the_attention_of_its_device():
+def test_a_built_model_has_the_attention_of_its_device() -> None:
     with torch.device("meta"):
         model = MAE(CONFIG)
     assert not any(module.fused_attn for module in model.modules() if isinstance(module, Attention))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_attention_follows_the_model_to_the_gpu_and_back():
+def test_attention_follows_the_model_to_the_gpu_and_back() -> None:
     model = MAE(CONFIG)
     assert all(module.fused_attn for module in model.cuda().modules() if isinstance(module, Attention))
     assert not any(module.fused_attn for module in model.cpu().modules() if isinstance(module, Attention))
 
 
-def test_a_projection_takes_float_patches_of_any_width():
+def test_a_projection_takes_float_patches_of_any_width() -> None:
     projection = PatchProjection(3, 8, 2)
     torch.nn.init.normal_(projection.weight)
     torch.nn.init.zeros_(projection.bias)

@@ -1,0 +1,46 @@
+"""What several rooms' tests stand on: small datasets of generated photographs, packed for real."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jobs.pack import main as pack
+from shards.dataset import Dataset
+
+# Ranks that a test starts import jobs/ and tests/ alike; two of them share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def write_images(folder: Path, classes: int, per_class: int, seed: int = 0) -> Path:
+    """Class folders of JPEGs of many sizes: smooth colour fields, so that cropping and resizing mean something."""
+    random = np.random.default_rng(seed)
+    for label in range(classes):
+        (folder / f"class{label:02d}").mkdir(parents=True)
+        for number in range(per_class):
+            width, height = random.integers(40, 160, 2)
+            coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            image = Image.fromarray(coarse).resize((int(width), int(height)), Image.Resampling.BICUBIC)
+            image.save(folder / f"class{label:02d}" / f"{number:03d}.jpg", quality=90)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """60 samples of 3 classes in several shards."""
+    folder = tmp_path_factory.mktemp("packed")
+    write_images(folder / "images", classes=3, per_class=20)
+    assert pack([str(folder / "images"), str(folder / "shards"), "--shard-size", "40KiB", "--workers", "1"]) == 0
+    return Dataset.open(folder / "shards")
+
+
+@pytest.fixture(scope="session")
+def imagenet_sample() -> Path:
+    """A folder of real ImageNet files; the test is skipped where there is none."""
+    if not (folder := SHARED / "imagenet-sample").is_dir():
+        pytest.skip("no imagenet-sample beside the repository")
+    return folder

@@ -1,0 +1,231 @@
+"""Pre-training as a user runs it: two ranks through the deepspeed launcher, stopped, resumed, looked at."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from jobs.command import run
+from jobs.runfolder import RunFolder
+from shards.dataset import Dataset
+
+pytestmark = pytest.mark.xdist_group("pretrain")  # one worker runs them all, so that the long run is made once
+
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+RECIPE = f"""
+model: {{image_size: [32, 32], patch_size: 8, dim: 48, depth: 2, heads: 3, decoder_dim: 32, decoder_depth: 1,
+         decoder_heads: 4}}
+optim: {{batch_size: 10, base_lr: 0.05, warmup_epochs: 0.5, epochs: {STEPS * 10 / 60}}}
+engine: {{micro_batch_size: 3}}
+log: {{every_steps: 1}}
+checkpoint: {{every_steps: 4, keep: 2}}
+"""
+
+
+def launch(ranks: int, *args: str) -> subprocess.CompletedProcess:
+    """`deepspeed --num_gpus RANKS --module jobs.pretrain ARGS`, as on the command line."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--master_port", str(port)]
+    command = [*deepspeed, "--num_gpus", str(ranks), "--module", "jobs.pretrain", *args]
+    # Its runner hands PYTHONPATH on; the interpreter's folder leads to the same python3 for the ranks.
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def recipe(packed: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(RECIPE + f"data: {{dataset: {packed.folder}}}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run on 2 ranks that nobody stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    done = launch(2, str(recipe), "--run", str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return RunFolder(folder)
+
+
+def losses(folder: RunFolder) -> list[tuple[int, float, float]]:
+    return [(line["step"], line["loss"], line["lr"]) for line in folder.read_metrics()]
+
+
+def test_a_run_stopped_at_step_7_and_resumed_is_bit_identical(
+    undisturbed: RunFolder, recipe: Path, tmp_path: Path
+) -> None:
+    for more in (["--stop-at-step", "7"], []):
+        done = launch(2, str(recipe), "--run", str(tmp_path / "run"), *more)
+        assert done.returncode == 0, done.stdout + done.stderr
+    resumed = RunFolder(tmp_path / "run")
+    assert [step for step, *_ in losses(resumed)] == list(range(1, STEPS + 1))
+    assert losses(resumed) == losses(undisturbed)
+    ours, theirs = resumed.checkpoints.weights(STEPS), undisturbed.checkpoints.weights(STEPS)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_one_rank_trains_on_the_same_batches_as_two(undisturbed: RunFolder, recipe: Path, tmp_path: Path) -> None:
+    """Losses differ by the order of sums and by bf16's rounding of the gradients that each rank adds up."""
+    assert launch(1, str(recipe), "--run", str(tmp_path / "run")).returncode == 0
+    for (step, alone, _), (_, shared, _) in zip(losses(RunFolder(tmp_path / "run")), losses(undisturbed), strict=True):
+        assert alone == pytest.approx(shared, rel=1e-6 if step == 1 else 2e-3)
+
+
+def test_the_run_folder_holds_what_was_asked_and_what_was_seen(undisturbed: RunFolder) -> None:
+    assert undisturbed.checkpoints.steps() == [8, 12]  # every 4 steps, the newest 2 kept
+    assert undisturbed.recipe().optim.batch_size == 10
+    assert list(undisturbed.tensorboard.glob("events.*"))
+    first, last = undisturbed.read_metrics()[0], undisturbed.read_metrics()[-1]
+    assert first.keys() >= {"step", "epoch", "loss", "lr", "images_per_s", "data_wait"}
+    assert first["lr"] == 0 and last["loss"] < 0.99 * first["loss"]
+
+
+def test_weights_have_the_reference_s_names_and_are_float32(undisturbed: RunFolder) -> None:
+    weights = load_file(undisturbed.path / "checkpoints" / "step-00000012" / "weights.safetensors")
+    assert {"cls_token", "mask_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "decoder_pred.bias"} <= (
+        weights.keys()
+    )
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_a_finished_run_that_is_started_again_does_nothing(undisturbed: RunFolder, recipe: Path) -> None:
+    before = undisturbed.metrics.read_bytes()
+    assert launch(2, str(recipe), "--run", str(undisturbed.path)).returncode == 0
+    assert undisturbed.metrics.read_bytes() == before
+
+
+def test_another_number_of_ranks_gets_one_clear_line(undisturbed: RunFolder, recipe: Path) -> None:
+    done = launch(1, str(recipe), "--run", str(undisturbed.path))
+    assert done.returncode == 2
+    assert "was written by 2 ranks and cannot be loaded by 1; start the run with 2 ranks" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_changed_experiment_is_refused(
+    undisturbed: RunFolder, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run("pretrain", [str(recipe), "--run", str(undisturbed.path), "--model.depth", "3"])
+    assert code == 2
+    assert "holds a run with another model.depth" in capsys.readouterr().err
+
+
+def test_reconstruct_writes_a_picture(undisturbed: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("reconstruct", [str(undisturbed.path), "--count", "3"]) == 0
+    picture = undisturbed.path / "reconstructions" / "step-00000012.png"
+    assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in capsys.readouterr().out
+
+
+def test_report_writes_a_page_that_loads_nothing(undisturbed: RunFolder) -> None:
+    assert run("report", [str(undisturbed.path)]) == 0
+    page = (undisturbed.path / "report.html").read_text()
+    assert "<svg" in page and 'src="http' not in page and 'href="http' not in page.replace('xlink:href="#', "")
+
+
+def test_print_config_prints_a_recipe_that_resolves_to_itself(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("pretrain", [str(recipe), "--print-config", "--optim.base-lr", "0.5"]) == 0
+    printed = capsys.readouterr().out
+    assert "base_lr: 0.5" in printed
+    (tmp_path / "again.yaml").write_text(printed)
+    assert run("pretrain", [str(tmp_path / "again.yaml"), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--data.dataset", "nowhere"], "nowhere is no packed dataset"),
+        (["--optim.batch-size", "61"], "batch_size 61 is larger than the dataset"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], complaint: str
+) -> None:
+    assert run("pretrain", [str(recipe), "--run", str(tmp_path / "run"), *more]) == 2
+    said = capsys.readouterr().err
+    assert complaint in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["--optim.batch-size", "0"], "batch_size 0 is not positive"),
+        (["--model.patch-size", "7"], "not divisible by patch_size 7"),
+        (["--optim.batchsize", "4"], "--optim.batch-size"),
+    ],
+)
+def test_a_wrong_override_is_explained_with_exit_code_2(
+    recipe: Path, capsys: pytest.CaptureFixture[str], more: list[str], complaint: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("pretrain", [str(recipe), *more])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert complaint in " ".join(said.replace("│", "").split()) and "Traceback" not in said
+
+
+def test_more_ranks_than_samples_in_a_batch_get_one_line(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "11")
+    assert run("pretrain", [str(recipe), "--run", str(tmp_path / "run")]) == 2
+    assert "a batch of 10 samples cannot be shared by 11 ranks" in capsys.readouterr().err
+
+
+def test_only_rank_0_complains(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run("pretrain", [str(recipe), "--run", str(tmp_path / "run"), "--data.dataset", "nowhere"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "report"])
+def test_a_folder_that_is_no_run_gets_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert run(command, [str(tmp_path)]) == 2
+    assert "is not a run: it has no config.yaml" in capsys.readouterr().err
+
+
+def test_a_damaged_sample_ends_the_run_with_its_name(recipe: Path, packed: Dataset, tmp_path: Path) -> None:
+    """The first sample's bytes are overwritten where they lie; DALI would take the process down."""
+    copy = tmp_path / "shards"
+    copy.mkdir()
+    for path in packed.folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    with (copy / packed.shard_names[0]).open("r+b") as shard:
+        shard.seek(int(packed.offset[0]))
+        shard.write(b"GIF89a")
+    done = launch(1, str(recipe), "--run", str(tmp_path / "run"), "--data.dataset", str(copy))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"sample {packed.keys(np.array([0]))[0]}: not a JPEG, PNG, WebP or BMP" in done.stderr
+
+
+def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path: Path, undisturbed: RunFolder) -> None:
+    folder = RunFolder(tmp_path)
+    lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)]
+    folder.metrics.write_text("\n".join(lines) + '\n{"step": 5, "lo')  # killed while it wrote the last line
+    folder.start(undisturbed.recipe(), step=2)
+    assert [line["step"] for line in folder.read_metrics()] == [1, 2]
+
+
+def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000008.writing").mkdir()
+    assert folder.checkpoints.steps() == [4] and folder.last_step() == 4

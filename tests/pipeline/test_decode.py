@@ -1,0 +1,155 @@
+"""The CPU graph's images are PIL's; what must not reach DALI does not; a bad sample is named."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.decode import DECODERS, CpuDecoder, EncodedBatch, refusal
+from pipeline.draws import AugmentDraws, CropConfig
+
+SIZE = (224, 224)
+
+
+def encoded(image: Image.Image, form: str, **options: object) -> np.ndarray:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def photograph(width: int = 300, height: int = 200, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def decode(batch: EncodedBatch, device: str = "cpu") -> torch.Tensor:
+    decoder = DECODERS[device](lambda _: batch, len(batch.encoded), SIZE, 2, torch.device(device, 0))
+    return decoder.run().cpu()
+
+
+def as_pil_does(data: np.ndarray, window: np.ndarray, flip: bool) -> np.ndarray:
+    """(3, H, W): decode, crop, bicubic resize and flip by PIL."""
+    left, top, width, height = window.tolist()
+    with Image.open(io.BytesIO(data.tobytes())) as image:
+        crop = image.convert("RGB").crop((left, top, left + width, top + height))
+    resized = np.asarray(crop.resize(SIZE[::-1], Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    return resized[:, :, ::-1] if flip else resized
+
+
+def drawn(data: list[np.ndarray]) -> EncodedBatch:
+    """The windows and flips that a first epoch draws for these files."""
+    sizes = np.array([Image.open(io.BytesIO(item.tobytes())).size for item in data])
+    samples = np.arange(len(data))
+    draws = AugmentDraws(0, CropConfig()).at(np.zeros_like(samples), samples, sizes[:, 0], sizes[:, 1])
+    return EncodedBatch(data, draws.windows, draws.flips)
+
+
+def difference_from_pil(batch: EncodedBatch, images: torch.Tensor) -> np.ndarray:
+    """Mean absolute difference of each image, of 255."""
+    rows = zip(batch.encoded, batch.windows, batch.flips, images.numpy(), strict=True)
+    return np.array([np.abs(as_pil_does(*row[:3]).astype(int) - row[3]).mean() for row in rows])
+
+
+def imagenet_files(folder: Path, count: int) -> list[np.ndarray]:
+    return [np.fromfile(path, np.uint8) for path in sorted(folder.glob("*/*"))[:count]]
+
+
+def test_imagenet_as_the_cpu_graph_gives_it_is_within_a_third_of_a_level_of_pil(imagenet_sample: Path) -> None:
+    batch = drawn(imagenet_files(imagenet_sample, 256))
+    differences = difference_from_pil(batch, decode(batch))
+    assert differences.mean() < 0.1
+    assert (differences < 0.3).mean() > 0.98 and differences.max() < 1
+
+
+@pytest.mark.parametrize("quality", [75, 95])
+def test_generated_jpegs_are_within_a_third_of_a_level_of_pil(quality: int) -> None:
+    sizes = [(300, 200), (64, 640), (901, 333), (223, 225), (30, 30)]
+    batch = drawn([encoded(photograph(*size, seed=k), "JPEG", quality=quality) for k, size in enumerate(sizes)])
+    assert difference_from_pil(batch, decode(batch)).mean() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("mode", "form", "options"),
+    [
+        ("L", "JPEG", {}),
+        ("CMYK", "JPEG", {}),
+        ("RGB", "JPEG", {"progressive": True}),
+        ("P", "PNG", {}),
+        ("RGB", "PNG", {}),
+        ("L", "PNG", {}),
+        ("RGB", "WEBP", {"lossless": True}),
+        ("RGB", "BMP", {}),
+    ],
+)
+def test_every_kind_of_file_decodes_as_pil_decodes_it(mode: str, form: str, options: dict) -> None:
+    batch = drawn([encoded(photograph().convert(mode), form, **options)])
+    assert refusal(batch.encoded[0]) is None
+    assert difference_from_pil(batch, decode(batch)).max() < 0.5
+
+
+def test_the_exif_orientation_is_ignored_as_torchvision_does() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees to show
+    batch = drawn([encoded(photograph(), "JPEG", exif=exif)])
+    assert difference_from_pil(batch, decode(batch)).max() < 0.5
+
+
+def test_a_flip_is_the_mirror_image() -> None:
+    data, window = encoded(photograph(), "JPEG"), np.array([[10, 20, 200, 150]], np.int32)
+    straight, flipped = (decode(EncodedBatch([data], window, np.array([flip]))) for flip in (False, True))
+    assert torch.equal(straight.flip(-1), flipped) and not torch.equal(straight, flipped)
+
+
+def test_iterations_are_asked_for_by_number_and_in_order() -> None:
+    asked = []
+
+    def source(iteration: int) -> EncodedBatch:
+        asked.append(iteration)
+        return EncodedBatch([encoded(photograph(seed=iteration), "JPEG")], np.array([[0, 0, 300, 200]], np.int32), NONE)
+
+    decoder = CpuDecoder(source, 1, SIZE, 1, torch.device("cpu"))
+    images = [decoder.run() for _ in range(4)]
+    assert asked[:4] == [0, 1, 2, 3]
+    for number, image in enumerate(images):
+        alone = EncodedBatch([encoded(photograph(seed=number), "JPEG")], np.array([[0, 0, 300, 200]], np.int32), NONE)
+        assert torch.equal(image, decode(alone))
+
+
+NONE = np.array([False])
+JPEG = encoded(photograph(), "JPEG").tobytes()
+PNG = encoded(photograph(), "PNG").tobytes()
+WEBP = encoded(photograph(), "WEBP").tobytes()
+BMP = encoded(photograph(), "BMP").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"hello, world", "not a JPEG, PNG, WebP or BMP"),
+        (encoded(photograph(), "GIF").tobytes(), "not a JPEG, PNG, WebP or BMP"),
+        (JPEG[:100], "JPEG without an end marker"),
+        (JPEG[:-20], "JPEG without an end marker"),
+        (PNG[: len(PNG) // 2], "PNG without an IEND chunk"),
+        (WEBP[:-100], "WebP shorter than its header says"),
+        (BMP[:-1], "BMP shorter than its header says"),
+    ],
+)
+def test_what_would_take_the_process_down_is_refused_before_dali_sees_it(data: bytes, reason: str) -> None:
+    assert refusal(np.frombuffer(data, np.uint8)) == reason
+
+
+@pytest.mark.parametrize("data", [JPEG, PNG, WEBP, BMP, JPEG + b"trailing bytes"])
+def test_whole_files_are_let_through(data: bytes) -> None:
+    assert refusal(np.frombuffer(data, np.uint8)) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_gpu_graph_is_within_two_levels_of_pil(imagenet_sample: Path) -> None:
+    """nvJPEG's chroma upsampling and DALI's own bicubic stay near PIL; no antialias would be 2.6 levels off."""
+    batch = drawn(imagenet_files(imagenet_sample, 256))
+    assert difference_from_pil(batch, decode(batch, "cuda")).mean() < 2

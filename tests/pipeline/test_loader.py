@@ -1,0 +1,154 @@
+"""PretrainLoader: the same batches on any number of ranks, each sample once an epoch, exact from one number."""
+
+from collections import Counter
+from collections.abc import Iterable
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.draws import AugmentDraws, CropConfig
+from pipeline.loader import Batch, LoaderState, PretrainLoader, Slices
+from pipeline.order import SampleOrder
+from shards.dataset import Dataset
+from shards.errors import MaelstreamError
+
+
+def loader_of(dataset: Dataset, slices: Slices, rank: int = 0, prefetch: int = 2, threads: int = 1) -> PretrainLoader:
+    order, draws = SampleOrder(len(dataset), seed=5), AugmentDraws(5, CropConfig())
+    return PretrainLoader(dataset, order, draws, (32, 32), slices, rank, threads, prefetch)
+
+
+def take(dataset: Dataset, slices: Slices, count: int, rank: int = 0, state: LoaderState | None = None) -> list[Batch]:
+    with loader_of(dataset, slices, rank) as loader:
+        if state is not None:
+            loader.load_state_dict(state)
+        return list(islice(loader, count))
+
+
+def content(batches: Iterable[Batch]) -> list[tuple]:
+    """What a model sees, sample by sample: which, of which epoch, the pixels, and what the mask is drawn from."""
+    return [
+        (int(sample), int(epoch), image.numpy().tobytes(), int(key), int(label))
+        for batch in batches
+        for sample, epoch, image, key, label in zip(
+            batch.samples, batch.epochs, batch.images, batch.keys, batch.labels, strict=True
+        )
+    ]
+
+
+def global_batch(dataset: Dataset, step: int, world_size: int, micro_batches: int, batch_size: int = 8) -> list[tuple]:
+    slices = Slices(batch_size, world_size, micro_batches)
+    first, last = step * micro_batches, (step + 1) * micro_batches
+    return [row for rank in range(world_size) for row in content(take(dataset, slices, last, rank)[first:])]
+
+
+@pytest.mark.parametrize("step", [0, 7])  # batch 7 reaches from epoch 0 of 60 samples into epoch 1
+def test_a_batch_is_the_same_on_1_2_and_3_ranks_with_any_accumulation(packed: Dataset, step: int) -> None:
+    alone = global_batch(packed, step, world_size=1, micro_batches=1)
+    assert len({row[:2] for row in alone}) == 8
+    for world_size, micro_batches in [(2, 1), (3, 1), (1, 3), (3, 2)]:
+        assert global_batch(packed, step, world_size, micro_batches) == alone
+
+
+@settings(max_examples=200)
+@given(
+    size=st.integers(1, 200),
+    world_size=st.integers(1, 7),
+    micro_batches=st.integers(1, 4),
+    batch_size=st.integers(1, 64),
+    epochs=st.integers(1, 3),
+)
+def test_each_sample_comes_exactly_once_an_epoch(
+    size: int, world_size: int, micro_batches: int, batch_size: int, epochs: int
+) -> None:
+    """Uneven ends included: no divisibility is asked of samples, ranks, micro-batches or batch size."""
+    if not world_size * micro_batches <= batch_size <= size:
+        return
+    slices, order = Slices(batch_size, world_size, micro_batches), SampleOrder(size, seed=1)
+    seen: Counter[tuple[int, int]] = Counter()
+    for step in range(-(-epochs * size // batch_size)):
+        for rank in range(world_size):
+            for micro_batch in range(micro_batches):
+                first, end = slices.bounds(rank, micro_batch)
+                assert 1 <= end - first <= slices.largest
+                epoch, position = np.divmod(step * batch_size + np.arange(first, end), size)
+                seen.update(zip(epoch.tolist(), order.at(epoch, position).tolist(), strict=True))
+    whole_epochs = {key: count for key, count in seen.items() if key[0] < epochs}
+    assert whole_epochs == {(epoch, sample): 1 for epoch in range(epochs) for sample in range(size)}
+
+
+def test_the_loader_itself_delivers_each_sample_once_an_epoch_over_3_ranks(packed: Dataset) -> None:
+    batches = [batch for rank in range(3) for batch in take(packed, Slices(8, 3, 1), 15, rank)]  # 120 = 2 epochs of 60
+    seen = Counter((row[1], row[0]) for row in content(batches))
+    assert seen == {(epoch, sample): 1 for epoch in (0, 1) for sample in range(60)}
+
+
+def test_weights_make_the_mean_of_uneven_slices_the_mean_of_the_batch(packed: Dataset) -> None:
+    batches = [batch for rank in range(3) for batch in take(packed, Slices(8, 3, 2), 2, rank)]
+    weighted = sum(batch.samples.mean() * batch.weight for batch in batches) / len(batches)
+    assert weighted == pytest.approx(np.concatenate([batch.samples for batch in batches]).mean(), rel=1e-12)
+    assert {batch.weight for batch in take(packed, Slices(8, 2, 2), 2)} == {1.0}
+
+
+@pytest.mark.parametrize("taken", [1, 6, 13])
+def test_a_restored_loader_goes_on_exactly(packed: Dataset, taken: int) -> None:
+    slices = Slices(8, 1, 2)
+    with loader_of(packed, slices) as loader:
+        batches = iter(loader)
+        for _ in range(2 * taken):
+            next(batches)
+        state = loader.state_dict()
+        expected = content(islice(batches, 4))
+    assert state == {"epoch": taken * 8 // 60, "position": taken * 8 % 60}
+    assert content(take(packed, slices, 4, state=state)) == expected
+
+
+def test_the_state_stands_at_the_last_whole_global_batch(packed: Dataset) -> None:
+    with loader_of(packed, Slices(8, 1, 2)) as loader:
+        batches = iter(loader)
+        positions = []
+        for _ in range(4):
+            next(batches)
+            positions.append(loader.state_dict()["position"])
+    assert positions == [0, 8, 8, 16]
+
+
+def test_batch_size_and_ranks_may_change_in_the_middle_of_an_epoch(packed: Dataset) -> None:
+    first = [batch for rank in range(2) for batch in take(packed, Slices(8, 2, 1), 3, rank)]  # 24 samples
+    state: LoaderState = {"epoch": 0, "position": 24}
+    rest = [batch for rank in range(3) for batch in take(packed, Slices(12, 3, 1), 3, rank, state)]  # 36 samples
+    assert sorted(row[0] for row in content([*first, *rest])) == list(range(60))
+
+
+def test_threads_and_prefetch_change_nothing(packed: Dataset) -> None:
+    with (
+        loader_of(packed, Slices(8, 1, 1), prefetch=1, threads=1) as one,
+        loader_of(packed, Slices(8, 1, 1), prefetch=7, threads=3) as other,
+    ):
+        assert content(islice(one, 9)) == content(islice(other, 9))
+
+
+def test_labels_are_those_of_the_folders(packed: Dataset) -> None:
+    (batch,) = take(packed, Slices(60, 1, 1), 1)
+    folders = [source.split("/")[0] for source in packed.sources(batch.samples)]
+    assert [packed.classes[label] for label in batch.labels] == folders
+
+
+def test_images_are_uint8_and_keys_are_what_masks_are_hashed_from(packed: Dataset) -> None:
+    (batch,) = take(packed, Slices(8, 1, 1), 1)
+    assert batch.images.shape == (8, 3, 32, 32) and batch.images.dtype == torch.uint8
+    assert batch.keys.dtype == torch.int64 and len(set(batch.keys.tolist())) == 8
+
+
+def test_a_batch_larger_than_the_dataset_is_refused(packed: Dataset) -> None:
+    with pytest.raises(MaelstreamError, match=r"batch_size 61 is larger than the dataset: .* holds 60 samples"):
+        loader_of(packed, Slices(61, 1, 1))
+
+
+def test_more_ranks_than_samples_are_refused() -> None:
+    with pytest.raises(MaelstreamError, match="a batch of 8 samples cannot be shared by 9 ranks"):
+        Slices(8, 9, 1)
