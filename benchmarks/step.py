@@ -1,8 +1,8 @@
 """Training-step rate of the MAE (B/16 by default) by attention and compiler, beside Hugging Face's ViTMAE.
 
-Forward, backward and AdamW under bf16 autocast, or in float32 for a CPU that emulates bf16 (without AVX-512), on
-CUDA where there is one. The candidates take turns, round by round, so that a machine that slows down slows all of them; the
-median round counts.
+Forward, backward and AdamW under bf16 autocast, on CUDA where there is one; `--precision float32` is for a CPU that
+only emulates bf16 (one without AVX-512). The candidates take turns, round by round, so that a machine that slows
+down slows all of them; the median round counts.
 
     python benchmarks/step.py --batch 8 --threads 2
 """

@@ -40,7 +40,7 @@ def choose_attention(model: nn.Module, kind: AttentionKind, device: torch.device
     """Set each attention of `model` to torch's fused kernel ("sdpa") or to plain products ("math").
 
     "auto" takes "sdpa" on CUDA and "math" elsewhere: on a CPU in bf16 the fused kernel's backward is the slower one
-    (docs/measured/step.md).
+    (docs/model.md).
     """
     fused = device.type == "cuda" if kind == "auto" else kind == "sdpa"
     for module in model.modules():

@@ -151,6 +151,8 @@ class _HashedFile:
         self._file, self.sha256, self.size = file, hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:
+        if self._file.closed:  # the disk was full: tarfile still writes its end when it is garbage-collected
+            return len(data)
         self.sha256.update(data)
         self.size += len(data)
         return self._file.write(data)
@@ -177,6 +179,8 @@ def _claim(destination: Path, plan: Plan) -> None:
         held = json.loads(manifest.read_text()).get("plan")
     elif plan_file.exists():
         held = plan_file.read_text()
+    elif destination.is_file():
+        raise DatasetError(f"{destination} is a file; DST is a folder")
     elif destination.exists() and any(entry.name != _RECEIPTS for entry in destination.iterdir()):
         held = None
     else:
@@ -197,6 +201,8 @@ def _claim(destination: Path, plan: Plan) -> None:
 def _finish(plan: Plan, others: list[str], jobs: list[ShardJob]) -> None:
     """Joins the receipts into the index and the manifest."""
     destination = jobs[0].destination
+    for left_behind in destination.glob(".*.writing"):  # by processes that died; no shard is missing any more
+        left_behind.unlink()
     receipts = [json.loads(job.receipt.read_text()) for job in jobs]
     rows = pa.concat_tables([pa.table(receipt["rows"], SCHEMA) for receipt in receipts])
     quarantine = [line for receipt in receipts for line in receipt["quarantine"]]

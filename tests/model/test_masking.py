@@ -2,12 +2,13 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from model.masking import keep_count, mask_by_score, random_mask, take
+from model.masking import Mask, keep_count, mask_by_score, random_mask, take
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
@@ -124,10 +125,12 @@ def test_a_compiled_mask_has_the_same_bits() -> None:
         assert torch.equal(ours, eager)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gpu_draws_the_same_bits() -> None:
+@pytest.mark.parametrize("draw", [random_mask, torch.compile(random_mask, fullgraph=True)], ids=["eager", "compiled"])
+def test_the_gpu_draws_the_same_bits(draw: Callable[[torch.Tensor, int, int], Mask]) -> None:
     keys = random_keys(512)
-    for ours, theirs in zip(random_mask(keys.cuda(), 196, 49), random_mask(keys, 196, 49), strict=True):
+    for ours, theirs in zip(draw(keys.cuda(), 196, 49), random_mask(keys, 196, 49), strict=True):
         assert torch.equal(ours.cpu(), theirs)
 
 

@@ -53,6 +53,7 @@ def test_a_built_model_has_the_attention_of_its_device() -> None:
     assert not any(module.fused_attn for module in model.modules() if isinstance(module, Attention))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_attention_follows_the_model_to_the_gpu_and_back() -> None:
     model = MAE(CONFIG)

@@ -1,0 +1,107 @@
+"""`maelstream pack` and `maelstream info` as a user types them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.command import COMMANDS, run
+from jobs.demo import photographs, write_crops
+from shards.dataset import Dataset
+from tests.conftest import write_images
+
+
+def test_pack_says_what_it_did_and_info_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_images(tmp_path / "flowers", classes=2, per_class=4)
+    (images / "class01" / "broken.jpg").write_bytes(b"no image")
+    assert run("pack", [str(images), str(tmp_path / "out"), "--workers", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "8 samples in 1 shards (1 built now), 1 files quarantined" in said and "quarantine.jsonl" in said
+    assert run("info", [str(tmp_path / "out")]) == 0
+    table = capsys.readouterr().out
+    for fact in ("flowers / train", "8", "2, 4 to 4 samples each", "jpg 8", "resolutions"):
+        assert fact in table
+
+
+def test_the_demo_packs_several_hundred_varied_crops_of_real_photographs(tmp_path: Path) -> None:
+    write_crops(tmp_path / "crops", per_photograph=20, seed=0)
+    assert run("pack", [str(tmp_path / "crops"), str(tmp_path / "out"), "--workers", "1"]) == 0
+    dataset = Dataset.open(tmp_path / "out")
+    assert len(dataset) == 20 * len(photographs()) == 320
+    assert len(set(zip(dataset.width.tolist(), dataset.height.tolist(), strict=True))) > 200
+
+
+def no_images(folder: Path) -> str:
+    (folder / "src").mkdir()
+    return "no images in it"
+
+
+def no_folder(folder: Path) -> str:
+    return "no such folder"
+
+
+def empty_class(folder: Path) -> str:
+    write_images(folder / "src", classes=2, per_class=1)
+    (folder / "src" / "class09").mkdir()
+    return "class09: this class folder holds no images"
+
+
+def unreadable_file(folder: Path) -> str:
+    write_images(folder / "src", classes=1, per_class=2)
+    (folder / "src" / "class00" / "gone.jpg").symlink_to("nowhere.jpg")
+    return "gone.jpg cannot be read (No such file or directory)"
+
+
+def nothing_usable(folder: Path) -> str:
+    (folder / "src" / "a").mkdir(parents=True)
+    (folder / "src" / "a" / "b.jpg").write_bytes(b"no image")
+    return "none of 1 files is a usable image; the first: not an image"
+
+
+def destination_is_a_file(folder: Path) -> str:
+    write_images(folder / "src", classes=1, per_class=1)
+    (folder / "out").write_text("a file")
+    return "out is a file"
+
+
+@pytest.mark.parametrize(
+    "prepare", [no_images, no_folder, empty_class, unreadable_file, nothing_usable, destination_is_a_file]
+)
+def test_bad_input_gets_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], prepare: object
+) -> None:
+    complaint = prepare(tmp_path)  # type: ignore[operator]
+    assert run("pack", [str(tmp_path / "src"), str(tmp_path / "out"), "--workers", "1"]) == 2
+    said = capsys.readouterr().err
+    assert complaint in said and said.startswith("maelstream pack: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", ["0", "many", "12XB", "-3"])
+def test_a_shard_size_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
+    images = write_images(tmp_path / "src", classes=1, per_class=1)
+    assert run("pack", [str(images), str(tmp_path / "out"), f"--shard-size={size}"]) == 2
+    assert "is no size; write 256MiB" in capsys.readouterr().err
+
+
+def maelstream(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", "from jobs.command import main; main()", *args], capture_output=True, text=True
+    )
+
+
+def test_help_lists_every_command() -> None:
+    done = maelstream("--help")
+    assert done.returncode == 0 and all(command in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help_of_its_own(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(command, ["--help"])
+    assert ended.value.code == 0 and f"usage: maelstream {command}" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_told_the_known_ones() -> None:
+    done = maelstream("bake")
+    assert done.returncode == 2 and "no command 'bake'; one of pack, info" in done.stderr

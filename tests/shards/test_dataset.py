@@ -1,0 +1,97 @@
+"""Opening and reading a packed dataset: in O(1), and never something else than what was packed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards.dataset import Dataset
+from shards.errors import DatasetError
+from shards.reader import ShardReader
+
+
+@pytest.fixture
+def copy(packed: Dataset, tmp_path: Path) -> Path:
+    """The packed dataset, to be damaged."""
+    return Path(shutil.copytree(packed.folder, tmp_path / "copy"))
+
+
+def edit_manifest(folder: Path, **values: object) -> None:
+    path = folder / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def read_all(folder: Path, check_crc: bool = False) -> list[np.ndarray]:
+    dataset = Dataset.open(folder)
+    return ShardReader(dataset, check_crc).read(np.arange(len(dataset)))
+
+
+def test_columns_are_views_of_the_memory_map(packed: Dataset) -> None:
+    for column in (packed.shard, packed.offset, packed.size, packed.width, packed.height, packed.label, packed.crc32c):
+        assert len(column) == 60 and not column.flags.owndata and not column.flags.writeable
+
+
+def test_samples_are_read_in_any_order_as_views(packed: Dataset) -> None:
+    samples = np.array([59, 0, 31, 0])
+    whole = ShardReader(packed, check_crc=True).read(np.arange(60))
+    picked = ShardReader(packed, check_crc=False).read(samples)
+    assert [data.tobytes() for data in picked] == [whole[sample].tobytes() for sample in samples]
+    assert not any(data.flags.owndata or data.flags.writeable for data in picked)
+
+
+def test_the_fingerprint_tells_datasets_apart(packed: Dataset, copy: Path) -> None:
+    assert Dataset.open(copy).fingerprint == packed.fingerprint
+    edit_manifest(copy, name="another")
+    assert Dataset.open(copy).fingerprint != packed.fingerprint
+
+
+def test_a_missing_folder_and_an_unfinished_one_are_told_apart(copy: Path) -> None:
+    (copy / "dataset.json").unlink()
+    with pytest.raises(DatasetError, match="its packing was not finished"):
+        Dataset.open(copy)
+    with pytest.raises(DatasetError, match=r"no packed dataset .*missing.*maelstream pack SRC"):
+        Dataset.open(copy / "nowhere")
+
+
+def test_a_dataset_of_a_newer_format_is_refused(copy: Path) -> None:
+    edit_manifest(copy, format_version=2)
+    with pytest.raises(DatasetError, match="packed by a newer maelstream"):
+        Dataset.open(copy)
+
+
+def test_a_stale_index_is_refused(copy: Path) -> None:
+    edit_manifest(copy, samples=61)
+    with pytest.raises(DatasetError, match="has 60 samples, dataset.json says 61"):
+        Dataset.open(copy)
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "index.arrow"])
+def test_a_cut_side_file_is_refused(copy: Path, name: str) -> None:
+    data = (copy / name).read_bytes()
+    (copy / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(DatasetError, match="damaged"):
+        Dataset.open(copy)
+
+
+def test_a_cut_or_missing_shard_is_refused(copy: Path) -> None:
+    shard = copy / Dataset.open(copy).shard_names[1]
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-512])
+    with pytest.raises(DatasetError, match=r"000001\.tar has .* bytes, .* were packed"):
+        read_all(copy)
+    shard.unlink()
+    with pytest.raises(DatasetError, match=r"000001\.tar cannot be read"):
+        read_all(copy)
+
+
+def test_a_flipped_bit_is_found_when_checksums_are_asked_for(copy: Path) -> None:
+    dataset = Dataset.open(copy)
+    with (copy / dataset.shard_names[0]).open("r+b") as shard:
+        shard.seek(int(dataset.offset[0] + dataset.size[0] // 2))
+        byte = shard.read(1)[0]
+        shard.seek(-1, 1)
+        shard.write(bytes([byte ^ 1]))
+    with pytest.raises(DatasetError, match=f"sample {dataset.keys(np.array([0]))[0]} is not what was packed"):
+        read_all(copy, check_crc=True)

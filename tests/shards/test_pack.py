@@ -1,0 +1,259 @@
+"""The builder: the same bytes whoever runs it, whatever interrupted it; nothing unfit enters, nothing is dropped
+silently; and every other reader of such shards reads the same samples."""
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+import webdataset
+from nvidia.dali import Pipeline, fn
+from PIL import Image
+
+from shards.dataset import Dataset
+from shards.errors import DatasetError
+from shards.pack import PackResult, pack
+from shards.plan import PackOptions
+from shards.reader import ShardReader
+from tests.conftest import write_images
+
+OPTIONS = PackOptions(name="tiny", split="train", shard_bytes=30_000, seed=3)
+
+
+def build(source: Path, destination: Path, workers: int = 1, options: PackOptions = OPTIONS) -> PackResult:
+    return pack(source, destination, options, workers, lambda *_: None)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below `folder`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), classes=4, per_class=12)
+
+
+@pytest.fixture(scope="module")
+def built(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built") / "tiny"
+    build(images, folder)
+    return folder
+
+
+def test_every_image_enters_once_with_its_own_bytes_label_size_and_checksum(images: Path, built: Path) -> None:
+    dataset = Dataset.open(built)
+    samples = np.arange(len(dataset))
+    sources = dataset.sources(samples)
+    assert sorted(sources) == sorted(path.relative_to(images).as_posix() for path in images.glob("*/*.jpg"))
+    for sample, source, data in zip(samples, sources, ShardReader(dataset, check_crc=True).read(samples), strict=True):
+        original = (images / source).read_bytes()
+        assert data.tobytes() == original
+        assert dataset.classes[dataset.label[sample]] == source.split("/")[0]
+        assert (dataset.width[sample], dataset.height[sample]) == Image.open(images / source).size
+        assert dataset.size[sample] == len(original) and dataset.crc32c[sample] == google_crc32c.value(original)
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(images: Path, built: Path, tmp_path: Path) -> None:
+    assert build(images, tmp_path / "other", workers=3).built > 3
+    assert digests(tmp_path / "other") == digests(built)
+
+
+def test_the_order_is_shuffled_by_the_seed(images: Path, built: Path, tmp_path: Path) -> None:
+    build(images, tmp_path / "other", options=PackOptions("tiny", "train", 30_000, seed=4))
+    orders = [Dataset.open(folder).sources(np.arange(48)) for folder in (built, tmp_path / "other")]
+    assert orders[0] != orders[1] != sorted(orders[0])
+    assert sorted(orders[0]) == sorted(orders[1])
+
+
+@pytest.mark.parametrize("wait_for", ["000000.tar", "000002.tar", "000004.idx"])
+def test_a_build_killed_with_9_and_started_again_gives_the_same_bytes(
+    images: Path, built: Path, tmp_path: Path, wait_for: str
+) -> None:
+    destination = tmp_path / "killed"
+    script = (
+        "import sys; from pathlib import Path; from shards.pack import pack; from shards.plan import PackOptions\n"
+        "if __name__ == '__main__':\n"
+        "    pack(Path(sys.argv[1]), Path(sys.argv[2]), PackOptions('tiny', 'train', 30_000, 3), 1, lambda *_: None)\n"
+    )
+    (tmp_path / "build.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "build.py"), str(images), str(destination)]
+    process = subprocess.Popen(command, start_new_session=True)
+    while process.poll() is None and not (destination / f"tiny-train-{wait_for}").exists():
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = {path.name: path.stat().st_mtime_ns for path in destination.glob("*.tar")}
+    receipts = {path.stem for path in destination.glob(".pack/*.json")}
+    build(images, destination, workers=2)
+    assert digests(destination) == digests(built)
+    for number in receipts:  # finished shards are not done again
+        name = f"tiny-train-{number}.tar"
+        assert (destination / name).stat().st_mtime_ns == finished[name]
+
+
+def test_a_finished_dataset_is_not_built_again(images: Path, built: Path) -> None:
+    before = digests(built)
+    assert build(images, built).built == 0
+    assert digests(built) == before
+
+
+def test_a_folder_that_holds_something_else_is_refused(images: Path, built: Path, tmp_path: Path) -> None:
+    before = digests(built)
+    with pytest.raises(DatasetError, match="holds something else"):
+        build(images, built, options=PackOptions("tiny", "train", 30_000, seed=99))
+    assert digests(built) == before
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(DatasetError, match="holds something else"):
+        build(images, tmp_path)
+
+
+def unfit_files(folder: Path) -> dict[str, str]:
+    """Files that must not enter, with their reasons."""
+    image = Image.open(io.BytesIO((folder / "class00" / "000.jpg").read_bytes()))
+    whole = (folder / "class00" / "000.jpg").read_bytes()
+    image.save(folder / "class00" / "gif.jpg", "GIF")
+    image.save(folder / "class00" / "scan.tiff")
+    for name, data in {
+        "empty.jpg": b"",
+        "text.jpg": b"<html>404</html>",
+        "cut.jpg": whole[: len(whole) // 2],
+        "header.jpg": whole[:300],
+        "notes.txt": b"taken in 2009",
+    }.items():
+        (folder / "class00" / name).write_bytes(data)
+    bomb = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    (folder / "class00" / "bomb.png").write_bytes(bomb.getvalue())
+    return {
+        "bomb.png": "Image size",
+        "cut.jpg": "truncated",
+        "empty.jpg": "empty file",
+        "gif.jpg": "a GIF file",
+        "header.jpg": "",
+        "notes.txt": "not named as an image is",
+        "scan.tiff": "a TIFF file",
+        "text.jpg": "not an image",
+    }
+
+
+def test_what_does_not_enter_is_listed_with_its_reason(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", classes=2, per_class=3)
+    expected = unfit_files(images)
+    result = build(images, tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert (result.samples, result.quarantined) == (6, len(expected))
+    assert [line["source"] for line in lines] == [f"class00/{name}" for name in sorted(expected)]
+    for line in lines:
+        assert expected[Path(line["source"]).name] in line["reason"]
+        assert line["reason"]
+
+
+def test_unusual_images_enter_and_content_decides_the_extension(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "all"
+    folder.mkdir(parents=True)
+    picture = Image.effect_noise((33, 21), 80)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.convert("RGB").save(folder / "png.JPEG", "PNG")
+    picture.convert("CMYK").save(folder / "cmyk.jpg", "JPEG")
+    picture.save(folder / "gray.jpg", "JPEG", progressive=True)
+    picture.convert("P").save(folder / "palette.png", "PNG")
+    picture.convert("RGB").save(folder / "turned.jpg", "JPEG", exif=exif)
+    picture.convert("RGB").save(folder / "web.jpg", "WEBP")
+    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(folder / "deep.png", "PNG")
+    picture.resize((1, 1)).save(folder / "one.jpg", "JPEG")
+    build(tmp_path / "images", tmp_path / "out")
+    dataset = Dataset.open(tmp_path / "out")
+    samples = np.arange(len(dataset))
+    with tarfile.open(tmp_path / "out" / dataset.shard_names[0]) as tar:
+        extensions = {name.split(".")[0]: name.split(".")[1] for name in tar.getnames() if not name.endswith("cls")}
+    found = dict(zip(dataset.sources(samples), [extensions[key] for key in dataset.keys(samples)], strict=True))
+    assert found == {
+        "all/png.JPEG": "png",
+        "all/cmyk.jpg": "jpg",
+        "all/gray.jpg": "jpg",
+        "all/palette.png": "png",
+        "all/turned.jpg": "jpg",
+        "all/web.jpg": "webp",
+        "all/deep.png": "png",
+        "all/one.jpg": "jpg",
+    }
+    turned = dataset.sources(samples).index("all/turned.jpg")
+    assert (dataset.width[turned], dataset.height[turned]) == (33, 21)  # as stored; the orientation is ignored
+
+
+def test_tars_are_plain_ustar_without_owner_or_time(built: Path) -> None:
+    for path in built.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            members = tar.getmembers()
+        assert all((m.mtime, m.uid, m.gid, m.uname, m.gname) == (0, 0, 0, "", "") for m in members)
+        assert path.read_bytes()[257:263] == b"ustar\0"
+
+
+def test_webdataset_reads_the_same_samples(built: Path) -> None:
+    dataset = Dataset.open(built)
+    ours = ShardReader(dataset, check_crc=True).read(np.arange(len(dataset)))
+    urls = [str(built / name) for name in dataset.shard_names]
+    theirs = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
+    assert [sample["__key__"] for sample in theirs] == dataset.keys(np.arange(len(dataset)))
+    assert [sample["jpg"] for sample in theirs] == [data.tobytes() for data in ours]
+    assert [int(sample["cls"]) for sample in theirs] == dataset.label.tolist()
+
+
+def test_stock_dali_reads_the_same_samples_through_our_idx(built: Path) -> None:
+    dataset = Dataset.open(built)
+    paths = [built / name for name in dataset.shard_names]
+    pipeline = Pipeline(len(dataset), 1, device_id=None)
+    with pipeline:
+        jpg, cls = fn.readers.webdataset(
+            paths=[str(path) for path in paths],
+            index_paths=[str(path.with_suffix(".idx")) for path in paths],
+            ext=["jpg", "cls"],
+        )
+        pipeline.set_outputs(jpg, cls)
+    pipeline.build()
+    images, labels = pipeline.run()
+    ours = ShardReader(dataset, check_crc=False).read(np.arange(len(dataset)))
+    assert [bytes(images.at(k)) for k in range(len(dataset))] == [data.tobytes() for data in ours]
+    assert [int(bytes(labels.at(k))) for k in range(len(dataset))] == dataset.label.tolist()
+
+
+def test_timm_reads_the_folder_unchanged(built: Path) -> None:
+    from timm.data import create_dataset
+
+    dataset = Dataset.open(built)
+    theirs = create_dataset("wds/tiny", root=str(built), split="train", is_training=False, batch_size=1)
+    labels = [label for _, label in theirs]
+    assert len(theirs) == len(dataset) and labels == dataset.label.tolist()
+
+
+def test_a_full_disk_is_one_clear_error_and_keeps_what_was_finished(images: Path, built: Path, tmp_path: Path) -> None:
+    """A limit on the size of any one file stands in for the disk: the shards fit, the joined index does not."""
+    script = (
+        "import resource, signal, sys; from jobs.command import run\n"
+        "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)\n"
+        "    options = ['--name', 'tiny', '--shard-size', '30000', '--seed', '3', '--workers', '1']\n"
+        "    sys.exit(run('pack', [sys.argv[1], sys.argv[2], *options]))\n"
+    )
+    (tmp_path / "build.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "build.py"), str(images), str(tmp_path / "out")]
+    done = subprocess.run([*command, "20000"], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "cannot be written (File too large)" in done.stderr
+    assert not list((tmp_path / "out").glob("*.tar"))  # no half shard stands under a shard's name
+    done = subprocess.run([*command, str(2**30)], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert digests(tmp_path / "out") == digests(built)
