@@ -1,11 +1,14 @@
 """Checkpoints of a run: `checkpoints/step-00001234/`, whole or absent.
 
 It holds `weights.safetensors`, the float32 weights merged (DeepSpeed's own converter, `zero_to_fp32`, refuses what its
-bf16 optimizer writes), and `engine/`, DeepSpeed's files, one a rank. All is written into a folder of another name that
-is synced to the disk and then renamed: a crash at any moment leaves the older checkpoints as they were. DeepSpeed's own
-`latest` file is not used: where it is missing, DeepSpeed starts again from step 0 without a word.
+bf16 optimizer writes), `state.json`, and `engine/`, DeepSpeed's files, one a rank. All is written into a folder of
+another name that is synced to the disk and then renamed: a crash at any moment leaves the older checkpoints as they
+were. DeepSpeed's own `latest` file is not used: where it is missing, DeepSpeed starts again from step 0 without a word.
 """
 
+import contextlib
+import io
+import json
 import os
 import re
 import shutil
@@ -21,7 +24,7 @@ from torch import Tensor
 from pipeline.loader import LoaderState
 from shards.errors import MaelstreamError
 
-_WEIGHTS, _ENGINE = "weights.safetensors", "engine"
+_WEIGHTS, _ENGINE, _STATE = "weights.safetensors", "engine", "state.json"
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -52,11 +55,16 @@ class CheckpointStore:
             for left_behind in self.folder.glob("*.writing"):  # by a process that died while it wrote
                 shutil.rmtree(left_behind)
         dist.barrier()
-        state = {"loader": dict(loader), "dataset": dataset}
-        engine.save_checkpoint(str(writing), tag=_ENGINE, client_state=state, save_latest=False)
-        weights = {name: safe_get_full_fp32_param(parameter) for name, parameter in engine.module.named_parameters()}
+        engine.save_checkpoint(str(writing), tag=_ENGINE, save_latest=False)
+        weights = {}
+        for name, parameter in engine.module.named_parameters():
+            merged = safe_get_full_fp32_param(parameter)  # all ranks take part; one at a time fits beside the model
+            if dist.get_rank() == 0:
+                weights[name] = merged.cpu()
         if dist.get_rank() == 0:
-            save_file({name: tensor.cpu() for name, tensor in weights.items()}, writing / _WEIGHTS)
+            state = {"loader": loader, "dataset": dataset, "world_size": dist.get_world_size()}
+            (writing / _STATE).write_text(json.dumps(state))
+            save_file(weights, writing / _WEIGHTS)
             for script in writing.glob("*.py"):  # DeepSpeed's converters, which fail on what it just wrote
                 script.unlink()
         dist.barrier()
@@ -69,26 +77,30 @@ class CheckpointStore:
                 shutil.rmtree(self.folder / _name(old))
         dist.barrier()
 
-    def load(self, engine: Any, step: int, dataset: str) -> LoaderState:
-        """Puts the checkpoint of `step` into `engine`.
+    def loader_state(self, step: int, dataset: str, world_size: int) -> LoaderState:
+        """Where the data path stood at `step`.
 
         Raises:
-            CheckpointError: written by another number of ranks, or over another dataset than `dataset`.
+            CheckpointError: written by other than `world_size` ranks, or over another dataset than `dataset`.
         """
         folder = self.folder / _name(step)
-        writers = len(list((folder / _ENGINE).glob("*zero_pp_rank_*_optim_states.pt")))  # each rank wrote its part
-        if writers != dist.get_world_size():
+        state = json.loads((folder / _STATE).read_text())
+        if state["world_size"] != world_size:
             raise CheckpointError(
-                f"{folder} was written by {writers} ranks and cannot be loaded by {dist.get_world_size()}; "
-                f"start the run with {writers} ranks"
+                f"{folder} was written by {state['world_size']} ranks and cannot be loaded by {world_size}; "
+                f"start the run with {state['world_size']} ranks"
             )
-        _, state = engine.load_checkpoint(str(folder), tag=_ENGINE)
         if state["dataset"] != dataset:
             raise CheckpointError(
                 f"{folder} was trained on another dataset than the one that lies there now (fingerprint "
                 f"{state['dataset'][:12]}, now {dataset[:12]}); put the old one back or start a new run"
             )
         return state["loader"]
+
+    def load(self, engine: Any, step: int) -> None:
+        """Puts weights and optimizer state of `step` into `engine`."""
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints a line of its own debugging a rank
+            engine.load_checkpoint(str(self.folder / _name(step)), tag=_ENGINE)
 
     def weights(self, step: int) -> dict[str, Tensor]:
         """The float32 weights under the reference's names, whatever number of ranks wrote them."""

@@ -23,7 +23,7 @@ def run(command: str, args: list[str]) -> int:
     try:
         return importlib.import_module(f"jobs.{command}").main(args)
     except MaelstreamError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank finds the same mistake; one line is enough
+        if os.environ.get("RANK", "0") == "0" or not error.found_by_all:
             print(f"maelstream {command}: {error}", file=sys.stderr)
         return 2
 

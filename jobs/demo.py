@@ -16,14 +16,13 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from jobs.runfolder import RunFolder
+from shards.dataset import Dataset
 from shards.errors import MaelstreamError
 
+STEPS = 1000
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
-# Photographs (and no diagrams) that scikit-image and scikit-learn install.
-_SKIMAGE = (
-    "astronaut brick camera chelsea coffee coins grass gravel hubble_deep_field ihc moon motorcycle_left retina rocket"
-)
+# Photographs that scikit-image and scikit-learn install; no diagrams, and no textures, whose patches are unrelated.
+_SKIMAGE = "astronaut camera chelsea coffee coins hubble_deep_field ihc moon motorcycle_left retina rocket"
 _SKLEARN = "china flower"
 
 
@@ -64,7 +63,7 @@ def write_crops(out: Path, per_photograph: int, seed: int) -> None:
             photograph = file if file.mode in ("L", "RGB") else file.convert("RGB")  # gray stays gray
             photograph.load()
         for number in range(per_photograph):
-            width, height = (int(random.integers(min(side, 120), min(side, 420) + 1)) for side in photograph.size)
+            width, height = (int(random.integers(min(side, 160), min(side, 480) + 1)) for side in photograph.size)
             left, top = (
                 int(random.integers(0, a - b + 1)) for a, b in zip(photograph.size, (width, height), strict=True)
             )
@@ -91,22 +90,29 @@ def main(args: list[str]) -> int:
     shards, run = command.out / "shards", command.out / "run"
     held_out: list[str] = []
     if command.src is None:
-        write_crops(command.out / "photographs", per_photograph=32, seed=0)
+        write_crops(command.out / "photographs", per_photograph=40, seed=0)
         write_crops(command.out / "photographs-held-out", per_photograph=1, seed=1)
         step("maelstream", "pack", str(command.out / "photographs-held-out"), str(command.out / "held-out"))
         held_out = ["--dataset", str(command.out / "held-out")]
     step("maelstream", "pack", str(command.src or command.out / "photographs"), str(shards))
     step("maelstream", "info", str(shards))
 
-    import torch  # seconds to import, and packing does not need it
+    import torch  # these two take seconds to import, and packing does not need them
+
+    from jobs.recipe import load_recipe
+    from jobs.runfolder import RunFolder
 
     ranks = min(2, torch.cuda.device_count() or 2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = ["deepspeed", "--no_local_rank", "--num_gpus", str(ranks), "--master_port", str(port)]
+    # As many steps whatever the number of images, so that the demo takes as long with any --src.
+    epochs = STEPS * load_recipe(RECIPE).optim.batch_size / len(Dataset.open(shards))
+    schedule = ["--optim.epochs", f"{epochs:.3f}", "--optim.warmup-epochs", f"{epochs / 10:.3f}"]
     pretrain = [*launch, "--module", "jobs.pretrain", str(RECIPE), "--run", str(run), "--data.dataset", str(shards)]
-    step(*pretrain, "--stop-at-step", "100")
+    pretrain += schedule
+    step(*pretrain, "--stop-at-step", str(STEPS // 4))
     step(*pretrain)
     step("maelstream", "reconstruct", str(run), *held_out)
     step("maelstream", "report", str(run))

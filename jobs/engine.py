@@ -26,6 +26,7 @@ from jobs.recipe import Recipe
 from model.mae import MAE
 from model.optimise import weight_decay_groups
 from pipeline.loader import Slices
+from shards.errors import MaelstreamError
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,14 @@ def process_group(ranks: Ranks) -> Iterator[None]:
             os.environ.setdefault("MASTER_PORT", str(free.getsockname()[1]))
     # The shared-memory all-reduce for CPUs is compiled at its first use, which takes a minute and a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    torch.set_num_threads(ranks.threads)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(ranks.threads)
     deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
     try:
         yield
+    except MaelstreamError as error:  # a bad sample, say, is met by one rank alone
+        error.found_by_all = False
+        raise
     finally:
         torch.distributed.destroy_process_group()
 
@@ -94,7 +99,7 @@ def build_engine(recipe: Recipe, slices: Slices) -> Any:
         "zero_optimization": {"stage": 1, "overlap_comm": False},  # open race reports when it overlaps
         "bf16": {"enabled": recipe.engine.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": 2**62,
+        "steps_per_print": 2**62,  # we log
     }
     with contextlib.redirect_stdout(io.StringIO()):  # its optimizer prints the memory in use eighteen times
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

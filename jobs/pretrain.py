@@ -20,7 +20,7 @@ from torch import Tensor
 from jobs.command import run
 from jobs.engine import Ranks, build_engine, mean_over_ranks, process_group, ranks_from_environment, set_lr
 from jobs.log import Clock, run_log
-from jobs.recipe import Recipe, dump_recipe, load_recipe
+from jobs.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from jobs.runfolder import RunFolder
 from model.optimise import lr_at
 from pipeline.draws import AugmentDraws
@@ -92,12 +92,14 @@ def train(recipe: Recipe, folder: RunFolder, stop_at_step: int | None, ranks: Ra
         prefetch=recipe.loader.prefetch,
     )
     folder.refuse_other_experiment(recipe)
+    step = (folder.checkpoints.steps() or [0])[-1]
+    if step:
+        loader.load_state_dict(folder.checkpoints.loader_state(step, dataset.fingerprint, ranks.world_size))
 
     with process_group(ranks), contextlib.ExitStack() as stack:
         engine = build_engine(recipe, slices)
-        step = (folder.checkpoints.steps() or [0])[-1]
         if step:
-            loader.load_state_dict(folder.checkpoints.load(engine, step, dataset.fingerprint))
+            folder.checkpoints.load(engine, step)
         if ranks.rank == 0:
             folder.start(recipe, step)
             log = stack.enter_context(run_log(folder, step, schedule.total_steps))
@@ -108,7 +110,7 @@ def train(recipe: Recipe, folder: RunFolder, stop_at_step: int | None, ranks: Ra
             set_lr(engine, schedule.lr(step))
             loss = train_step(engine, batches, slices.micro_batches, clock)
             step += 1
-            if step % recipe.log.every_steps == 0 or step == end:
+            if step % recipe.log.every_steps == 0 or step in (1, end):
                 loss_value, (seconds, data_wait) = mean_over_ranks(loss), clock.take()
                 images_per_s = (step - logged) * recipe.optim.batch_size / seconds
                 logged = step
@@ -144,10 +146,11 @@ def train_step(engine: Any, batches: Iterator[Batch], micro_batches: int, clock:
 def main(args: list[str]) -> int:
     """`maelstream pretrain`; 0 when the run reached its end or --stop-at-step."""
     args = [arg for arg in args if not arg.startswith("--local_rank=")]  # the deepspeed launcher adds it
-    recipe_file = next((Path(arg) for arg in args if not arg.startswith("-")), None)
-    default: Any = tyro.MISSING  # only for --help, or for a mistake that tyro explains
-    if recipe_file is not None:
-        default = Pretrain(recipe_file, load_recipe(recipe_file), Path("runs") / recipe_file.stem)
+    default: Any = tyro.MISSING  # for --help
+    if args and not args[0].startswith("-"):
+        default = Pretrain(Path(args[0]), load_recipe(Path(args[0])), Path("runs") / Path(args[0]).stem)
+    elif not {"-h", "--help"} & set(args):
+        raise RecipeError("RECIPE comes first: `maelstream pretrain recipes/pretrain_vit_b16.yaml --run DIR ...`")
     command = tyro.cli(Pretrain, args=args, default=default, prog="maelstream pretrain")
     if command.print_config:
         print(dump_recipe(command.recipe), end="")

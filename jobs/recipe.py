@@ -56,6 +56,10 @@ class EngineConfig:
     micro_batch_size: int = 64
     """Most samples a rank puts through the model at once; gradient accumulation follows from it."""
 
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} must be at least 1")
+
 
 @dataclass(frozen=True)
 class LoaderConfig:
@@ -64,10 +68,18 @@ class LoaderConfig:
     prefetch: int = 4
     """Micro-batches read, and as many decoded, ahead of the step."""
 
+    def __post_init__(self) -> None:
+        if self.threads < 0 or self.prefetch < 1:
+            raise ValueError(f"threads {self.threads} must be at least 0, prefetch {self.prefetch} at least 1")
+
 
 @dataclass(frozen=True)
 class LogConfig:
     every_steps: int = 20
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 1:
+            raise ValueError(f"every_steps {self.every_steps} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,10 @@ class CheckpointConfig:
     every_steps: int = 1000
     keep: int = 3
     """How many of the newest checkpoints stay."""
+
+    def __post_init__(self) -> None:
+        if min(self.every_steps, self.keep) < 1:
+            raise ValueError(f"every_steps {self.every_steps} and keep {self.keep} must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ A command catches `MaelstreamError` once and exits with code 2; everything else 
 class MaelstreamError(Exception):
     """Something the user can put right; the message is one line for the reader of the terminal."""
 
+    found_by_all = True
+    """Whether every rank of a run finds the same, so that one of them may speak for all."""
+
 
 class DatasetError(MaelstreamError):
     """A source, a packed dataset or one of its shards is not what it must be."""

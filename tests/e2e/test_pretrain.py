@@ -16,7 +16,6 @@ from jobs.command import run
 from jobs.runfolder import RunFolder
 from shards.dataset import Dataset
 
-pytestmark = pytest.mark.xdist_group("pretrain")  # one worker runs them all, so that the long run is made once
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -40,6 +39,12 @@ def launch(ranks: int, *args: str) -> subprocess.CompletedProcess:
     # Its runner hands PYTHONPATH on; the interpreter's folder leads to the same python3 for the ranks.
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def alone(*args: str) -> subprocess.CompletedProcess:
+    """One rank without a launcher."""
+    command = [sys.executable, "-m", "jobs.pretrain", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +83,9 @@ def test_a_run_stopped_at_step_7_and_resumed_is_bit_identical(
 
 def test_one_rank_trains_on_the_same_batches_as_two(undisturbed: RunFolder, recipe: Path, tmp_path: Path) -> None:
     """Losses differ by the order of sums and by bf16's rounding of the gradients that each rank adds up."""
-    assert launch(1, str(recipe), "--run", str(tmp_path / "run")).returncode == 0
-    for (step, alone, _), (_, shared, _) in zip(losses(RunFolder(tmp_path / "run")), losses(undisturbed), strict=True):
-        assert alone == pytest.approx(shared, rel=1e-6 if step == 1 else 2e-3)
+    assert alone(str(recipe), "--run", str(tmp_path / "run")).returncode == 0
+    for (step, single, _), (_, shared, _) in zip(losses(RunFolder(tmp_path / "run")), losses(undisturbed), strict=True):
+        assert single == pytest.approx(shared, rel=1e-6 if step == 1 else 2e-3)
 
 
 def test_the_run_folder_holds_what_was_asked_and_what_was_seen(undisturbed: RunFolder) -> None:
@@ -107,7 +112,7 @@ def test_a_finished_run_that_is_started_again_does_nothing(undisturbed: RunFolde
 
 
 def test_another_number_of_ranks_gets_one_clear_line(undisturbed: RunFolder, recipe: Path) -> None:
-    done = launch(1, str(recipe), "--run", str(undisturbed.path))
+    done = alone(str(recipe), "--run", str(undisturbed.path))
     assert done.returncode == 2
     assert "was written by 2 ranks and cannot be loaded by 1; start the run with 2 ranks" in done.stderr
     assert "Traceback" not in done.stderr
@@ -211,7 +216,7 @@ def test_a_damaged_sample_ends_the_run_with_its_name(recipe: Path, packed: Datas
     with (copy / packed.shard_names[0]).open("r+b") as shard:
         shard.seek(int(packed.offset[0]))
         shard.write(b"GIF89a")
-    done = launch(1, str(recipe), "--run", str(tmp_path / "run"), "--data.dataset", str(copy))
+    done = alone(str(recipe), "--run", str(tmp_path / "run"), "--data.dataset", str(copy))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"sample {packed.keys(np.array([0]))[0]}: not a JPEG, PNG, WebP or BMP" in done.stderr
 

@@ -63,7 +63,7 @@ def test_a_dataset_of_a_newer_format_is_refused(copy: Path) -> None:
 
 def test_a_stale_index_is_refused(copy: Path) -> None:
     edit_manifest(copy, samples=61)
-    with pytest.raises(DatasetError, match="has 60 samples, dataset.json says 61"):
+    with pytest.raises(DatasetError, match=r"has 60 samples, dataset\.json says 61"):
         Dataset.open(copy)
 
 

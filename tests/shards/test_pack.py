@@ -216,7 +216,7 @@ def test_stock_dali_reads_the_same_samples_through_our_idx(built: Path) -> None:
     paths = [built / name for name in dataset.shard_names]
     pipeline = Pipeline(len(dataset), 1, device_id=None)
     with pipeline:
-        jpg, cls = fn.readers.webdataset(
+        jpg, cls = fn.readers.webdataset(  # type: ignore[misc]
             paths=[str(path) for path in paths],
             index_paths=[str(path.with_suffix(".idx")) for path in paths],
             ext=["jpg", "cls"],
