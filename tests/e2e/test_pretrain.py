@@ -16,7 +16,6 @@ from jobs.command import run
 from jobs.runfolder import RunFolder
 from shards.dataset import Dataset
 
-
 ROOT = Path(__file__).parents[2]
 STEPS = 12
 RECIPE = f"""
