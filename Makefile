@@ -1,8 +1,11 @@
 # `make demo` and `make test` are all that a new user needs; both set everything up in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+comma := ,
 # A folder of images for the demo; without one it makes crops of the photographs that scikit-image ships.
 SRC ?=
+# 12 on a machine whose driver has no CUDA 13.
+CUDA ?= 13
 
 .PHONY: setup demo test check gpu-check
 
@@ -12,7 +15,11 @@ setup: .venv/installed
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "maelstream needs Python 3.10 or newer")'
 	$(PYTHON) -m venv .venv
 	@echo "installing torch, DALI and DeepSpeed into .venv: 2 to 4 minutes, 6 GB"
-	$(BIN)/pip install --quiet --constraint constraints.txt pip --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt pip --editable '.[dev$(if $(filter 12,$(CUDA)),$(comma)cuda12)]'
+ifeq ($(CUDA),12)
+	$(BIN)/pip uninstall --quiet --yes nvidia-dali-cuda130
+	$(BIN)/pip install --quiet --constraint constraints.txt --force-reinstall --no-deps nvidia-dali-cuda120
+endif
 	touch $@
 
 demo: setup

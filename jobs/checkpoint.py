@@ -9,7 +9,6 @@ were. DeepSpeed's own `latest` file is not used: where it is missing, DeepSpeed 
 import contextlib
 import io
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.loader import LoaderState
+from shards.durable import sync
 from shards.errors import MaelstreamError
 
 _WEIGHTS, _ENGINE, _STATE = "weights.safetensors", "engine", "state.json"
@@ -44,10 +43,12 @@ class CheckpointStore:
             return []
         return sorted(int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name)))
 
-    def save(self, engine: Any, step: int, loader: LoaderState, dataset: str, keep: int) -> None:
+    def save(
+        self, engine: Any, weights: dict[str, Tensor], step: int, loader: LoaderState, dataset: str, keep: int
+    ) -> None:
         """Writes the state after `step` steps, then drops all but the `keep` newest checkpoints.
 
-        `dataset` is the fingerprint of what `loader` counts through.
+        `weights` are the merged float32 ones, on rank 0; `dataset` is the fingerprint of what `loader` counts through.
         """
         final = self.folder / _name(step)
         writing = final.with_name(final.name + ".writing")
@@ -56,11 +57,6 @@ class CheckpointStore:
                 shutil.rmtree(left_behind)
         dist.barrier()
         engine.save_checkpoint(str(writing), tag=_ENGINE, save_latest=False)
-        weights = {}
-        for name, parameter in engine.module.named_parameters():
-            merged = safe_get_full_fp32_param(parameter)  # all ranks take part; one at a time fits beside the model
-            if dist.get_rank() == 0:
-                weights[name] = merged.cpu()
         if dist.get_rank() == 0:
             state = {"loader": loader, "dataset": dataset, "world_size": dist.get_world_size()}
             (writing / _STATE).write_text(json.dumps(state))
@@ -70,9 +66,9 @@ class CheckpointStore:
         dist.barrier()
         if dist.get_rank() == 0:
             for path in [*writing.rglob("*"), writing]:
-                _sync(path)
+                sync(path)
             writing.rename(final)
-            _sync(self.folder)
+            sync(self.folder)
             for old in self.steps()[:-keep]:
                 shutil.rmtree(self.folder / _name(old))
         dist.barrier()
@@ -109,11 +105,3 @@ class CheckpointStore:
 
 def _name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

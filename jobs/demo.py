@@ -106,7 +106,7 @@ def main(args: list[str]) -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launch = ["deepspeed", "--no_local_rank", "--num_gpus", str(ranks), "--master_port", str(port)]
+    launch = ["deepspeed", "--quiet", "--no_local_rank", "--num_gpus", str(ranks), "--master_port", str(port)]
     # As many steps whatever the number of images, so that the demo takes as long with any --src.
     epochs = STEPS * load_recipe(RECIPE).optim.batch_size / len(Dataset.open(shards))
     schedule = ["--optim.epochs", f"{epochs:.3f}", "--optim.warmup-epochs", f"{epochs / 10:.3f}"]

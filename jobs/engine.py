@@ -21,6 +21,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param
 
 from jobs.recipe import Recipe
 from model.mae import MAE
@@ -110,6 +111,16 @@ def set_lr(engine: Any, lr: float) -> None:
     """For the coming step. DeepSpeed's scheduler does not advance on a skipped step; ours is the step counter."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+
+
+def merged_weights(engine: Any) -> dict[str, Tensor]:
+    """The float32 master weights, whole and on the CPU, on rank 0; all ranks take part, the others get none."""
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        merged = safe_get_full_fp32_param(parameter)  # one at a time, which fits beside the model
+        if torch.distributed.get_rank() == 0:
+            weights[name] = merged.cpu()
+    return weights
 
 
 def mean_over_ranks(value: Tensor) -> float:

@@ -18,7 +18,15 @@ import tyro
 from torch import Tensor
 
 from jobs.command import run
-from jobs.engine import Ranks, build_engine, mean_over_ranks, process_group, ranks_from_environment, set_lr
+from jobs.engine import (
+    Ranks,
+    build_engine,
+    mean_over_ranks,
+    merged_weights,
+    process_group,
+    ranks_from_environment,
+    set_lr,
+)
 from jobs.log import Clock, run_log
 from jobs.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from jobs.runfolder import RunFolder
@@ -126,7 +134,8 @@ def train(recipe: Recipe, folder: RunFolder, stop_at_step: int | None, ranks: Ra
                         },
                     )
             if step % recipe.checkpoint.every_steps == 0 or step == end:
-                folder.checkpoints.save(engine, step, loader.state_dict(), dataset.fingerprint, recipe.checkpoint.keep)
+                weights, state = merged_weights(engine), loader.state_dict()
+                folder.checkpoints.save(engine, weights, step, state, dataset.fingerprint, recipe.checkpoint.keep)
 
 
 def train_step(engine: Any, batches: Iterator[Batch], micro_batches: int, clock: Clock) -> Tensor:

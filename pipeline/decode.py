@@ -79,6 +79,7 @@ class GpuDecoder:
         self, source: Source, max_batch_size: int, image_size: tuple[int, int], threads: int, device: torch.device
     ):
         self._source, self._image_size, self._device = source, image_size, device
+        self._stream = torch.cuda.Stream(device)
         self._pipeline = Pipeline(max_batch_size, threads, device.index, prefetch_queue_depth=2)
         with self._pipeline:
             encoded, start, shape, flip = fn.external_source(self._feed, num_outputs=4)
@@ -95,13 +96,13 @@ class GpuDecoder:
     def run(self) -> UInt8[Tensor, "b 3 h w"]:
         """Images of the next iteration. RuntimeError when one cannot be decoded: the decoder is then of no use."""
         (decoded,) = self._pipeline.run()
-        images = torch.empty(
-            (len(decoded), 3, *self._image_size), dtype=torch.uint8, device=self._device
-        )  # (B, 3, H, W)
-        stream = torch.cuda.current_stream(self._device)
-        feed_ndarray(decoded.as_tensor(), images, cuda_stream=stream)
-        stream.synchronize()  # DALI reuses `decoded` at its next run, and the images pass to another stream's thread
-        return images
+        with torch.cuda.stream(self._stream):
+            images = torch.empty((len(decoded), 3, *self._image_size), dtype=torch.uint8, device=self._device)
+            feed_ndarray(decoded.as_tensor(), images, cuda_stream=self._stream)
+        # Done before DALI reuses `decoded`; on a stream of its own, since training's has whole steps queued.
+        self._stream.synchronize()
+        images.record_stream(torch.cuda.default_stream(self._device))  # where training reads and frees them
+        return images  # (B, 3, H, W)
 
 
 DECODERS: dict[str, type[CpuDecoder] | type[GpuDecoder]] = {"cpu": CpuDecoder, "cuda": GpuDecoder}

@@ -19,7 +19,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         aside.rename(path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise DatasetError(
             f"{path} cannot be written ({error.strerror}); what was finished before it is kept"
@@ -28,8 +28,9 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Puts a file, or a folder's list of names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
