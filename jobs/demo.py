@@ -71,6 +71,18 @@ def write_crops(out: Path, per_photograph: int, seed: int) -> None:
             crop.save(folder / f"{number:03d}.jpg", quality=int(random.integers(75, 96)))
 
 
+def clear(out: Path, src: Path | None) -> None:
+    """Empties what an earlier demo filled; MaelstreamError for a folder that is not a demo's, or that holds `src`."""
+    mark = out / ".maelstream-demo"
+    if src is not None and out.resolve() in [src.resolve(), *src.resolve().parents]:
+        raise MaelstreamError(f"--src {src} lies in --out {out}, which the demo empties; choose another --out")
+    if out.exists() and not mark.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MaelstreamError(f"--out {out} holds something that is no demo's; choose another folder")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    mark.touch()
+
+
 def step(*command: str) -> None:
     """Runs a command as a user would type it, after printing it; MaelstreamError when it fails."""
     print(f"\n$ {shlex.join(command)}", flush=True)
@@ -86,7 +98,7 @@ def main(args: list[str]) -> int:
     command = tyro.cli(Demo, args=args, prog="maelstream demo")
     if command.src is not None and not command.src.is_dir():
         raise MaelstreamError(f"--src {command.src} is not a folder; give one that holds images")
-    shutil.rmtree(command.out, ignore_errors=True)
+    clear(command.out, command.src)
     shards, run = command.out / "shards", command.out / "run"
     held_out: list[str] = []
     if command.src is None:
@@ -103,13 +115,15 @@ def main(args: list[str]) -> int:
     from jobs.runfolder import RunFolder
 
     ranks = min(2, torch.cuda.device_count() or 2)
+    # The launcher warns three times that it looked for an accelerator and found none.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = ["deepspeed", "--quiet", "--no_local_rank", "--num_gpus", str(ranks), "--master_port", str(port)]
     # As many steps whatever the number of images, so that the demo takes as long with any --src.
-    epochs = STEPS * load_recipe(RECIPE).optim.batch_size / len(Dataset.open(shards))
-    schedule = ["--optim.epochs", f"{epochs:.3f}", "--optim.warmup-epochs", f"{epochs / 10:.3f}"]
+    epochs = (STEPS - 0.5) * load_recipe(RECIPE).optim.batch_size / len(Dataset.open(shards))
+    schedule = ["--optim.epochs", f"{epochs:.4f}", "--optim.warmup-epochs", f"{epochs / 10:.4f}"]
     pretrain = [*launch, "--module", "jobs.pretrain", str(RECIPE), "--run", str(run), "--data.dataset", str(shards)]
     pretrain += schedule
     step(*pretrain, "--stop-at-step", str(STEPS // 4))
