@@ -11,6 +11,7 @@ from shards.errors import MaelstreamError
 COMMANDS = {
     "pack": "images -> tar shards, an index and their side files",
     "info": "what a packed dataset holds",
+    "verify": "every fault of a packed dataset, by shard and sample",
     "pretrain": "train a masked autoencoder from a recipe, or go on with a run",
     "reconstruct": "original, masked and reconstructed images of a run, side by side",
     "report": "one HTML page of a run: curves, reconstructions, recipe",

@@ -162,7 +162,7 @@ class PretrainLoader:
         encoded = [data.copy() for data in self._reader.read(plan.samples)]
         for data, sample in zip(encoded, plan.samples, strict=True):
             if reason := refusal(data):
-                raise DatasetError(f"{self._name(sample)}: {reason}; restore this shard, or pack it again")
+                raise DatasetError(f"{self._name(sample)}: {reason}; `maelstream verify` tells what else is damaged")
         return EncodedBatch(encoded, plan.draws.windows, plan.draws.flips)
 
     def _name(self, sample: int) -> str:
@@ -203,7 +203,8 @@ class PretrainLoader:
                 Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
             except (OSError, SyntaxError) as reason:
                 return DatasetError(
-                    f"{self._name(sample)}: cannot be decoded ({reason}); restore this shard, or pack it again"
+                    f"{self._name(sample)}: cannot be decoded ({reason}); "
+                    "`maelstream verify --deep` tells what else is damaged"
                 )
         return error
 

@@ -14,7 +14,13 @@ from shards.errors import DatasetError
 from shards.index import INDEX_NAME, SCHEMA
 
 FORMAT_VERSION = 1
-MANIFEST_NAME = "dataset.json"
+MANIFEST_NAME, INFO_NAME, QUARANTINE_NAME = "dataset.json", "_info.json", "quarantine.jsonl"
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """`manifest` with a checksum of everything else in it."""
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    return rest | {"checksum": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 class Dataset:
@@ -60,6 +66,8 @@ class Dataset:
                 f"{folder} was packed by a newer maelstream (format {manifest['format_version']}; this one reads up to "
                 f"{FORMAT_VERSION}); upgrade maelstream"
             )
+        if manifest != sealed(manifest):
+            raise DatasetError(f"{path} is damaged (its checksum does not fit); restore it or pack the dataset again")
         try:
             index = pa.ipc.open_file(pa.memory_map(str(folder / INDEX_NAME))).get_batch(0)
         except (OSError, pa.ArrowInvalid) as error:

@@ -20,7 +20,7 @@ import google_crc32c
 import pyarrow as pa
 import webdataset
 
-from shards.dataset import FORMAT_VERSION, MANIFEST_NAME
+from shards.dataset import FORMAT_VERSION, INFO_NAME, MANIFEST_NAME, QUARANTINE_NAME, sealed
 from shards.durable import written_whole
 from shards.errors import DatasetError
 from shards.index import INDEX_NAME, SCHEMA, write_index
@@ -209,7 +209,7 @@ def _finish(plan: Plan, others: list[str], jobs: list[ShardJob]) -> None:
     quarantine += [{"source": path, "reason": "not named as an image is"} for path in others]
     if not len(rows):
         raise DatasetError(f"none of {len(quarantine)} files is a usable image; the first: {quarantine[0]['reason']}")
-    with written_whole(destination / "quarantine.jsonl") as file:
+    with written_whole(destination / QUARANTINE_NAME) as file:
         for line in sorted(quarantine, key=lambda line: line["source"]):
             file.write((json.dumps(line) + "\n").encode())
     with written_whole(destination / INDEX_NAME) as file:
@@ -223,7 +223,7 @@ def _finish(plan: Plan, others: list[str], jobs: list[ShardJob]) -> None:
         }
         for job, receipt in zip(jobs, receipts, strict=True)
     ]
-    with written_whole(destination / "_info.json") as file:  # timm's and webdataset's description of a split
+    with written_whole(destination / INFO_NAME) as file:  # timm's and webdataset's description of a split
         split = {
             "name": plan.options.split,
             "filenames": [shard["name"] for shard in shards],
@@ -242,7 +242,11 @@ def _finish(plan: Plan, others: list[str], jobs: list[ShardJob]) -> None:
         "shards": shards,
         "options": asdict(plan.options),
         "plan": plan.fingerprint,
+        "side_files": {
+            name: hashlib.sha256((destination / name).read_bytes()).hexdigest()
+            for name in [INDEX_NAME, INFO_NAME, QUARANTINE_NAME, *(Path(job.name).stem + ".idx" for job in jobs)]
+        },
     }
     with written_whole(destination / MANIFEST_NAME) as file:
-        file.write(json.dumps(manifest, indent=1).encode())
+        file.write(json.dumps(sealed(manifest), indent=1).encode())
     shutil.rmtree(destination / _RECEIPTS)

@@ -35,7 +35,9 @@ class ShardReader:
         if self._check_crc and google_crc32c.value(data.tobytes()) != crc32c:
             key = self._dataset.keys(np.array([sample]))[0]
             path = self._dataset.folder / self._dataset.shard_names[shard]
-            raise DatasetError(f"{path}: sample {key} is not what was packed (CRC32C); restore this shard")
+            raise DatasetError(
+                f"{path}: sample {key} is not what was packed (CRC32C); `maelstream verify` tells what else is damaged"
+            )
         return data
 
     def _open(self, shard: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.dataset import Dataset
+from shards.dataset import Dataset, sealed
 from shards.errors import DatasetError
 from shards.reader import ShardReader
 
@@ -20,7 +20,7 @@ def copy(packed: Dataset, tmp_path: Path) -> Path:
 
 def edit_manifest(folder: Path, **values: object) -> None:
     path = folder / "dataset.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | values)))
 
 
 def read_all(folder: Path, check_crc: bool = False) -> list[np.ndarray]:
@@ -58,6 +58,13 @@ def test_a_missing_folder_and_an_unfinished_one_are_told_apart(copy: Path) -> No
 def test_a_dataset_of_a_newer_format_is_refused(copy: Path) -> None:
     edit_manifest(copy, format_version=2)
     with pytest.raises(DatasetError, match="packed by a newer maelstream"):
+        Dataset.open(copy)
+
+
+def test_an_edited_manifest_is_refused(copy: Path) -> None:
+    path = copy / "dataset.json"
+    path.write_text(path.read_text().replace("class00", "class90"))
+    with pytest.raises(DatasetError, match="its checksum does not fit"):
         Dataset.open(copy)
 
 

@@ -1,0 +1,39 @@
+"""`maelstream verify DST`: every fault of a packed dataset, by shard and sample."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.progress import Progress
+
+from shards.dataset import Dataset
+from shards.verify import verify
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Check a packed dataset against its checksums; exit code 1 when something is wrong."""
+
+    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+    """A folder that `maelstream pack` wrote."""
+    deep: bool = False
+    """Decode every image, too."""
+
+
+def main(args: list[str]) -> int:
+    """`maelstream verify`; 0 when all is as it was packed, 1 when not."""
+    command = tyro.cli(Verify, args=args, prog="maelstream verify")
+    dataset = Dataset.open(command.dst)
+    faults = 0
+    with Progress(disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task("verifying", total=len(dataset.shard_names))
+        for fault in verify(dataset, command.deep, lambda name: bar.update(task, advance=1, description=name)):
+            print(fault)
+            faults += 1
+    print(
+        f"{command.dst}: {len(dataset):,} samples in {len(dataset.shard_names):,} shards, "
+        + (f"{faults:,} faults" if faults else "no fault")
+    )
+    return 1 if faults else 0

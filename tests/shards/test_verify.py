@@ -1,0 +1,87 @@
+"""verify: finds every flipped byte, every cut, and what is missing or too much; and says where."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs.command import run
+from shards.dataset import Dataset
+from shards.errors import DatasetError
+from shards.verify import verify
+
+
+@pytest.fixture
+def copy(packed: Dataset, tmp_path: Path) -> Path:
+    """The packed dataset, to be damaged."""
+    return Path(shutil.copytree(packed.folder, tmp_path / "copy"))
+
+
+def faults(folder: Path, deep: bool = False) -> list[str]:
+    return [str(fault) for fault in verify(Dataset.open(folder), deep, lambda _: None)]
+
+
+def test_a_fresh_dataset_has_no_fault(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert faults(copy) == faults(copy, deep=True) == []
+    assert run("verify", [str(copy)]) == 0
+    assert "60 samples in" in capsys.readouterr().out
+
+
+def test_every_flipped_byte_of_every_file_is_found(copy: Path) -> None:
+    """500 places, drawn over all files; each byte is flipped alone, then put back."""
+    random = np.random.default_rng(0)
+    files = sorted(path for path in copy.iterdir() if path.stat().st_size)
+    for path in files:
+        original = path.read_bytes()
+        for place in random.integers(0, len(original), 500 // len(files) + 1):
+            flipped = bytearray(original)
+            flipped[place] ^= 1 << int(random.integers(8))
+            path.write_bytes(flipped)
+            try:
+                assert faults(copy), f"byte {place} of {path.name}"
+            except DatasetError:
+                pass  # the manifest and the index are refused before anything else is looked at
+        path.write_bytes(original)
+    assert faults(copy) == []
+
+
+def test_every_cut_at_a_block_is_found(copy: Path) -> None:
+    shard = copy / Dataset.open(copy).shard_names[0]
+    original = shard.read_bytes()
+    for length in range(0, len(original), 512):
+        shard.write_bytes(original[:length])
+        assert any(f"{length} bytes, {len(original)} were packed" in fault for fault in faults(copy))
+
+
+def test_a_flipped_byte_is_named_by_shard_and_sample(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = Dataset.open(copy)
+    shard, key = dataset.shard_names[1], dataset.keys(np.flatnonzero(dataset.shard == 1))[2]
+    place = int(dataset.offset[dataset.shard == 1][2]) + 30
+    data = bytearray((copy / shard).read_bytes())
+    data[place] ^= 4
+    (copy / shard).write_bytes(data)
+    assert run("verify", [str(copy)]) == 1
+    said = capsys.readouterr().out
+    assert f"{shard}: not the bytes that were packed (SHA-256)" in said
+    assert f"{shard}, sample {key}: not the bytes that were packed (CRC32C)" in said
+    assert "2 faults" in said
+
+
+def test_missing_swapped_and_extra_shards_are_named(copy: Path) -> None:
+    first, second, third = Dataset.open(copy).shard_names[:3]
+    (copy / first).unlink()
+    (copy / "stray.tar").write_bytes(b"")
+    second_bytes = (copy / second).read_bytes()
+    (copy / second).write_bytes((copy / third).read_bytes())
+    (copy / third).write_bytes(second_bytes)
+    found = faults(copy)
+    assert f"{first}: missing" in found and "stray.tar: a shard that the dataset does not know" in found
+    for name in (second, third):
+        assert any(fault.startswith(f"{name}, sample") and "the index points at" in fault for fault in found)
+
+
+def test_a_stale_idx_is_named(copy: Path) -> None:
+    names = [Path(name).with_suffix(".idx").name for name in Dataset.open(copy).shard_names[:2]]
+    (copy / names[0]).write_bytes((copy / names[1]).read_bytes())
+    assert faults(copy) == [f"{names[0]}: not the bytes that were packed (SHA-256)"]
