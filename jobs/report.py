@@ -60,8 +60,8 @@ def page(folder: RunFolder, metrics: list[dict[str, Any]]) -> str:
     ]
     return "\n".join(
         [
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(folder.path.name)}</title>',
-            f"<style>{_STYLE}</style><h1>Run {html.escape(folder.path.name)}</h1>",
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(str(folder.path))}</title>',
+            f"<style>{_STYLE}</style><h1>{html.escape(str(folder.path))}</h1>",
             f"<p>Step {last['step']}, epoch {last['epoch']:.1f}: loss {last['loss']:.4f} (first logged "
             f"{metrics[0]['loss']:.4f}), {last['images_per_s']:,.0f} images/s.</p>",
             curves_svg(metrics),

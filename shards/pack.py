@@ -47,6 +47,12 @@ class ShardJob:
     def receipt(self) -> Path:
         return self.destination / _RECEIPTS / f"{self.number:06d}.json"
 
+    @property
+    def done(self) -> bool:
+        """Whether an earlier call finished the shard, and nobody took it away since."""
+        shard = self.destination / self.name
+        return self.receipt.exists() and shard.exists() and shard.with_suffix(".idx").exists()
+
 
 @dataclass(frozen=True)
 class PackResult:
@@ -75,7 +81,8 @@ def pack(
         ShardJob(source, destination, number, plan.shard_name(number), first_key, sources)
         for number, (first_key, sources) in enumerate(zip(plan.first_keys, plan.shards, strict=True))
     ]
-    missing = [job for job in jobs if not (job.receipt.exists() or (destination / MANIFEST_NAME).exists())]
+    finished = (destination / MANIFEST_NAME).exists()
+    missing = [] if finished else [job for job in jobs if not job.done]
     # Spawned, not forked: the caller may hold threads.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for future in as_completed([pool.submit(build_shard, job) for job in missing]):
@@ -85,7 +92,7 @@ def pack(
                 pool.shutdown(cancel_futures=True)
                 raise
             on_shard(len(receipt["rows"]["key"]), len(receipt["quarantine"]), receipt["bytes"])
-    if not (destination / MANIFEST_NAME).exists():
+    if not finished:
         _finish(plan, tree.others, jobs)
     manifest = json.loads((destination / MANIFEST_NAME).read_text())
     return PackResult(manifest["samples"], manifest["quarantined"], len(jobs), len(missing))

@@ -66,7 +66,7 @@ def _sample_faults(dataset: Dataset, number: int, deep: bool) -> Iterator[Fault]
     data = (dataset.folder / name).read_bytes()
     if len(data) != (packed := dataset.manifest["shards"][number]["bytes"]):
         yield Fault(name, "", f"{len(data)} bytes, {packed} were packed")
-    samples = np.flatnonzero(dataset.shard == number)
+    samples = np.arange(*np.searchsorted(dataset.shard, [number, number + 1]))  # samples stand in shard order
     for sample, key in zip(samples, dataset.keys(samples), strict=True):
         offset, size = int(dataset.offset[sample]), int(dataset.size[sample])
         encoded = data[offset : offset + size]

@@ -21,9 +21,10 @@ from PIL import Image
 
 from shards.dataset import Dataset
 from shards.errors import DatasetError
-from shards.pack import PackResult, pack
-from shards.plan import PackOptions
+from shards.pack import PackResult, ShardJob, build_shard, pack
+from shards.plan import PackOptions, make_plan
 from shards.reader import ShardReader
+from shards.sources import find_sources
 from tests.conftest import write_images
 
 OPTIONS = PackOptions(name="tiny", split="train", shard_bytes=30_000, seed=3)
@@ -100,6 +101,20 @@ def test_a_build_killed_with_9_and_started_again_gives_the_same_bytes(
     for number in receipts:  # finished shards are not done again
         name = f"tiny-train-{number}.tar"
         assert (destination / name).stat().st_mtime_ns == finished[name]
+
+
+def test_a_shard_that_was_taken_away_before_the_end_is_built_again(images: Path, built: Path, tmp_path: Path) -> None:
+    plan = make_plan(find_sources(images), OPTIONS)
+    destination = tmp_path / "out"
+    (destination / ".pack").mkdir(parents=True)
+    (destination / ".pack" / "plan.sha256").write_text(plan.fingerprint)
+    for number in (0, 1, 2):
+        build_shard(
+            ShardJob(images, destination, number, plan.shard_name(number), plan.first_keys[number], plan.shards[number])
+        )
+    (destination / plan.shard_name(1)).unlink()
+    assert build(images, destination).built == len(plan.shards) - 2
+    assert digests(destination) == digests(built)
 
 
 def test_a_finished_dataset_is_not_built_again(images: Path, built: Path) -> None:
@@ -239,7 +254,7 @@ def test_timm_reads_the_folder_unchanged(built: Path) -> None:
 
 
 def test_a_full_disk_is_one_clear_error_and_keeps_what_was_finished(images: Path, built: Path, tmp_path: Path) -> None:
-    """A limit on the size of any one file stands in for the disk: the shards fit, the joined index does not."""
+    """A limit on the size of any one file stands in for the disk; once it is lifted, the same command goes on."""
     script = (
         "import resource, signal, sys; from jobs.command import run\n"
         "if __name__ == '__main__':\n"

@@ -1,6 +1,7 @@
 """verify: finds every flipped byte, every cut, and what is missing or too much; and says where."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +39,8 @@ def test_every_flipped_byte_of_every_file_is_found(copy: Path) -> None:
             flipped = bytearray(original)
             flipped[place] ^= 1 << int(random.integers(8))
             path.write_bytes(flipped)
-            try:
+            with suppress(DatasetError):  # the manifest and the index may be refused before anything else is read
                 assert faults(copy), f"byte {place} of {path.name}"
-            except DatasetError:
-                pass  # the manifest and the index are refused before anything else is looked at
         path.write_bytes(original)
     assert faults(copy) == []
 
