@@ -119,21 +119,3 @@ def _decode_window(encoded, start, shape, device: str):  # type: ignore[no-untyp
         output_type=types.RGB,
         adjust_orientation=False,
     )
-
-
-def refusal(encoded: UInt8[np.ndarray, "n"]) -> str | None:
-    """Why these bytes must not reach DALI, or None.
-
-    DALI 2.4 segfaults on an empty, header-only, text or GIF sample in a batch of 64, so what it gets is checked for a
-    known start and end first. A cut or damaged middle raises, or decodes to garbage that only a checksum tells.
-    """
-    data = encoded.tobytes()
-    if data[:2] == b"\xff\xd8":
-        return None if b"\xff\xd9" in data[-65536:] or b"\xff\xd9" in data else "JPEG without an end marker"
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return None if b"IEND" in data[-65536:] else "PNG without an IEND chunk"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return None if len(data) >= int.from_bytes(data[4:8], "little") + 8 else "WebP shorter than its header says"
-    if data[:2] == b"BM":
-        return None if len(data) >= int.from_bytes(data[2:6], "little") else "BMP shorter than its header says"
-    return "empty" if not data else "not a JPEG, PNG, WebP or BMP"

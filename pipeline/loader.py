@@ -22,11 +22,12 @@ from jaxtyping import Int32, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from pipeline.decode import DECODERS, EncodedBatch, refusal
+from pipeline.decode import DECODERS, EncodedBatch
 from pipeline.draws import AugmentDraws, Draws
 from pipeline.order import SampleOrder
 from shards.dataset import Dataset
 from shards.errors import DatasetError, MaelstreamError
+from shards.inspect import refusal
 from shards.reader import ShardReader
 
 _POLL_S = 0.1  # how often a thread that waits on a queue looks whether the loader was closed
@@ -160,8 +161,9 @@ class PretrainLoader:
     def _read(self, plan: _Plan) -> EncodedBatch:
         """Copies the bytes off the memory map, so that no later stage waits on a cold page."""
         encoded = [data.copy() for data in self._reader.read(plan.samples)]
-        for data, sample in zip(encoded, plan.samples, strict=True):
-            if reason := refusal(data):
+        sizes = self._dataset.width[plan.samples].tolist(), self._dataset.height[plan.samples].tolist()
+        for data, sample, width, height in zip(encoded, plan.samples, *sizes, strict=True):
+            if reason := refusal(data.tobytes(), width, height):
                 raise DatasetError(f"{self._name(sample)}: {reason}; `maelstream verify` tells what else is damaged")
         return EncodedBatch(encoded, plan.draws.windows, plan.draws.flips)
 
@@ -197,7 +199,7 @@ class PretrainLoader:
 
     def _undecodable(self, plans: Iterable[_Plan], error: RuntimeError) -> Exception:
         """The first sample of `plans` that PIL cannot decode either, or else `error`."""
-        for sample in np.concatenate([plan.samples for plan in plans]):
+        for sample in (sample for plan in plans for sample in plan.samples):
             try:
                 (encoded,) = self._reader.read(np.array([sample]))
                 Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")

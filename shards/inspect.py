@@ -5,15 +5,14 @@ DALI 2.4 cannot take, GIF, text, empty and cut files, would take the training pr
 """
 
 import io
+import struct
 import warnings
 from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError
 
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
-"""What DALI decodes on the CPU and the GPU, by PIL's name of the format."""
-MAX_PIXELS = 2**28
-"""A decompression bomb's bound: 268 megapixels, 0.8 GB decoded."""
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
+"""What DALI decodes, by PIL's name of the format; MPO is a phone's JPEG with more pictures behind it."""
 
 
 class Unfit(Exception):
@@ -34,16 +33,64 @@ def inspect(data: bytes) -> ImageInfo:
         raise Unfit("empty file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # PIL warns of bombs and of damaged files that it decodes half
+            warnings.simplefilter("error")  # PIL warns of bombs (over 89 megapixels) and of files that it decodes half
             with Image.open(io.BytesIO(data)) as image:
                 if image.format not in EXTENSIONS:
                     raise Unfit(f"a {image.format} file, which the decoder does not take")
                 width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise Unfit(f"{width} x {height} pixels, over the bound of {MAX_PIXELS}")
                 image.load()
-                return ImageInfo(EXTENSIONS[image.format], width, height)
+                extension = EXTENSIONS[image.format]
     except UnidentifiedImageError:
         raise Unfit("not an image") from None
     except (OSError, SyntaxError, ValueError, EOFError, Warning, Image.DecompressionBombError) as error:
         raise Unfit(" ".join(f"cannot be decoded: {error}".split())) from None
+    # The loader asks the same of every sample, so what it would refuse must not enter.
+    if reason := refusal(data, width, height):
+        raise Unfit(reason)
+    return ImageInfo(extension, width, height)
+
+
+def refusal(data: bytes, width: int, height: int) -> str | None:
+    """Why these bytes must not reach DALI as an image of `width` x `height` pixels, or None.
+
+    DALI 2.4 takes the process down with it on an empty, header-only, text or GIF sample, and on a JPEG whose header
+    cannot be parsed between sound markers (batch of 60), so header and end are read first. Damage behind the header
+    raises, or decodes to garbage that only a checksum tells.
+    """
+    if data[:2] == b"\xff\xd8":
+        if _jpeg_size(data) != (width, height):
+            return f"JPEG without a sound header of {width} x {height} pixels"
+        return None if b"\xff\xd9" in data[-65536:] or b"\xff\xd9" in data else "JPEG without an end marker"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        if struct.unpack_from(">4sII", data.ljust(24, b"\0"), 12) != (b"IHDR", width, height):
+            return f"PNG without a sound header of {width} x {height} pixels"
+        return None if b"IEND" in data[-65536:] else "PNG without an IEND chunk"
+    if data[:4] == b"RIFF" and data[8:15] == b"WEBPVP8":
+        return None if len(data) >= int.from_bytes(data[4:8], "little") + 8 else "WebP shorter than its header says"
+    if data[:2] == b"BM":
+        if struct.unpack_from("<ii", data.ljust(26, b"\0"), 18) not in ((width, height), (width, -height)):
+            return f"BMP without a sound header of {width} x {height} pixels"
+        return None if len(data) >= int.from_bytes(data[2:6], "little") else "BMP shorter than its header says"
+    return "empty" if not data else "not a JPEG, PNG, WebP or BMP"
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of the frame header, when every segment up to the first scan is in its place (ITU T.81, B.1)."""
+    size, place = None, 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF:  # a fill byte
+            place += 1
+            continue
+        if marker == 0xDA:  # the scan begins
+            return size
+        if marker in _JPEG_FRAMES and place + 9 <= len(data):
+            size = (
+                int.from_bytes(data[place + 7 : place + 9], "big"),
+                int.from_bytes(data[place + 5 : place + 7], "big"),
+            )
+        place += 2 + max(2, int.from_bytes(data[place + 2 : place + 4], "big"))
+    return None
+
+
+_JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15; the three are tables

@@ -1,5 +1,6 @@
 """What several rooms' tests stand on: small datasets of generated photographs, packed for real."""
 
+import io
 import os
 from pathlib import Path
 
@@ -14,6 +15,19 @@ from shards.dataset import Dataset
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def encoded(image: Image.Image, form: str, **options: object) -> np.ndarray:
+    """File bytes of an image."""
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def photograph(width: int = 300, height: int = 200, seed: int = 0) -> Image.Image:
+    """Smooth fields of colour, the same for the same seed."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def write_images(folder: Path, classes: int, per_class: int, seed: int = 0) -> Path:

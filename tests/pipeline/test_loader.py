@@ -1,8 +1,10 @@
 """PretrainLoader: the same batches on any number of ranks, each sample once an epoch, exact from one number."""
 
+import shutil
 from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from pipeline.draws import AugmentDraws, CropConfig
 from pipeline.loader import Batch, LoaderState, PretrainLoader, Slices
 from pipeline.order import SampleOrder
 from shards.dataset import Dataset
-from shards.errors import MaelstreamError
+from shards.errors import DatasetError, MaelstreamError
+from shards.reader import ShardReader
 
 
 def loader_of(dataset: Dataset, slices: Slices, rank: int = 0, prefetch: int = 2, threads: int = 1) -> PretrainLoader:
@@ -130,6 +133,31 @@ def test_threads_and_prefetch_change_nothing(packed: Dataset) -> None:
         loader_of(packed, Slices(8, 1, 1), prefetch=7, threads=3) as other,
     ):
         assert content(islice(one, 9)) == content(islice(other, 9))
+
+
+def damaged_copy(packed: Dataset, folder: Path, marker: bytes, data: bytes) -> Dataset:
+    """The dataset with `data` written over sample 7, from the first `marker` on."""
+    shutil.copytree(packed.folder, folder)
+    (sample,) = ShardReader(packed, check_crc=True).read(np.array([7]))
+    with (folder / packed.shard_names[packed.shard[7]]).open("r+b") as shard:
+        shard.seek(int(packed.offset[7]) + sample.tobytes().index(marker))
+        shard.write(data)
+    return Dataset.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("marker", "data", "reason"),
+    [
+        (b"\xff\xd8", b"GIF89a", "not a JPEG, PNG, WebP or BMP"),
+        (b"\xff\xe0", bytes(300), "JPEG without a sound header"),  # DALI 2.4 segfaults on it
+        (b"\xff\xc4", b"\xff\xc4\x00\x1f" + b"\xff" * 20, "cannot be decoded"),  # a Huffman table; DALI raises
+    ],
+)
+def test_a_bad_sample_is_named(packed: Dataset, tmp_path: Path, marker: bytes, data: bytes, reason: str) -> None:
+    damaged = damaged_copy(packed, tmp_path / "damaged", marker, data)
+    key = damaged.keys(np.array([7]))[0]
+    with pytest.raises(DatasetError, match=rf"000\d\.tar: sample {key}: {reason}"):
+        take(damaged, Slices(60, 1, 1), 1)
 
 
 def test_labels_are_those_of_the_folders(packed: Dataset) -> None:
