@@ -19,7 +19,7 @@ from PIL import Image
 from shards.dataset import Dataset
 from shards.errors import MaelstreamError
 
-STEPS = 1000
+STEPS = 800
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 # Photographs that scikit-image and scikit-learn install; no diagrams, and no textures, whose patches are unrelated.
 _SKIMAGE = "astronaut camera chelsea coffee coins hubble_deep_field ihc moon motorcycle_left retina rocket"
