@@ -86,7 +86,7 @@ def train(recipe: Recipe, folder: RunFolder, stop_at_step: int | None, ranks: Ra
     """Takes every step of the schedule that the run's newest checkpoint has not taken yet."""
     dataset = Dataset.open(recipe.data.dataset)
     schedule = schedule_of(recipe, len(dataset))
-    end = min(schedule.total_steps, stop_at_step or schedule.total_steps)
+    end = schedule.total_steps if stop_at_step is None else min(schedule.total_steps, stop_at_step)
     share = math.ceil(recipe.optim.batch_size / ranks.world_size)
     slices = Slices(recipe.optim.batch_size, ranks.world_size, math.ceil(share / recipe.engine.micro_batch_size))
     loader = PretrainLoader(

@@ -7,7 +7,6 @@ masks on any number of ranks, and the state is how far the line has been consume
 """
 
 import contextlib
-import io
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,6 @@ from typing import TypedDict
 import numpy as np
 import torch
 from jaxtyping import Int32, Int64, UInt8
-from PIL import Image
 from torch import Tensor
 
 from pipeline.decode import DECODERS, EncodedBatch
@@ -27,7 +25,7 @@ from pipeline.draws import AugmentDraws, Draws
 from pipeline.order import SampleOrder
 from shards.dataset import Dataset
 from shards.errors import DatasetError, MaelstreamError
-from shards.inspect import refusal
+from shards.inspect import Unfit, inspect, refusal
 from shards.reader import ShardReader
 
 _POLL_S = 0.1  # how often a thread that waits on a queue looks whether the loader was closed
@@ -160,12 +158,13 @@ class PretrainLoader:
 
     def _read(self, plan: _Plan) -> EncodedBatch:
         """Copies the bytes off the memory map, so that no later stage waits on a cold page."""
-        encoded = [data.copy() for data in self._reader.read(plan.samples)]
+        encoded = [data.tobytes() for data in self._reader.read(plan.samples)]
         sizes = self._dataset.width[plan.samples].tolist(), self._dataset.height[plan.samples].tolist()
         for data, sample, width, height in zip(encoded, plan.samples, *sizes, strict=True):
-            if reason := refusal(data.tobytes(), width, height):
+            if reason := refusal(data, width, height):
                 raise DatasetError(f"{self._name(sample)}: {reason}; `maelstream verify` tells what else is damaged")
-        return EncodedBatch(encoded, plan.draws.windows, plan.draws.flips)
+        arrays = [np.frombuffer(data, np.uint8) for data in encoded]
+        return EncodedBatch(arrays, plan.draws.windows, plan.draws.flips)
 
     def _name(self, sample: int) -> str:
         shard = self._dataset.shard_names[int(self._dataset.shard[sample])]
@@ -198,16 +197,13 @@ class PretrainLoader:
             readers.shutdown(cancel_futures=True)
 
     def _undecodable(self, plans: Iterable[_Plan], error: RuntimeError) -> Exception:
-        """The first sample of `plans` that PIL cannot decode either, or else `error`."""
+        """The first sample of `plans` that would not be packed as it is now, or else `error`."""
         for sample in (sample for plan in plans for sample in plan.samples):
+            (encoded,) = self._reader.read(np.array([sample]))
             try:
-                (encoded,) = self._reader.read(np.array([sample]))
-                Image.open(io.BytesIO(encoded.tobytes())).convert("RGB")
-            except (OSError, SyntaxError) as reason:
-                return DatasetError(
-                    f"{self._name(sample)}: cannot be decoded ({reason}); "
-                    "`maelstream verify --deep` tells what else is damaged"
-                )
+                inspect(encoded.tobytes())
+            except Unfit as reason:
+                return DatasetError(f"{self._name(sample)}: {reason}; `maelstream verify` tells what else is damaged")
         return error
 
     def _batch(self, plan: _Plan, images: Tensor) -> Batch:
