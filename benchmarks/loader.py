@@ -28,6 +28,7 @@ from pipeline.draws import AugmentDraws, CropConfig
 from pipeline.loader import PretrainLoader, Slices
 from pipeline.order import SampleOrder
 from shards.dataset import Dataset
+from shards.executors import Local
 from shards.pack import pack
 from shards.plan import PackOptions
 
@@ -56,7 +57,7 @@ def maelstream(dataset: Dataset, threads: int) -> Iterator[Iterator[object]]:
 @contextmanager
 def stock_dali(dataset: Dataset, threads: int) -> Iterator[Iterator[object]]:
     """DALI's own webdataset reader, random crop and resize on the CPU."""
-    paths = [dataset.folder / name for name in dataset.shard_names]
+    paths = [Path(dataset.folder, name) for name in dataset.shard_names]
     pipeline = Pipeline(BATCH, threads, device_id=None, prefetch_queue_depth=2)
     with pipeline:
         jpg = fn.readers.webdataset(
@@ -97,7 +98,7 @@ def main() -> None:
     options = tyro.cli(Options)
     with tempfile.TemporaryDirectory() as folder:
         shards, pack_options = Path(folder) / "shards", PackOptions("bench", "train", 2**26, 0)
-        pack(options.src, shards, pack_options, options.threads, lambda *_: None)
+        pack(str(options.src), str(shards), pack_options, Local(options.threads), lambda _: None)
         dataset = Dataset.open(shards)
         candidates: dict[str, Callable[[], AbstractContextManager[Iterator[object]]]] = {
             "maelstream": lambda: maelstream(dataset, options.threads),

@@ -10,6 +10,7 @@ from shards.errors import MaelstreamError
 # DALI and DeepSpeed take seconds to import and `maelstream info` needs none of them.
 COMMANDS = {
     "pack": "images -> tar shards, an index and their side files",
+    "index": "adopt tar shards that stand already, without changing them",
     "info": "what a packed dataset holds",
     "verify": "every fault of a packed dataset, by shard and sample",
     "pretrain": "train a masked autoencoder from a recipe, or go on with a run",

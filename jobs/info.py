@@ -1,7 +1,6 @@
 """`maelstream info DST`: what a packed dataset holds."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -18,8 +17,8 @@ _EDGES = (0, 64, 128, 256, 384, 512, 768, 1024, 2048, 2**32)  # short sides, in 
 class Info:
     """Counts, classes, sizes, formats and resolutions of a packed dataset."""
 
-    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
-    """A folder that `maelstream pack` wrote."""
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
+    """A packed dataset; a folder, or a URI such as s3://bucket/folder."""
 
 
 def summary(dataset: Dataset) -> Table:

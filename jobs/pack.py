@@ -3,38 +3,107 @@
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
+from jobs.progress import Display, interruptible
 from shards.errors import DatasetError
-from shards.pack import pack
+from shards.executors import EXECUTORS, Executor
+from shards.pack import PackResult, Report, pack
 from shards.plan import PackOptions
+from shards.storage import Storage
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True)
-class Pack:
-    """Pack a folder of images (one folder a class) into tar shards. Started again, it goes on where it stopped."""
+class Labels:
+    """Where labels come from, and what classes are called."""
 
-    src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
-    """A folder that holds one folder of images a class."""
-    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
+    label_field: str | None = None
+    """Of each sample's JSON, or the Parquet column, that holds the label; otherwise .cls, or a field named label,
+    cls, class, class_id, target, labels or fine_label."""
+    classes: Path | None = None
+    """A text file of class names, a line a label, for sources whose labels are numbers."""
+
+    def names(self) -> list[str] | None:
+        """Of classes, by label; DatasetError when the file cannot be read or names a class twice."""
+        if self.classes is None:
+            return None
+        try:
+            names = self.classes.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DatasetError(f"--classes {self.classes} cannot be read ({error})") from None
+        if not names or len(set(names)) < len(names) or "" in names:
+            raise DatasetError(f"--classes {self.classes}: a line a class, none empty, none twice")
+        return names
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who does the work."""
+
+    workers: int = len(os.sched_getaffinity(0))
+    """Processes, or Ray tasks at a time; each builds a shard at a time."""
+    executor: Literal["local", "ray"] = "local"
+    """This machine, or the Ray cluster that RAY_ADDRESS names (one on this machine if it is not set)."""
+    strict: bool = False
+    """End with an error at the first file that cannot enter, instead of listing it in quarantine.jsonl."""
+
+    def make(self) -> Executor:
+        """The executor; DatasetError for less than one worker."""
+        if self.workers < 1:
+            raise DatasetError(f"--workers {self.workers}: at least one has to do it")
+        return EXECUTORS[self.executor](self.workers)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Pack images into tar shards. Started again, it goes on where it stopped.
+
+    SRC is a folder that holds one folder of images a class; or the ILSVRC2012 tars as downloaded, WebDataset shards, or
+    Parquet files as Hugging Face stores them: a folder of these, one of them, or a pattern ('train-{0000..1023}.tar').
+    SRC and DST are local or s3:// and gs:// URIs.
+    """
+
+    src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
+    """Images to pack."""
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """The packed dataset: a new or empty folder, or one that an earlier call did not finish."""
     split: str = "train"
-    """Part of the shards' file names."""
+    """Which files of SRC, where it has several splits; and part of the shards' file names."""
     name: str | None = None
     """The other part; SRC's own name if not given."""
     shard_size: str = "256MiB"
-    """About how large a shard gets."""
-    workers: int = len(os.sched_getaffinity(0))
-    """Processes; each builds a shard at a time."""
+    """About how many bytes of SRC go into a shard."""
     seed: int = 0
     """The order of samples in the shards depends on it."""
+    resize: int | None = None
+    """Make images whose short side is longer this short (pixels; bicubic, antialias), encoded again as JPEG.
+    Otherwise every byte stays as it is."""
+    quality: int | None = None
+    """Of the JPEGs that --resize makes, 1 to 100; 90 if not given."""
+    part: str = "1/1"
+    """I/N builds every N-th shard from the I-th, for N calls at the same time (SLURM arrays); the last one to end
+    finishes the dataset."""
+    labels: tyro.conf.OmitArgPrefixes[Labels] = Labels()
+    work: tyro.conf.OmitArgPrefixes[Workers] = Workers()
+
+    def options(self) -> PackOptions:
+        """What the packed bytes depend on; DatasetError for values that make no sense."""
+        if self.resize is not None and self.resize < 1:
+            raise DatasetError(f"--resize {self.resize} is no length in pixels")
+        if self.quality is not None and (self.resize is None or not 1 <= self.quality <= 100):
+            raise DatasetError(f"--quality {self.quality}: 1 to 100, and with --resize, which is what encodes again")
+        name = self.name or re.sub(r"[^A-Za-z0-9_-]+", "-", Path(Storage.at(self.src).path).name.partition(".")[0])
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not re.fullmatch(r"[A-Za-z0-9_-]+", self.split):
+            raise DatasetError(f"--name {name}, --split {self.split}: letters, digits, _ and -, for file names")
+        shard_bytes = parse_bytes(self.shard_size)
+        return PackOptions(name, self.split, shard_bytes, self.seed, self.resize, self.quality, self.labels.label_field)
 
 
 def parse_bytes(text: str) -> int:
@@ -45,33 +114,38 @@ def parse_bytes(text: str) -> int:
     return int(match[1]) * _UNITS[match[2] or ""]
 
 
-def main(args: list[str]) -> int:
-    """`maelstream pack`; 0 when the dataset is whole, 130 after Ctrl-C."""
-    command = tyro.cli(Pack, args=args, prog="maelstream pack")
-    name = command.name or re.sub(r"[^A-Za-z0-9_-]", "-", command.src.resolve().name)
-    options = PackOptions(name, command.split, parse_bytes(command.shard_size), command.seed)
-    columns = TextColumn("{task.description}"), TimeElapsedColumn()
-    samples = quarantined = total_bytes = 0
-    with Progress(*columns, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("packing")
+def parse_part(text: str) -> tuple[int, int]:
+    """I and N of "I/N"; DatasetError when it is no part."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise DatasetError(f"--part {text} is no part; write I/N, from 1/N to N/N")
+    return int(match[1]), int(match[2])
 
-        def on_shard(shard_samples: int, shard_quarantined: int, shard_bytes: int) -> None:
-            nonlocal samples, quarantined, total_bytes
-            samples, quarantined = samples + shard_samples, quarantined + shard_quarantined
-            total_bytes += shard_bytes
-            text = f"{samples:,} samples, {total_bytes / 2**20:,.1f} MiB, {quarantined:,} quarantined"
-            bar.update(task, description=text)
-            if bar.disable:
-                print(text, flush=True)
 
-        try:
-            result = pack(command.src, command.dst, options, command.workers, on_shard)
-        except KeyboardInterrupt:
-            print("\nstopped; the same command goes on with the shards that are not finished", file=sys.stderr)
-            return 130
+def run_shown(build: Callable[[Report], PackResult], dst: str) -> int:
+    """Runs a build, shows its progress and what came of it; 0, or 130 after Ctrl-C."""
+    try:
+        with interruptible(), Display() as display:
+            result = build(display)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the shards that are not finished", file=sys.stderr)
+        return 130
+    if result.missing:
+        print(f"{dst}: {result.built:,} shards built now; {result.missing:,} of {result.shards:,} are still missing")
+        return 0
     print(
-        f"{command.dst}: {result.samples:,} samples in {result.shards:,} shards ({result.built:,} built now), "
+        f"{dst}: {result.samples:,} samples in {result.shards:,} shards ({result.built:,} built now), "
         f"{result.quarantined:,} files quarantined"
-        + (f", listed in {command.dst / 'quarantine.jsonl'}" if result.quarantined else "")
+        + (f", listed in {dst}/quarantine.jsonl" if result.quarantined else "")
     )
     return 0
+
+
+def main(args: list[str]) -> int:
+    """`maelstream pack`; 0 when the dataset, or this part of it, is whole, 130 after Ctrl-C."""
+    command = tyro.cli(Pack, args=args, prog="maelstream pack")
+    options, names, part = command.options(), command.labels.names(), parse_part(command.part)
+    executor, strict = command.work.make(), command.work.strict
+    return run_shown(
+        lambda report: pack(command.src, command.dst, options, executor, report, names, part, strict), command.dst
+    )

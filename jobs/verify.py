@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -16,8 +15,8 @@ from shards.verify import verify
 class Verify:
     """Check a packed dataset against its checksums; exit code 1 when something is wrong."""
 
-    dst: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DST")]
-    """A folder that `maelstream pack` wrote."""
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
+    """A packed dataset; a folder, or a URI such as s3://bucket/folder."""
     deep: bool = False
     """Decode every image, too."""
 

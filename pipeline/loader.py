@@ -168,7 +168,7 @@ class PretrainLoader:
 
     def _name(self, sample: int) -> str:
         shard = self._dataset.shard_names[int(self._dataset.shard[sample])]
-        return f"{self._dataset.folder / shard}: sample {self._dataset.keys(np.array([sample]))[0]}"
+        return f"{self._dataset.folder}/{shard}: sample {self._dataset.keys(np.array([sample]))[0]}"
 
     def _produce(self, start: int, device: torch.device, batches: "Queue[Batch | Exception]") -> None:
         """Body of the producer thread: reads ahead, decodes, and hands batches or what went wrong to the consumer."""

@@ -2,16 +2,19 @@
 
 import hashlib
 import json
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
+from pyarrow.fs import FileType
 
 from shards.errors import DatasetError
-from shards.index import INDEX_NAME, SCHEMA
+from shards.index import INDEX_NAME, NUMBERS, SCHEMA
+from shards.storage import Storage
 
 FORMAT_VERSION = 1
 MANIFEST_NAME, INFO_NAME, QUARANTINE_NAME = "dataset.json", "_info.json", "quarantine.jsonl"
@@ -37,28 +40,38 @@ class Dataset:
     label: np.ndarray
     crc32c: np.ndarray
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], fingerprint: str, index: pa.RecordBatch):
-        self.folder, self.manifest, self.fingerprint, self._index = folder, manifest, fingerprint, index
-        for name in SCHEMA.names[:-2]:
-            setattr(self, name, index.column(name).to_numpy(zero_copy_only=True))
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: dict[str, Any],
+        fingerprint: str,
+        open_index: Callable[[list[str]], pa.RecordBatch],
+    ):
+        """`open_index` gives columns of the index by name; `Dataset.open` is how users make one of these."""
+        self.storage, self.manifest, self.fingerprint, self._open_index = storage, manifest, fingerprint, open_index
+        self._numbers = open_index(NUMBERS)
+        for name, column in zip(NUMBERS, self._numbers.columns, strict=True):
+            setattr(self, name, column.to_numpy(zero_copy_only=True))
 
     @classmethod
     def open(cls, folder: str | Path) -> "Dataset":
-        """Opens a folder that `maelstream pack` wrote, in O(1).
+        """Opens what `maelstream pack` or `maelstream index` wrote: in O(1) where it is local; of a remote one the
+        index's numbers, 32 bytes a sample, are fetched.
 
         Raises:
             DatasetError: not there, unfinished, of a newer format, or an index that does not match the manifest.
         """
-        folder = Path(folder)
-        path = folder / MANIFEST_NAME
-        try:
-            text = path.read_bytes()
-            manifest = json.loads(text)
-        except OSError:
-            why = "its packing was not finished: run the same `maelstream pack` again" if folder.is_dir() else "missing"
+        storage = Storage.at(folder)
+        path = f"{storage}/{MANIFEST_NAME}"
+        entries = {entry.name for entry in storage.entries()} if storage.kind() == FileType.Directory else set()
+        if MANIFEST_NAME not in entries:
+            why = "its packing was not finished: run the same `maelstream pack` again" if entries else "missing"
             raise DatasetError(
                 f"{folder} is no packed dataset (no {MANIFEST_NAME}; {why}); `maelstream pack SRC {folder}` makes one"
-            ) from None
+            )
+        text = storage.read(MANIFEST_NAME)
+        try:
+            manifest = json.loads(text)
         except ValueError as error:
             raise DatasetError(f"{path} is damaged ({error}); pack the dataset again") from None
         if manifest["format_version"] > FORMAT_VERSION:
@@ -68,25 +81,25 @@ class Dataset:
             )
         if manifest != sealed(manifest):
             raise DatasetError(f"{path} is damaged (its checksum does not fit); restore it or pack the dataset again")
-        try:
-            index = pa.ipc.open_file(pa.memory_map(str(folder / INDEX_NAME))).get_batch(0)
-        except (OSError, pa.ArrowInvalid) as error:
+        dataset = cls(storage, manifest, hashlib.sha256(text).hexdigest(), partial(_index_columns, storage))
+        if len(dataset) != manifest["samples"]:
             raise DatasetError(
-                f"{folder / INDEX_NAME} is missing or damaged ({error}); pack the dataset again"
-            ) from None
-        if len(index) != manifest["samples"]:
-            raise DatasetError(
-                f"{folder}: {INDEX_NAME} has {len(index)} samples, {MANIFEST_NAME} says {manifest['samples']}; "
+                f"{folder}: {INDEX_NAME} has {len(dataset)} samples, {MANIFEST_NAME} says {manifest['samples']}; "
                 "pack the dataset again"
             )
-        return cls(folder, manifest, hashlib.sha256(text).hexdigest(), index)
+        return dataset
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._numbers)
+
+    @property
+    def folder(self) -> str:
+        """Where it lies, as the user wrote it."""
+        return str(self.storage)
 
     @property
     def classes(self) -> list[str]:
-        """Class names by label."""
+        """Class names by label; empty without labels."""
         return self.manifest["classes"]
 
     @cached_property
@@ -94,10 +107,24 @@ class Dataset:
         """File names by shard number."""
         return [shard["name"] for shard in self.manifest["shards"]]
 
+    @cached_property
+    def _texts(self) -> pa.RecordBatch:
+        return self._open_index(["key", "source"])
+
     def keys(self, samples: Int64[np.ndarray, "b"]) -> list[str]:
         """Keys of `samples` in their shards."""
-        return self._index.column("key").take(pa.array(samples)).to_pylist()
+        return self._texts.column("key").take(pa.array(samples)).to_pylist()
 
     def sources(self, samples: Int64[np.ndarray, "b"]) -> list[str]:
-        """Paths that `samples` had before they were packed."""
-        return self._index.column("source").take(pa.array(samples)).to_pylist()
+        """What `samples` were called where they came from."""
+        return self._texts.column("source").take(pa.array(samples)).to_pylist()
+
+
+def _index_columns(storage: Storage, names: list[str]) -> pa.RecordBatch:
+    """Columns of the index, mapped where it is local and fetched where it is remote."""
+    try:
+        file = pa.memory_map(f"{storage.path}/{INDEX_NAME}") if storage.local else storage.open(INDEX_NAME)
+        options = pa.ipc.IpcReadOptions(included_fields=[SCHEMA.get_field_index(name) for name in names])
+        return pa.ipc.open_file(file, options=options).get_batch(0)
+    except (OSError, pa.ArrowInvalid, DatasetError) as error:
+        raise DatasetError(f"{storage}/{INDEX_NAME} is missing or damaged ({error}); pack the dataset again") from None

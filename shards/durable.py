@@ -1,6 +1,7 @@
 """Files that are whole or absent: written under another name, synced to the disk, then renamed."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,13 @@ from shards.errors import DatasetError
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that becomes `path` when the block ends well; DatasetError when the disk does not take it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.writing")
+def written_whole(path: Path, aside_in: Path | None = None) -> Iterator[BinaryIO]:
+    """A file that becomes `path` when the block ends well; DatasetError when the disk does not take it.
+
+    Until then it lies in `aside_in`, a folder of the same file system; beside `path` if not given.
+    """
+    # Not the process's number: two hosts that share the folder may have the same.
+    aside = (aside_in or path.parent) / f".{path.name}.{secrets.token_hex(4)}.writing"
     try:
         with aside.open("wb") as file:
             yield file

@@ -13,6 +13,9 @@ from PIL import Image, UnidentifiedImageError
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
 """What DALI decodes, by PIL's name of the format; MPO is a phone's JPEG with more pictures behind it."""
+MAX_PIXELS, MAX_BYTES = 2**26, 2**27
+"""Beyond, an image does not enter: decoding it would take more memory than a worker has."""
+_HUGE_PIXELS = 2**24
 
 
 class Unfit(Exception):
@@ -29,25 +32,47 @@ class ImageInfo:
 
 def inspect(data: bytes) -> ImageInfo:
     """Decodes `data` in full; raises `Unfit` with the reason when that fails or DALI could not take it."""
+    return decoded(data, shrink=False)[1]
+
+
+def decoded(data: bytes, shrink: bool) -> tuple[Image.Image, ImageInfo]:
+    """As `inspect`, with the picture. Unless it is to be shrunk, a huge JPEG's comes at half its size."""
+    if len(data) > MAX_BYTES:
+        raise Unfit(f"more than {MAX_BYTES // 2**20} MiB")
     if not data:
         raise Unfit("empty file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # PIL warns of bombs (over 89 megapixels) and of files that it decodes half
+            warnings.simplefilter("ignore")  # damaged EXIF, of which ImageNet has some: nobody looks at it
             with Image.open(io.BytesIO(data)) as image:
                 if image.format not in EXTENSIONS:
                     raise Unfit(f"a {image.format} file, which the decoder does not take")
                 width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise Unfit(f"{width} x {height} pixels, more than {MAX_PIXELS:,}: a decompression bomb?")
+                if width * height > _HUGE_PIXELS and not shrink:
+                    image.draft(None, (width // 2, height // 2))  # reads every coded bit in a quarter of the memory
                 image.load()
                 extension = EXTENSIONS[image.format]
     except UnidentifiedImageError:
         raise Unfit("not an image") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Warning, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise Unfit(" ".join(f"cannot be decoded: {error}".split())) from None
     # The loader asks the same of every sample, so what it would refuse must not enter.
     if reason := refusal(data, width, height):
         raise Unfit(reason)
-    return ImageInfo(extension, width, height)
+    return image, ImageInfo(extension, width, height)
+
+
+def shrunk(image: Image.Image, short_side: int, quality: int) -> tuple[bytes, ImageInfo]:
+    """`image` as a JPEG whose short side has `short_side` pixels (bicubic, antialias)."""
+    scale = short_side / min(image.size)
+    size = round(image.width * scale), round(image.height * scale)
+    picture = image if image.mode == "L" else image.convert("RGB")
+    file = io.BytesIO()
+    # PIL's bicubic has antialias. The EXIF orientation is left out: no stage looks at it.
+    picture.resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=quality)
+    return file.getvalue(), ImageInfo("jpg", *size)
 
 
 def refusal(data: bytes, width: int, height: int) -> str | None:

@@ -1,259 +1,319 @@
-"""The builder: a plan's samples, each decoded in full first, into tar shards and their side files.
+"""The builder: sources are scanned, planned, and built into shards by workers; then come the index and the side files.
 
-A shard is built by `build_shard`, whoever calls it, to the same bytes. Its receipt, written after the shard itself,
-holds what the index needs of it; a build that is started again keeps every shard that has one. `dataset.json` is
-written last: where it stands, the dataset is whole.
+Every step leaves its result in the build's work folder inside the destination, so that a build which was stopped at
+any moment, however hard, goes on from there to the same bytes. `dataset.json` is written last: where it stands, the
+dataset is whole. Several machines may share a build (`part`); whoever finds every shard done writes the rest.
 """
 
 import hashlib
 import json
-import multiprocessing
-import shutil
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from importlib.metadata import version
+from typing import NamedTuple
 
-import google_crc32c
 import pyarrow as pa
-import webdataset
+from pyarrow.fs import FileType
 
 from shards.dataset import FORMAT_VERSION, INFO_NAME, MANIFEST_NAME, QUARANTINE_NAME, sealed
-from shards.durable import written_whole
 from shards.errors import DatasetError
-from shards.index import INDEX_NAME, SCHEMA, write_index
-from shards.inspect import Unfit, inspect
-from shards.plan import PackOptions, Plan, make_plan
-from shards.sources import Source, find_sources
+from shards.executors import Executor
+from shards.index import INDEX_NAME, SCHEMA, write_one_batch
+from shards.plan import PLAN, PackOptions, Plan, as_found, shuffled, write_plan
+from shards.sources import Sources, find_sources
+from shards.storage import WORK, Storage
+from shards.work import Receipt, ScanJob, ShardJob
 
-_RECEIPTS = ".pack"
-_PLAN = "plan.sha256"
+_CLAIM = f"{WORK}/claim"
+_JPEG_QUALITY = 90
 
 
-@dataclass(frozen=True)
-class ShardJob:
-    """All that a worker needs to build one shard."""
+class Progress(NamedTuple):
+    """What a build tells after each step."""
 
-    root: Path
-    destination: Path
-    number: int
+    step: str
+    """`scan` for a source that was looked through, `shard` for a shard that was built."""
+    done: int
+    """Steps of this kind that this call has done."""
+    total: int
+    """Steps of this kind that this call has to do."""
     name: str
-    first_key: int
-    sources: list[Source]
-
-    @property
-    def receipt(self) -> Path:
-        return self.destination / _RECEIPTS / f"{self.number:06d}.json"
-
-    @property
-    def done(self) -> bool:
-        """Whether an earlier call finished the shard, and nobody took it away since."""
-        shard = self.destination / self.name
-        return self.receipt.exists() and shard.exists() and shard.with_suffix(".idx").exists()
+    """Of the file."""
+    samples: int
+    quarantined: int
+    bytes: int
+    """Of the images that the shard was made of; of the source that was scanned."""
+    total_bytes: int
+    """`bytes` of all steps of this kind that this call has to do."""
 
 
-@dataclass(frozen=True)
-class PackResult:
+Report = Callable[[Progress], None]
+
+
+class PackResult(NamedTuple):
     samples: int
     quarantined: int
     shards: int
     """All shards of the dataset."""
     built: int
     """Shards that this call built; the others were there."""
+    missing: int
+    """Shards that other parts have yet to build; 0 when the dataset is whole."""
+
+
+@dataclass(frozen=True)
+class _Build:
+    """What is built where; everything else follows from it."""
+
+    sources: Sources
+    destination: Storage
+    options: PackOptions
+    adopt: bool
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that the dataset depends on."""
+        text = json.dumps([asdict(self.options), self.adopt, self.sources.digest()])
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def pack(
-    source: Path, destination: Path, options: PackOptions, workers: int, on_shard: Callable[[int, int, int], None]
+    source: str,
+    destination: str,
+    options: PackOptions,
+    executor: Executor,
+    report: Report,
+    classes: list[str] | None = None,
+    part: tuple[int, int] = (1, 1),
+    strict: bool = False,
 ) -> PackResult:
     """Packs the images of `source` into `destination`; goes on where an earlier call was stopped.
 
-    `on_shard` is called with (samples packed, samples quarantined, bytes written) of each shard that gets finished.
+    `classes` are names by label, where sources have numbers alone. `part` (i, n) builds every n-th shard, from the i-th
+    (1 to n). With `strict` anything that cannot enter is an error.
 
     Raises:
-        DatasetError: sources without an image, a destination that holds something else, an unwritable disk.
+        DatasetError: sources that are none or damaged, a destination that holds something else or cannot be written.
     """
-    tree = find_sources(source)
-    plan = make_plan(tree, options)
-    _claim(destination, plan)
-    jobs = [
-        ShardJob(source, destination, number, plan.shard_name(number), first_key, sources)
-        for number, (first_key, sources) in enumerate(zip(plan.first_keys, plan.shards, strict=True))
-    ]
-    finished = (destination / MANIFEST_NAME).exists()
-    missing = [] if finished else [job for job in jobs if not job.done]
-    # Spawned, not forked: the caller may hold threads.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(build_shard, job) for job in missing]):
-            try:
-                receipt = future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-            on_shard(len(receipt["rows"]["key"]), len(receipt["quarantine"]), receipt["bytes"])
-    if not finished:
-        _finish(plan, tree.others, jobs)
-    manifest = json.loads((destination / MANIFEST_NAME).read_text())
-    return PackResult(manifest["samples"], manifest["quarantined"], len(jobs), len(missing))
+    folder = Storage.at(destination)
+    build = _Build(find_sources(source, options.split, classes), folder, options, adopt=False)
+    return _run(build, executor, report, part, strict)
 
 
-def build_shard(job: ShardJob) -> dict[str, Any]:
-    """Writes the shard and its receipt, which is returned: size, SHA-256, index rows, what was left out."""
-    rows: dict[str, list] = {name: [] for name in SCHEMA.names}
-    quarantine: list[dict[str, str]] = []
-    formats: Counter[str] = Counter()
-    dali_index: list[str] = []
-    with written_whole(job.destination / job.name) as file:
-        hashed = _HashedFile(file)
-        # USTAR, mtime 0 and no owner: the same bytes whoever writes them.
-        writer = webdataset.TarWriter(hashed, user="", group="", mode=0o644, compress=False, encoder=False, mtime=0)
-        for place, source in enumerate(job.sources):
-            data = _read(job.root / source.path)
-            try:
-                info = inspect(data)
-            except Unfit as reason:
-                quarantine.append({"source": source.path, "reason": str(reason)})
-                continue
-            key, label = f"{job.first_key + place:09d}", str(source.label).encode()
-            offset = _write_member(writer, key, info.extension, data)
-            label_offset = _write_member(writer, key, "cls", label)
-            formats[info.extension] += 1
-            dali_index.append(
-                f"{info.extension} {offset} {len(data)} {key}.{info.extension} "
-                f"cls {label_offset} {len(label)} {key}.cls"
-            )
-            row = (
-                job.number,
-                offset,
-                len(data),
-                info.width,
-                info.height,
-                source.label,
-                google_crc32c.value(data),
-                key,
-                source.path,
-            )
-            for name, value in zip(SCHEMA.names, row, strict=True):
-                rows[name].append(value)
-        writer.close()
-    with written_whole((job.destination / job.name).with_suffix(".idx")) as file:
-        file.write("\n".join([f"v1.2 {len(dali_index)}", *dali_index, ""]).encode())
-    receipt = {
-        "bytes": hashed.size,
-        "sha256": hashed.sha256.hexdigest(),
-        "formats": formats,
-        "rows": rows,
-        "quarantine": quarantine,
-    }
-    with written_whole(job.receipt) as file:
-        file.write(json.dumps(receipt).encode())
-    return receipt
+def index(
+    folder: str,
+    options: PackOptions,
+    executor: Executor,
+    report: Report,
+    classes: list[str] | None = None,
+    strict: bool = False,
+) -> PackResult:
+    """Adopts the tar shards in `folder`: index and side files are written beside them, and not a byte of them.
+
+    Raises:
+        DatasetError: as `pack`; or shards of several splits, which a dataset cannot hold.
+    """
+    storage = Storage.at(folder)
+    tars = {entry.name for entry in storage.entries() if entry.name.endswith(".tar")}
+    sources = find_sources(folder, options.split, classes)
+    if sources.kind != "tars" or sources.storage.path != storage.path:
+        raise DatasetError(f"{folder} holds no tar shards; `maelstream pack SRC DST` makes some")
+    if others := sorted(tars - set(sources.files["path"].to_pylist())):
+        raise DatasetError(
+            f"{folder} holds shards of other splits, too ({others[0]}); a dataset is one split, so move them into "
+            "a folder of their own"
+        )
+    return _run(_Build(sources, storage, options, adopt=True), executor, report, (1, 1), strict)
 
 
-class _HashedFile:
-    """Hashes and counts what passes through, so that a finished shard need not be read again."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self.sha256, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        if self._file.closed:  # the disk was full: tarfile still writes its end when it is garbage-collected
-            return len(data)
-        self.sha256.update(data)
-        self.size += len(data)
-        return self._file.write(data)
-
-
-def _write_member(writer: webdataset.TarWriter, key: str, extension: str, data: bytes) -> int:
-    """Offset of the member's data: behind its header, which is one block of 512 bytes in USTAR."""
-    start = writer.tarstream.offset
-    writer.write({"__key__": key, extension: data})
-    return start + 512
-
-
-def _read(path: Path) -> bytes:
+def _run(build: _Build, executor: Executor, report: Report, part: tuple[int, int], strict: bool) -> PackResult:
+    destination = build.destination
+    if _claimed(build):
+        destination.remove_work()  # of a call that was stopped between its last two steps
+        return _result(destination, 0)
+    if not _held(destination, PLAN):
+        _scan_and_plan(build, executor, report)
+    plan = Plan.open(destination)
+    jobs = _shard_jobs(build, len(plan))
+    if not any(plan.shard_bytes):
+        raise DatasetError(_nothing_usable(plan.left_out))
+    if strict and plan.left_out:
+        raise DatasetError(_not_strict(plan.left_out))
+    missing = [job for job in _undone(jobs, destination) if job.number % part[1] == part[0] - 1]
+    total_bytes = sum(plan.shard_bytes[job.number] for job in missing)
+    with closing(executor.run("shards.build:build", missing)) as built:
+        for count, (number, receipt) in enumerate(built, 1):
+            if strict and receipt.quarantine:
+                raise DatasetError(_not_strict(receipt.quarantine))
+            numbers = receipt.samples, len(receipt.quarantine), plan.shard_bytes[number], total_bytes
+            report(Progress("shard", count, len(missing), jobs[number].name, *numbers))
+    if undone := _undone(jobs, destination):
+        return PackResult(0, 0, len(jobs), len(missing), len(undone))
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DatasetError(f"{path} cannot be read ({error.strerror}); make it readable or remove it") from None
+        _finish(build, plan, jobs, strict)
+    except (DatasetError, OSError):
+        if not _held(destination, MANIFEST_NAME):  # or else another part has finished at the same time
+            raise
+    destination.remove_work()
+    return _result(destination, len(missing))
 
 
-def _claim(destination: Path, plan: Plan) -> None:
-    """Makes the folder, or checks that what lies there is the same build."""
-    manifest, plan_file = destination / MANIFEST_NAME, destination / _RECEIPTS / _PLAN
-    if manifest.exists():
-        held = json.loads(manifest.read_text()).get("plan")
-    elif plan_file.exists():
-        held = plan_file.read_text()
-    elif destination.is_file():
+def _result(destination: Storage, built: int) -> PackResult:
+    manifest = json.loads(destination.read(MANIFEST_NAME))
+    return PackResult(manifest["samples"], manifest["quarantined"], len(manifest["shards"]), built, 0)
+
+
+def _held(destination: Storage, name: str) -> bool:
+    folder, _, file = name.rpartition("/")
+    return file in destination.names(folder)
+
+
+def _claimed(build: _Build) -> bool:
+    """Takes the destination for this build, or checks that it is this build's; whether the dataset is whole already."""
+    destination = build.destination
+    if destination.kind() == FileType.File:
         raise DatasetError(f"{destination} is a file; DST is a folder")
-    elif destination.exists() and any(entry.name != _RECEIPTS for entry in destination.iterdir()):
+    present = {entry.name for entry in destination.entries()}
+    whole = MANIFEST_NAME in present
+    if whole:
+        held = json.loads(destination.read(MANIFEST_NAME)).get("plan")
+    elif _held(destination, _CLAIM):
+        held = destination.read(_CLAIM).decode()
+    elif present - {WORK} and not build.adopt:
         held = None
     else:
-        held = plan.fingerprint
-        try:
-            plan_file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DatasetError(f"{destination} cannot be made ({error.strerror}); choose another DST") from None
-        with written_whole(plan_file) as file:
+        held = build.fingerprint
+        destination.make()
+        with destination.written_whole(_CLAIM) as file:
             file.write(held.encode())
-    if held != plan.fingerprint:
+    if held != build.fingerprint:
         raise DatasetError(
             f"{destination} holds something else: another dataset, other options, or a source that has changed since; "
             "choose another DST or empty this one"
         )
+    return whole
 
 
-def _finish(plan: Plan, others: list[str], jobs: list[ShardJob]) -> None:
-    """Joins the receipts into the index and the manifest."""
-    destination = jobs[0].destination
-    for left_behind in destination.glob(".*.writing"):  # by processes that died; no shard is missing any more
-        left_behind.unlink()
-    receipts = [json.loads(job.receipt.read_text()) for job in jobs]
-    rows = pa.concat_tables([pa.table(receipt["rows"], SCHEMA) for receipt in receipts])
-    quarantine = [line for receipt in receipts for line in receipt["quarantine"]]
-    quarantine += [{"source": path, "reason": "not named as an image is"} for path in others]
-    if not len(rows):
-        raise DatasetError(f"none of {len(quarantine)} files is a usable image; the first: {quarantine[0]['reason']}")
-    with written_whole(destination / QUARANTINE_NAME) as file:
-        for line in sorted(quarantine, key=lambda line: line["source"]):
-            file.write((json.dumps(line) + "\n").encode())
-    with written_whole(destination / INDEX_NAME) as file:
-        write_index(file, rows)
+def _scan_and_plan(build: _Build, executor: Executor, report: Report) -> None:
+    sources, options = build.sources, build.options
+    cut = as_found(sources.files["path"].to_pylist()) if build.adopt else shuffled(options.seed, options.shard_bytes)
+    if sources.kind == "folders":
+        write_plan(build.destination, _rows_of_folders(sources.files), sources.classes, True, cut)
+        return
+    files = list(zip(sources.files["path"].to_pylist(), sources.files["size"].to_pylist(), strict=True))
+    jobs = [
+        ScanJob(sources.storage, build.destination, number, name, options.label_field, sources.ground_truth)
+        for number, (name, _) in enumerate(files)
+    ]
+    work = build.destination.names(WORK)
+    missing = [job for job in jobs if not job.done(work)]
+    total_bytes = sum(files[job.number][1] for job in missing)
+    with closing(executor.run("shards.scan:scan", missing)) as scanned:
+        for count, (number, rows) in enumerate(scanned, 1):
+            name, size = files[number]
+            report(Progress("scan", count, len(missing), name, rows, 0, size, total_bytes))
+    found = [pa.ipc.open_file(build.destination.open(job.output)) for job in jobs]
+    facts = [json.loads(file.schema.metadata[b"facts"]) for file in found]
+    classes = sources.classes or next((fact["classes"] for fact in facts if fact["classes"]), None)
+    tables = (
+        pa.Table.from_batches([file.get_batch(number)]) for file in found for number in range(file.num_record_batches)
+    )
+    write_plan(build.destination, tables, classes, any(fact["named"] for fact in facts), cut)
+
+
+def _rows_of_folders(files: pa.Table) -> Iterator[pa.Table]:
+    for batch in files.to_batches(max_chunksize=2**16):
+        path, size, label = batch.columns
+        zeros, empty = pa.array([0] * len(batch), pa.uint64()), pa.array([""] * len(batch), pa.large_string())
+        names = ["file", "path", "offset", "size", "label", "label_offset", "label_size", "reason"]
+        yield pa.table([path, path, zeros, size, label, zeros, zeros, empty], names=names)
+
+
+def _shard_jobs(build: _Build, count: int) -> list[ShardJob]:
+    sources, options, destination = build.sources, build.options, build.destination
+    source = sources.storage
+    if build.adopt:
+        names = sources.files["path"].to_pylist()
+    else:
+        names = [f"{options.name}-{options.split}-{number:06d}.tar" for number in range(count)]
+        if sources.kind == "parquet":
+            source = destination.inside(WORK)
+    quality = options.quality or _JPEG_QUALITY
+    return [
+        ShardJob(source, destination, number, name, build.adopt, options.resize, quality)
+        for number, name in enumerate(names)
+    ]
+
+
+def _undone(jobs: list[ShardJob], destination: Storage) -> list[ShardJob]:
+    files, work = destination.names(), destination.names(WORK)
+    return [job for job in jobs if not job.done(files, work)]
+
+
+def _nothing_usable(left_out: list[dict[str, str]]) -> str:
+    first = f"; the first, {left_out[0]['source']}: {left_out[0]['reason']}" if left_out else ""
+    return f"none of {len(left_out):,} files is a usable image{first}"
+
+
+def _not_strict(left_out: list[dict[str, str]]) -> str:
+    source, reason = left_out[0]["source"], left_out[0]["reason"]
+    return f"--strict: {source} cannot enter ({reason}); mend it, remove it, or go on without --strict"
+
+
+def _finish(build: _Build, plan: Plan, jobs: list[ShardJob], strict: bool) -> None:
+    """Joins the receipts into the index, the side files and the manifest."""
+    destination, options = build.destination, build.options
+    receipts: list[Receipt] = []
+
+    def rows() -> Iterator[pa.Table]:
+        for job in jobs:
+            receipt, table = Receipt.read(destination, job.receipt)
+            receipts.append(receipt)
+            yield table
+
+    with destination.scratch() as scratch, destination.written_whole(INDEX_NAME) as file:
+        samples = write_one_batch(file, SCHEMA, rows(), scratch)
+    quarantine = plan.left_out + [line for receipt in receipts for line in receipt.quarantine]
+    quarantine.sort(key=lambda line: line["source"])
+    if strict and quarantine:
+        raise DatasetError(_not_strict(quarantine))
+    if not samples:
+        raise DatasetError(_nothing_usable(quarantine))
+    with destination.written_whole(QUARANTINE_NAME) as file:
+        file.writelines((json.dumps(line) + "\n").encode() for line in quarantine)
     shards = [
-        {
-            "name": job.name,
-            "samples": len(receipt["rows"]["key"]),
-            "bytes": receipt["bytes"],
-            "sha256": receipt["sha256"],
-        }
+        {"name": job.name, "samples": receipt.samples, "bytes": receipt.bytes, "sha256": receipt.sha256}
         for job, receipt in zip(jobs, receipts, strict=True)
     ]
-    with written_whole(destination / INFO_NAME) as file:  # timm's and webdataset's description of a split
-        split = {
-            "name": plan.options.split,
-            "filenames": [shard["name"] for shard in shards],
-            "shard_lengths": [shard["samples"] for shard in shards],
-            "num_samples": len(rows),
-        }
-        file.write(json.dumps({"splits": {plan.options.split: split}}, indent=1).encode())
+    # Where the shards' publisher has described their splits, that stands.
+    if not (build.adopt and _held(destination, INFO_NAME)):
+        with destination.written_whole(INFO_NAME) as file:  # timm's and webdataset's description of a split
+            split = {
+                "name": options.split,
+                "filenames": [shard["name"] for shard in shards],
+                "shard_lengths": [shard["samples"] for shard in shards],
+                "num_samples": samples,
+            }
+            file.write(json.dumps({"splits": {options.split: split}}, indent=1).encode())
     manifest = {
         "format_version": FORMAT_VERSION,
-        "name": plan.options.name,
-        "split": plan.options.split,
-        "samples": len(rows),
+        "name": options.name,
+        "split": options.split,
+        "samples": samples,
         "quarantined": len(quarantine),
-        "formats": dict(sum((Counter(receipt["formats"]) for receipt in receipts), Counter())),
+        "formats": dict(sorted(sum((Counter(receipt.formats) for receipt in receipts), Counter()).items())),
         "classes": plan.classes,
         "shards": shards,
-        "options": asdict(plan.options),
-        "plan": plan.fingerprint,
+        "adopted": build.adopt,
+        "options": asdict(options),
+        "packer": {"maelstream": version("maelstream"), "pillow": version("pillow")},
+        "plan": build.fingerprint,
         "side_files": {
-            name: hashlib.sha256((destination / name).read_bytes()).hexdigest()
-            for name in [INDEX_NAME, INFO_NAME, QUARANTINE_NAME, *(Path(job.name).stem + ".idx" for job in jobs)]
+            name: destination.sha256(name)
+            for name in [INDEX_NAME, INFO_NAME, QUARANTINE_NAME, *(job.dali_index for job in jobs)]
         },
     }
-    with written_whole(destination / MANIFEST_NAME) as file:
+    with destination.written_whole(MANIFEST_NAME) as file:
         file.write(json.dumps(sealed(manifest), indent=1).encode())
-    shutil.rmtree(destination / _RECEIPTS)

@@ -1,61 +1,195 @@
-"""What there is to pack: the images of a class-folder tree, in a fixed order."""
+"""What SRC is, found by looking at it: class folders, the ILSVRC2012 tars, WebDataset shards, or Parquet files.
 
-import os
+Nothing but names and sizes is read here; what lies inside tars and Parquet files is for `shards.scan`.
+"""
+
+import fnmatch
+import hashlib
+import io
+import json
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
+import braceexpand
+import pyarrow as pa
+from pyarrow.fs import FileType
+
+from shards.dataset import MANIFEST_NAME
 from shards.errors import DatasetError
+from shards.storage import Entry, Storage
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # a hint only: content decides
+SPLITS = {
+    "train": {"train", "training"},
+    "val": {"val", "valid", "validation"},
+    "test": {"test"},
+}
+"""Words of file names that mean a split, by the name that users give it."""
+_DEVKIT = "ILSVRC2012_devkit*.tar.gz"
 
-
-@dataclass(frozen=True)
-class Source:
-    """One file that may become a sample."""
-
-    path: str
-    """Relative to the tree's root, with forward slashes."""
-    label: int
-    size: int
-    """Bytes."""
+FILES = pa.schema([("path", pa.large_string()), ("size", pa.uint64()), ("class", pa.large_string())])
 
 
 @dataclass(frozen=True)
-class SourceTree:
-    root: Path
-    classes: list[str]
-    """Folder names, sorted; a label is a place in this list."""
-    sources: list[Source]
-    """Sorted by path."""
-    others: list[str]
-    """Files that are not named as images are."""
+class Sources:
+    """Files to take samples from. In `folders` each is an image; in the other kinds each holds many."""
+
+    storage: Storage
+    kind: Literal["folders", "tars", "parquet"]
+    files: pa.Table
+    """Of `FILES`: path below `storage`, bytes, and the class folder (empty but in `folders`)."""
+    classes: list[str] | None
+    """By label, where this is known before the samples are read."""
+    ground_truth: list[str] | None = None
+    """Class of each image of ILSVRC2012's validation tar, by its number less 1; of no other."""
+
+    def digest(self) -> str:
+        """SHA-256 of everything here; the same wherever the sources lie."""
+        digest = hashlib.sha256(repr((self.kind, self.classes, self.ground_truth)).encode())
+        for batch in self.files.to_batches(max_chunksize=2**16):
+            for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                digest.update(repr(row).encode())
+        return digest.hexdigest()
 
 
-def find_sources(root: Path) -> SourceTree:
-    """The images of `root`, one folder a class, at any depth below its class.
+def find_sources(source: str, split: str, classes: list[str] | None) -> Sources:
+    """Looks at `source`: a folder, one tar or Parquet file, or a pattern of them (`train-{0000..1023}.tar`, `*.tar`).
+
+    `split` chooses where there are files of several. `classes` are names by label, where the user has given them.
 
     Raises:
-        DatasetError: no folder, no class folder, a class folder without an image, or a file that cannot be read.
+        DatasetError: nothing there, nothing to pack in it, or several things that could be meant.
     """
-    if not root.is_dir():
-        raise DatasetError(f"{root}: no such folder; SRC is a folder that holds one folder of images a class")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    sources, others = [], []
-    for label, name in enumerate(classes):
-        found = [Path(folder, file) for folder, _, files in os.walk(root / name) for file in files]
-        images = [path for path in found if path.suffix.lower() in _SUFFIXES]
-        if not images:
-            raise DatasetError(f"{root / name}: this class folder holds no images; fill it or remove it")
-        others += [path.relative_to(root).as_posix() for path in found if path not in set(images)]
-        sources += [Source(path.relative_to(root).as_posix(), label, _readable_size(path)) for path in images]
-    if not sources:
-        raise DatasetError(f"{root}: no images in it; SRC is a folder that holds one folder of images a class")
-    return SourceTree(root, classes, sorted(sources, key=lambda source: source.path), sorted(others))
+    where = Storage.at(source)
+    if any(mark in source.rpartition("/")[2] for mark in "{*?["):
+        folder, names = where.parent, _matching(where)
+        if not names:
+            raise DatasetError(f"{source}: no file matches; SRC is a folder, a .tar or .parquet file, or a pattern")
+        return _containers(folder, names, classes)
+    kind = where.kind()
+    if kind == FileType.NotFound:
+        raise DatasetError(f"{source}: no such folder or file; SRC holds one folder of images a class, tars or Parquet")
+    if kind == FileType.File:
+        return _containers(where.parent, {where.name: _size(where)}, classes)
+    entries = where.entries()
+    tars = {entry.name: entry.size for entry in entries if entry.name.endswith((".tar", ".tar.gz", ".tgz"))}
+    tars = {name: size for name, size in tars.items() if not fnmatch.fnmatch(name, _DEVKIT)}
+    parquet = {entry.name: entry.size for entry in entries if entry.name.endswith(".parquet")}
+    folder = where
+    if not tars and not parquet and any(e.name == "data" and not e.is_file for e in entries):
+        folder = where.inside("data")  # where Hugging Face puts a dataset's files
+        parquet = {e.name: e.size for e in folder.entries() if e.name.endswith(".parquet")}
+    if tars or parquet:
+        return _containers(folder, _of_split(folder, tars or parquet, split), classes)
+    return _class_folders(where, entries, classes)
 
 
-def _readable_size(path: Path) -> int:
+def _containers(folder: Storage, sizes: dict[str, int], classes: list[str] | None) -> Sources:
+    if packed := [name for name in sizes if name.endswith(("gz", "tgz"))]:
+        raise DatasetError(f"{folder}/{packed[0]} is compressed and cannot be read at random; unpack it with gunzip")
+    kinds = {name.rpartition(".")[2] for name in sizes}
+    if kinds - {"tar", "parquet"} or len(kinds) > 1:
+        raise DatasetError(f"{folder}: SRC names {', '.join(sorted(sizes)[:3])}; it takes .tar or .parquet files")
+    names = sorted(sizes)
+    files = pa.table([names, [sizes[name] for name in names], [""] * len(names)], schema=FILES)
+    if kinds == {"parquet"}:
+        return Sources(folder, "parquet", files, classes)
+    if any(name.startswith("ILSVRC2012_img_val") for name in names):
+        devkits = fnmatch.filter(sorted(folder.names()), _DEVKIT)
+        if not devkits:
+            raise DatasetError(
+                f"{folder}/{names[0]} holds no labels; put ILSVRC2012_devkit_t12.tar.gz, which does, beside it"
+            )
+        known, ground_truth = _read_devkit(folder, devkits[0])
+        return Sources(folder, "tars", files, known, ground_truth)
+    if classes is None and MANIFEST_NAME in folder.names():
+        classes = json.loads(folder.read(MANIFEST_NAME))["classes"]
+    return Sources(folder, "tars", files, classes)
+
+
+def _read_devkit(folder: Storage, name: str) -> tuple[list[str], list[str]]:
+    """Sorted WordNet ids of the classes, and that of each validation image.
+
+    The devkit numbers classes in an order of its own (ILSVRC2012_ID), which is not that of the sorted WordNet ids.
+    """
+    from scipy.io import loadmat
+
     try:
-        with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise DatasetError(f"{path} cannot be read ({error.strerror}); make it readable or remove it") from None
+        with folder.open(name) as file, folder.explained(name), tarfile.open(fileobj=file, mode="r:gz") as tar:
+            held = {member.name.rpartition("/")[2]: member for member in tar.getmembers() if member.isreg()}
+            meta, truth = (
+                tar.extractfile(held[part]).read()  # type: ignore[union-attr]  # None for what is no file
+                for part in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
+            )
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        leaves = synsets[synsets["num_children"] == 0]
+        wnids = {int(number): str(wnid) for number, wnid in zip(leaves["ILSVRC2012_ID"], leaves["WNID"], strict=True)}
+        return sorted(wnids.values()), [wnids[int(line)] for line in truth.split()]
+    except (tarfile.TarError, EOFError, ValueError, KeyError, zlib.error) as error:
+        raise DatasetError(f"{folder}/{name} is damaged or no devkit ({error!r}); fetch it again") from None
+
+
+def _of_split(folder: Storage, sizes: dict[str, int], split: str) -> dict[str, int]:
+    """The files of `split`: all, when their names differ in numbers alone."""
+    groups = {re.sub(r"\d+", "#", name) for name in sizes}
+    if len(groups) == 1:
+        return sizes
+    wanted = SPLITS.get(split, {split})
+    chosen = {name: size for name, size in sizes.items() if wanted & set(re.split(r"[^a-z]+", name.lower()))}
+    if not chosen:
+        raise DatasetError(
+            f"{folder} holds {len(groups)} groups of files ({', '.join(sorted(groups)[:4])}), none of split {split}; "
+            f"choose by --split or by a pattern, such as '{folder}/{min(sizes)[:8]}*'"
+        )
+    return chosen
+
+
+def _matching(where: Storage) -> dict[str, int]:
+    """Files that the last part of a path means, braces expanded first. A name in braces must be there."""
+    present = {entry.name: entry.size for entry in where.parent.entries() if entry.is_file}
+    found: dict[str, int] = {}
+    for pattern in braceexpand.braceexpand(where.name):
+        names = fnmatch.filter(present, pattern)
+        if not names and not any(mark in pattern for mark in "*?["):
+            raise DatasetError(f"{where.parent}/{pattern}: no such file, but {where} names it")
+        found |= {name: present[name] for name in names}
+    return found
+
+
+def _size(where: Storage) -> int:
+    return where.parent.open(where.name).size()
+
+
+def _class_folders(root: Storage, entries: list[Entry], given: list[str] | None) -> Sources:
+    folders = [e.name for e in entries if not e.is_file and not e.name.startswith(".")]
+    loose = [(e.name, e.size) for e in entries if e.is_file]
+    tables = [_table("", loose)]  # images beside the class folders have no class
+    for name in folders:
+        tables.append(_table(name, list(_files_below(root, name, 0))))
+        if not len(tables[-1]):
+            raise DatasetError(f"{root}/{name}: this class folder holds no images; fill it or remove it")
+    files = pa.concat_tables(tables)
+    if not len(files):
+        raise DatasetError(f"{root}: no images in it; SRC holds one folder of images a class, tars or Parquet files")
+    if given is not None and (unknown := sorted(set(folders) - set(given))):
+        raise DatasetError(f"{root}/{unknown[0]} is none of the {len(given)} classes given; add it, or rename it")
+    return Sources(root, "folders", files, given or folders)
+
+
+def _table(label: str, found: list[tuple[str, int]]) -> pa.Table:
+    paths, sizes = zip(*found, strict=True) if found else ((), ())
+    return pa.table([paths, sizes, [label] * len(found)], schema=FILES)
+
+
+def _files_below(root: Storage, folder: str, depth: int) -> Iterator[tuple[str, int]]:
+    """Path and size of each file."""
+    if depth > 32:
+        raise DatasetError(f"{root}/{folder}: 32 folders deep; a link that leads back into itself?")
+    for entry in root.entries(folder):
+        if entry.is_file:
+            yield f"{folder}/{entry.name}", entry.size
+        else:
+            yield from _files_below(root, f"{folder}/{entry.name}", depth + 1)

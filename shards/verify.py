@@ -4,7 +4,7 @@ The manifest vouches for itself when it is opened, and by SHA-256 for every othe
 index, the tar headers and the samples' CRC32Cs tell what of it is damaged.
 """
 
-import hashlib
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,9 +13,8 @@ import google_crc32c
 import numpy as np
 
 from shards.dataset import Dataset
+from shards.errors import DatasetError
 from shards.inspect import Unfit, inspect
-
-_CHUNK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -32,59 +31,69 @@ class Fault:
 def verify(dataset: Dataset, deep: bool, on_shard: Callable[[str], None]) -> Iterator[Fault]:
     """Every fault of the folder; with `deep`, every image is decoded as well. `on_shard` hears of each shard read."""
     expected = set(dataset.shard_names)
-    for path in sorted(dataset.folder.glob("*.tar")):
-        if path.name not in expected:
-            yield Fault(path.name, "", "a shard that the dataset does not know")
+    present = dataset.storage.names()
+    for name in sorted(present - expected):
+        if name.endswith(".tar"):
+            yield Fault(name, "", "a shard that the dataset does not know")
     for name, sha256 in sorted(dataset.manifest["side_files"].items()):
-        if (fault := _wrong_digest(dataset, name, sha256)) is not None:
+        if (fault := _wrong_digest(dataset, name, sha256, present)) is not None:
             yield fault
     for number, shard in enumerate(dataset.manifest["shards"]):
         on_shard(shard["name"])
-        fault = _wrong_digest(dataset, shard["name"], shard["sha256"])
+        fault = _wrong_digest(dataset, shard["name"], shard["sha256"], present)
         if fault is not None:
             yield fault
-        if deep or (fault is not None and fault.what != "missing"):
+        if shard["name"] in present and (deep or fault is not None):
             yield from _sample_faults(dataset, number, deep)
 
 
-def _wrong_digest(dataset: Dataset, name: str, sha256: str) -> Fault | None:
-    digest = hashlib.sha256()
-    try:
-        with (dataset.folder / name).open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    except FileNotFoundError:
+def _wrong_digest(dataset: Dataset, name: str, sha256: str, present: set[str]) -> Fault | None:
+    if name not in present:
         return Fault(name, "", "missing")
-    except OSError as error:
-        return Fault(name, "", f"cannot be read ({error.strerror})")
-    return None if digest.hexdigest() == sha256 else Fault(name, "", "not the bytes that were packed (SHA-256)")
+    try:
+        held = dataset.storage.sha256(name)
+    except DatasetError as error:
+        return Fault(name, "", str(error))
+    return None if held == sha256 else Fault(name, "", "not the bytes that were packed (SHA-256)")
 
 
 def _sample_faults(dataset: Dataset, number: int, deep: bool) -> Iterator[Fault]:
     """What of a shard is damaged, sample by sample."""
     name = dataset.shard_names[number]
-    data = (dataset.folder / name).read_bytes()
-    if len(data) != (packed := dataset.manifest["shards"][number]["bytes"]):
-        yield Fault(name, "", f"{len(data)} bytes, {packed} were packed")
-    samples = np.arange(*np.searchsorted(dataset.shard, [number, number + 1]))  # samples stand in shard order
-    for sample, key in zip(samples, dataset.keys(samples), strict=True):
-        offset, size = int(dataset.offset[sample]), int(dataset.size[sample])
-        encoded = data[offset : offset + size]
-        if len(encoded) < size:
-            yield Fault(name, key, "lies behind the end of the shard")
-            continue
-        try:
-            header = tarfile.TarInfo.frombuf(data[offset - 512 : offset], "utf-8", "strict")
-            if (header.name.partition(".")[0], header.size) != (key, size):
-                yield Fault(name, key, f"the index points at {header.name} of {header.size} bytes")
-        except (tarfile.HeaderError, UnicodeDecodeError) as error:
-            yield Fault(name, key, f"no tar header before it ({error})")
-        if google_crc32c.value(encoded) != dataset.crc32c[sample]:
-            yield Fault(name, key, "not the bytes that were packed (CRC32C)")
-        elif deep:
-            try:
-                info = inspect(encoded)
-                if (info.width, info.height) != (dataset.width[sample], dataset.height[sample]):
-                    yield Fault(name, key, f"{info.width} x {info.height} px, the index says otherwise")
-            except Unfit as reason:
-                yield Fault(name, key, str(reason))
+    with dataset.storage.open(name) as file, dataset.storage.explained(name):
+        if file.size() != (packed := dataset.manifest["shards"][number]["bytes"]):
+            yield Fault(name, "", f"{file.size()} bytes, {packed} were packed")
+        samples = np.arange(*np.searchsorted(dataset.shard, [number, number + 1]))  # samples stand in shard order
+        for sample, key in zip(samples, dataset.keys(samples), strict=True):
+            offset, size = int(dataset.offset[sample]), int(dataset.size[sample])
+            if file.size() < offset + size:
+                yield Fault(name, key, "lies behind the end of the shard")
+                continue
+            header, encoded = file.read_at(512, offset - 512), file.read_at(size, offset)
+            if (what := _wrong_header(header, key, size)) is not None:
+                yield Fault(name, key, what)
+            if google_crc32c.value(encoded) != dataset.crc32c[sample]:
+                yield Fault(name, key, "not the bytes that were packed (CRC32C)")
+            elif deep:
+                try:
+                    info = inspect(encoded)
+                    if (info.width, info.height) != (dataset.width[sample], dataset.height[sample]):
+                        yield Fault(name, key, f"{info.width} x {info.height} px, the index says otherwise")
+                except Unfit as reason:
+                    yield Fault(name, key, str(reason))
+
+
+def _wrong_header(header: bytes, key: str, size: int) -> str | None:
+    """What is wrong with the tar header of a sample's image."""
+    try:
+        held = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        return f"no tar header before it ({error})"
+    # An adopted tar may keep the end of a long name, or one beyond ASCII, in a header of its own before this one.
+    whole = key.isascii() and len(held.name) < 100
+    if held.size != size or (whole and key != _EXTENSIONS.sub("", held.name)):
+        return f"the index points at {held.name} of {held.size} bytes"
+    return None
+
+
+_EXTENSIONS = re.compile(r"\.[^/]*$")

@@ -66,7 +66,7 @@ def unreadable_file(folder: Path) -> str:
 def nothing_usable(folder: Path) -> str:
     (folder / "src" / "a").mkdir(parents=True)
     (folder / "src" / "a" / "b.jpg").write_bytes(b"no image")
-    return "none of 1 files is a usable image; the first: not an image"
+    return "none of 1 files is a usable image; the first, a/b.jpg: not an image"
 
 
 def destination_is_a_file(folder: Path) -> str:
@@ -114,4 +114,4 @@ def test_every_command_has_a_help_of_its_own(command: str, capsys: pytest.Captur
 
 def test_an_unknown_command_is_told_the_known_ones() -> None:
     done = maelstream("bake")
-    assert done.returncode == 2 and "no command 'bake'; one of pack, info" in done.stderr
+    assert done.returncode == 2 and "no command 'bake'; one of pack, index, info" in done.stderr

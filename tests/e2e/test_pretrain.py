@@ -210,7 +210,7 @@ def test_a_damaged_sample_ends_the_run_with_its_name(recipe: Path, packed: Datas
     """The first sample's bytes are overwritten where they lie; DALI would take the process down."""
     copy = tmp_path / "shards"
     copy.mkdir()
-    for path in packed.folder.iterdir():
+    for path in Path(packed.folder).iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     with (copy / packed.shard_names[0]).open("r+b") as shard:
         shard.seek(int(packed.offset[0]))

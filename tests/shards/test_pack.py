@@ -21,17 +21,17 @@ from PIL import Image
 
 from shards.dataset import Dataset
 from shards.errors import DatasetError
-from shards.pack import PackResult, ShardJob, build_shard, pack
-from shards.plan import PackOptions, make_plan
+from shards.executors import Local
+from shards.pack import PackResult, pack
+from shards.plan import PackOptions
 from shards.reader import ShardReader
-from shards.sources import find_sources
 from tests.conftest import write_images
 
 OPTIONS = PackOptions(name="tiny", split="train", shard_bytes=30_000, seed=3)
 
 
 def build(source: Path, destination: Path, workers: int = 1, options: PackOptions = OPTIONS) -> PackResult:
-    return pack(source, destination, options, workers, lambda *_: None)
+    return pack(str(source), str(destination), options, Local(workers), lambda _: None)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -83,9 +83,10 @@ def test_a_build_killed_with_9_and_started_again_gives_the_same_bytes(
 ) -> None:
     destination = tmp_path / "killed"
     script = (
-        "import sys; from pathlib import Path; from shards.pack import pack; from shards.plan import PackOptions\n"
+        "import sys; from shards.executors import Local; from shards.pack import pack\n"
+        "from shards.plan import PackOptions\n"
         "if __name__ == '__main__':\n"
-        "    pack(Path(sys.argv[1]), Path(sys.argv[2]), PackOptions('tiny', 'train', 30_000, 3), 1, lambda *_: None)\n"
+        "    pack(*sys.argv[1:], PackOptions('tiny', 'train', 30_000, 3), Local(1), lambda _: None)\n"
     )
     (tmp_path / "build.py").write_text(script)
     command = [sys.executable, str(tmp_path / "build.py"), str(images), str(destination)]
@@ -95,7 +96,7 @@ def test_a_build_killed_with_9_and_started_again_gives_the_same_bytes(
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     finished = {path.name: path.stat().st_mtime_ns for path in destination.glob("*.tar")}
-    receipts = {path.stem for path in destination.glob(".pack/*.json")}
+    receipts = {path.stem.removeprefix("shard-") for path in destination.glob(".pack/shard-*.arrow")}
     build(images, destination, workers=2)
     assert digests(destination) == digests(built)
     for number in receipts:  # finished shards are not done again
@@ -104,16 +105,10 @@ def test_a_build_killed_with_9_and_started_again_gives_the_same_bytes(
 
 
 def test_a_shard_that_was_taken_away_before_the_end_is_built_again(images: Path, built: Path, tmp_path: Path) -> None:
-    plan = make_plan(find_sources(images), OPTIONS)
-    destination = tmp_path / "out"
-    (destination / ".pack").mkdir(parents=True)
-    (destination / ".pack" / "plan.sha256").write_text(plan.fingerprint)
-    for number in (0, 1, 2):
-        build_shard(
-            ShardJob(images, destination, number, plan.shard_name(number), plan.first_keys[number], plan.shards[number])
-        )
-    (destination / plan.shard_name(1)).unlink()
-    assert build(images, destination).built == len(plan.shards) - 2
+    destination, every = tmp_path / "out", len(Dataset.open(built).shard_names)
+    assert pack(str(images), str(destination), OPTIONS, Local(1), lambda _: None, part=(1, 2)).missing == every // 2
+    (destination / "tiny-train-000002.tar").unlink()
+    assert build(images, destination).built == every // 2 + 1
     assert digests(destination) == digests(built)
 
 
@@ -156,7 +151,7 @@ def unfit_files(folder: Path) -> dict[str, str]:
         "empty.jpg": "empty file",
         "gif.jpg": "a GIF file",
         "header.jpg": "",
-        "notes.txt": "not named as an image is",
+        "notes.txt": "not an image",
         "scan.tiff": "a TIFF file",
         "text.jpg": "not an image",
     }

@@ -1,0 +1,182 @@
+"""One shard, in a worker: images are read, decoded in full, and written; or those of a tar that stands are looked at.
+
+Whoever builds a shard gets the same bytes. Its receipt, written after the shard itself, holds what the index needs of
+it, so a build that is started again keeps every shard that has one.
+"""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from functools import lru_cache
+from typing import BinaryIO, NamedTuple
+
+import google_crc32c
+import pyarrow as pa
+import webdataset
+from webdataset.tariterators import base_plus_ext
+
+from shards.errors import DatasetError
+from shards.index import SCHEMA
+from shards.inspect import MAX_BYTES, ImageInfo, Unfit, decoded, shrunk
+from shards.plan import Plan
+from shards.storage import Storage
+from shards.work import Receipt, ShardJob
+
+_AHEAD_BYTES = 2**25
+_OPEN_FILES = 128
+
+
+class Planned(NamedTuple):
+    """A row of the plan."""
+
+    file: str
+    path: str
+    offset: int
+    size: int
+    label: int
+    label_offset: int
+    label_size: int
+
+
+class _Sample(NamedTuple):
+    """An image that enters."""
+
+    place: int
+    """In the plan of its shard."""
+    planned: Planned
+    data: bytes
+    info: ImageInfo
+
+
+def build(job: ShardJob) -> tuple[int, Receipt]:
+    """Builds or adopts the shard, then writes its DALI index and its receipt; returns its number and the receipt.
+
+    Raises:
+        DatasetError: a source that cannot be read or has changed, a destination that cannot be written.
+    """
+    plan = Plan.open(job.destination)
+    planned = [Planned(**row) for row in plan.rows(job.number).to_pylist()]
+    receipt, table = Receipt(), _Rows(job.number)
+    samples = _samples(job, planned, receipt)
+    if job.adopt:
+        _adopt(job, samples, table)
+        receipt.sha256 = job.destination.sha256(job.name)
+        with job.destination.open(job.name) as file:
+            receipt.bytes = file.size()
+    else:
+        with job.destination.written_whole(job.name) as file:
+            hashed = _HashedFile(file)
+            _write(hashed, samples, plan.first_keys[job.number], table)
+        receipt.sha256, receipt.bytes = hashed.sha256.hexdigest(), hashed.size
+    receipt.samples, receipt.formats = len(table.rows), table.formats
+    with job.destination.written_whole(job.dali_index) as file:
+        file.write("\n".join([f"v1.2 {len(table.dali)}", *table.dali, ""]).encode())
+    schema = SCHEMA.with_metadata({"receipt": json.dumps(asdict(receipt))})
+    with job.destination.written_whole(job.receipt) as file, pa.ipc.new_file(file, schema) as writer:
+        columns = zip(*table.rows, strict=True) if table.rows else [()] * len(schema)
+        writer.write_table(pa.table([list(column) for column in columns], schema=schema))
+    return job.number, receipt
+
+
+class _Rows:
+    """What the index, DALI's index and the receipt tell of a shard, a sample at a time."""
+
+    def __init__(self, shard: int):
+        self.shard = shard
+        self.rows: list[tuple] = []  # of the index's schema
+        self.dali: list[str] = []
+        self.formats: dict[str, int] = {}
+
+    def add(self, sample: _Sample, offset: int, key: str, members: list[tuple[str, int, int]]) -> None:
+        """`members` are extension, offset and size of the sample's files, its image's first."""
+        planned, data, info = sample.planned, sample.data, sample.info
+        checksum = google_crc32c.value(data)
+        self.rows.append(
+            (self.shard, offset, len(data), info.width, info.height, planned.label, checksum, key, planned.path)
+        )
+        self.dali.append(
+            " ".join(f"{extension} {start} {size} {key}.{extension}" for extension, start, size in members)
+        )
+        self.formats[info.extension] = self.formats.get(info.extension, 0) + 1
+
+
+def _write(file: "_HashedFile", samples: Iterator[_Sample], first_key: int, table: _Rows) -> None:
+    # USTAR, mtime 0 and no owner: the same bytes whoever writes them.
+    writer = webdataset.TarWriter(file, user="", group="", mode=0o644, compress=False, encoder=False, mtime=0)
+
+    def member(key: str, extension: str, data: bytes) -> tuple[str, int, int]:
+        start = writer.tarstream.offset + 512  # behind the header, one block in USTAR
+        writer.write({"__key__": key, extension: data})
+        return extension, start, len(data)
+
+    for sample in samples:
+        key = f"{first_key + sample.place:09d}"
+        members = [member(key, sample.info.extension, sample.data)]
+        if sample.planned.label >= 0:
+            members.append(member(key, "cls", str(sample.planned.label).encode()))
+        table.add(sample, members[0][1], key, members)
+    writer.close()
+
+
+def _adopt(job: ShardJob, samples: Iterator[_Sample], table: _Rows) -> None:
+    for sample in samples:
+        planned = sample.planned
+        key, extension = base_plus_ext(planned.path[len(job.name) + 1 :])
+        members = [(extension, planned.offset, planned.size)]
+        if planned.label_size:
+            members.append(("cls", planned.label_offset, planned.label_size))
+        table.add(sample, planned.offset, key, members)
+
+
+def _samples(job: ShardJob, planned: list[Planned], receipt: Receipt) -> Iterator[_Sample]:
+    """Those of `planned` that may enter, in order; the others go to the receipt's quarantine."""
+    for place, (row, data) in enumerate(_read_ahead(job.source, planned)):
+        try:
+            image, info = decoded(data, shrink=job.resize is not None)
+            if job.resize is not None and min(info.width, info.height) > job.resize:
+                data, info = shrunk(image, job.resize, job.quality)
+            yield _Sample(place, row, data, info)
+        except Unfit as reason:
+            receipt.quarantine.append({"source": row.path, "reason": str(reason)})
+
+
+def _read_ahead(source: Storage, planned: list[Planned]) -> Iterator[tuple[Planned, bytes]]:
+    """Bytes of each row, in order; some are read, in threads, while others are decoded."""
+    opened = lru_cache(_OPEN_FILES)(source.open)
+    count = 2 if source.local else 16
+
+    def read(row: Planned) -> bytes:
+        file = opened(row.file)
+        with source.explained(row.file):
+            data = file.read_at(min(row.size, MAX_BYTES + 1), row.offset)
+            if (row.file == row.path and file.size() != row.size) or len(data) < min(row.size, MAX_BYTES):
+                raise DatasetError(f"{source}/{row.path} has changed since the plan was made; empty DST and pack again")
+        return data
+
+    waiting: deque[tuple[Planned, Future[bytes]]] = deque()
+    with ThreadPoolExecutor(count, "read-ahead") as threads:
+        for row in planned:
+            while len(waiting) > count or sum(ahead.size for ahead, _ in waiting) > _AHEAD_BYTES:
+                ahead, future = waiting.popleft()
+                yield ahead, future.result()
+            waiting.append((row, threads.submit(read, row)))
+        while waiting:
+            ahead, future = waiting.popleft()
+            yield ahead, future.result()
+
+
+class _HashedFile:
+    """Hashes and counts what passes through, so that a finished shard need not be read again."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.sha256, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        if self._file.closed:  # the disk was full: tarfile still writes its end when it is garbage-collected
+            return len(data)
+        self.sha256.update(data)
+        self.size += len(data)
+        return self._file.write(data)

@@ -1,0 +1,111 @@
+"""Who runs a build's jobs: processes of this machine, or a Ray cluster. Both give results as they come."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import wait
+from typing import Any, Protocol
+
+from shards.errors import DatasetError
+
+
+class Executor(Protocol):
+    def run(self, task: str, jobs: Iterable[Any]) -> Generator[Any, None, None]:
+        """Results of `task` ("module:function") on each of `jobs`, in any order; the first failure is raised.
+
+        When the caller stops early, jobs that run are finished and no other is begun.
+        """
+
+
+@dataclass(frozen=True)
+class Local:
+    """Processes of this machine."""
+
+    workers: int
+
+    def run(self, task: str, jobs: Iterable[Any]) -> Generator[Any, None, None]:
+        # Spawned, not forked: the caller may hold threads.
+        pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _begin_worker)
+        try:
+            for future in as_completed([pool.submit(_call, task, job) for job in jobs]):
+                yield future.result()
+        except BrokenProcessPool:
+            raise DatasetError(
+                "a worker was killed, perhaps for want of memory; start the same command again, with fewer --workers "
+                "if so: it goes on with the shards that are not finished"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Ray:
+    """A Ray cluster: the one that RAY_ADDRESS names, or one on this machine. Lost workers' jobs are tried again."""
+
+    workers: int
+
+    def run(self, task: str, jobs: Iterable[Any]) -> Generator[Any, None, None]:
+        try:
+            import ray
+        except ImportError:
+            raise DatasetError("--executor ray needs Ray: pip install 'maelstream[ray]'") from None
+        with _ray_cluster(ray, self.workers):
+            remote = ray.remote(num_cpus=1, max_retries=3)(_call)
+            left = iter(jobs)
+            running: list[Any] = []
+            while True:
+                # no more in flight than there are workers, so that an early stop leaves little to finish
+                while len(running) < self.workers and (job := next(left, None)) is not None:
+                    running.append(remote.remote(task, job))
+                if not running:
+                    return
+                (done,), running = ray.wait(running)
+                try:
+                    yield ray.get(done)
+                except ray.exceptions.RayTaskError as error:
+                    raise error.cause from None
+                except ray.exceptions.RayError as error:
+                    raise DatasetError(f"Ray lost a worker four times ({type(error).__name__}); start again") from None
+
+
+@contextmanager
+def _ray_cluster(ray: Any, workers: int) -> Iterator[None]:
+    address = os.environ.get("RAY_ADDRESS")
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(address, num_cpus=None if address else workers, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+EXECUTORS: dict[str, Callable[[int], Executor]] = {"local": Local, "ray": Ray}
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one decides what it means
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def die_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=die_with_parent, daemon=True).start()
+
+
+def _call(task: str, job: Any) -> Any:
+    # webdataset imports torch where there is one: 4 s and 500 MiB a worker, for nothing that packing needs.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # None makes an import fail
+    module, name = task.split(":")
+    return getattr(import_module(module), name)(job)
