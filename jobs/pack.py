@@ -124,6 +124,7 @@ def parse_part(text: str) -> tuple[int, int]:
 
 def run_shown(build: Callable[[Report], PackResult], dst: str) -> int:
     """Runs a build, shows its progress and what came of it; 0, or 130 after Ctrl-C."""
+    folder = Storage.at(dst)  # as it is shown: without what credentials a URI may hold
     try:
         with interruptible(), Display() as display:
             result = build(display)
@@ -131,12 +132,12 @@ def run_shown(build: Callable[[Report], PackResult], dst: str) -> int:
         print("stopped; the same command goes on with the shards that are not finished", file=sys.stderr)
         return 130
     if result.missing:
-        print(f"{dst}: {result.built:,} shards built now; {result.missing:,} of {result.shards:,} are still missing")
+        print(f"{folder}: {result.built:,} shards built now; {result.missing:,} of {result.shards:,} are still missing")
         return 0
     print(
-        f"{dst}: {result.samples:,} samples in {result.shards:,} shards ({result.built:,} built now), "
+        f"{folder}: {result.samples:,} samples in {result.shards:,} shards ({result.built:,} built now), "
         f"{result.quarantined:,} files quarantined"
-        + (f", listed in {dst}/quarantine.jsonl" if result.quarantined else "")
+        + (f", listed in {folder}/quarantine.jsonl" if result.quarantined else "")
     )
     return 0
 

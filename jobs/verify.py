@@ -32,7 +32,7 @@ def main(args: list[str]) -> int:
             print(fault)
             faults += 1
     print(
-        f"{command.dst}: {len(dataset):,} samples in {len(dataset.shard_names):,} shards, "
+        f"{dataset.folder}: {len(dataset):,} samples in {len(dataset.shard_names):,} shards, "
         + (f"{faults:,} faults" if faults else "no fault")
     )
     return 1 if faults else 0

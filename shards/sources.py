@@ -63,12 +63,13 @@ def find_sources(source: str, split: str, classes: list[str] | None) -> Sources:
     Raises:
         DatasetError: nothing there, nothing to pack in it, or several things that could be meant.
     """
+    # behind a URI's question mark are settings of its store
+    path, mark, query = source.partition("?") if "://" in source else (source, "", "")
+    above, _, last = path.rpartition("/")
+    if any(letter in last for letter in "{*?["):
+        folder = Storage.at((above or ".") + mark + query)
+        return _containers(folder, _matching(folder, last), classes)
     where = Storage.at(source)
-    if any(mark in source.rpartition("/")[2] for mark in "{*?["):
-        folder, names = where.parent, _matching(where)
-        if not names:
-            raise DatasetError(f"{source}: no file matches; SRC is a folder, a .tar or .parquet file, or a pattern")
-        return _containers(folder, names, classes)
     kind = where.kind()
     if kind == FileType.NotFound:
         raise DatasetError(f"{source}: no such folder or file; SRC holds one folder of images a class, tars or Parquet")
@@ -147,14 +148,16 @@ def _of_split(folder: Storage, sizes: dict[str, int], split: str) -> dict[str, i
     return chosen
 
 
-def _matching(where: Storage) -> dict[str, int]:
-    """Files that the last part of a path means, braces expanded first. A name in braces must be there."""
-    present = {entry.name: entry.size for entry in where.parent.entries() if entry.is_file}
+def _matching(folder: Storage, patterns: str) -> dict[str, int]:
+    """Files whose names fit, braces expanded first. Each that comes out of braces must be there."""
+    present = {entry.name: entry.size for entry in folder.entries() if entry.is_file}
     found: dict[str, int] = {}
-    for pattern in braceexpand.braceexpand(where.name):
+    for pattern in braceexpand.braceexpand(patterns):
         names = fnmatch.filter(present, pattern)
-        if not names and not any(mark in pattern for mark in "*?["):
-            raise DatasetError(f"{where.parent}/{pattern}: no such file, but {where} names it")
+        if not names:
+            raise DatasetError(
+                f"{folder}/{pattern}: no such file; SRC is a folder, a .tar or .parquet file or a pattern"
+            )
         found |= {name: present[name] for name in names}
     return found
 

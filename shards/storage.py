@@ -11,7 +11,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -164,7 +164,8 @@ class Storage:
         if self.local:
             shutil.rmtree(f"{self.path}/{WORK}", ignore_errors=True)  # another finisher may be deleting it, too
         elif self.entries(WORK):
-            with _explained(f"{self.shown}/{WORK}", "be removed"):
+            with _explained(f"{self.shown}/{WORK}", "be removed"), suppress(FileNotFoundError):
+                # Google's store has no object for the folder itself, and says so after the files are gone
                 self.filesystem.delete_dir(f"{self.path}/{WORK}")
 
 
