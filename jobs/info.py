@@ -1,6 +1,9 @@
 """`maelstream info DST`: what a packed dataset holds."""
 
+import json
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -8,9 +11,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from shards.dataset import Dataset
+from shards.dataset import QUARANTINE_NAME, Dataset
+from shards.errors import MaelstreamError
 
 _EDGES = (0, 64, 128, 256, 384, 512, 768, 1024, 2048, 2**32)  # short sides, in pixels
+_REASONS = 8  # shown
 
 
 @dataclass(frozen=True)
@@ -19,26 +24,36 @@ class Info:
 
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """A packed dataset; a folder, or a URI such as s3://bucket/folder."""
+    plot: Path | None = None
+    """Write a picture of the distributions, too: FILE.png (or .pdf, .svg)."""
 
 
 def summary(dataset: Dataset) -> Table:
     """What the manifest and the index tell, a row a fact."""
     manifest = dataset.manifest
-    per_class = np.bincount(dataset.label, minlength=len(dataset.classes))
     shard_bytes = [shard["bytes"] for shard in manifest["shards"]]
+    kept = "as they were" if manifest["options"]["resize"] is None else f"short side {manifest['options']['resize']} px"
     table = Table(title=f"{manifest['name']} / {manifest['split']}", show_header=False)
     for name, value in {
         "samples": f"{len(dataset):,}",
         "quarantined": f"{manifest['quarantined']:,}",
-        "classes": f"{len(dataset.classes):,}, {per_class.min():,} to {per_class.max():,} samples each",
+        "classes": _classes(dataset),
         "shards": f"{len(shard_bytes):,}, {sum(shard_bytes) / 2**20:,.1f} MiB in all",
         "formats": ", ".join(f"{extension} {count:,}" for extension, count in sorted(manifest["formats"].items())),
+        "images": "adopted where they lay" if manifest["adopted"] else kept,
         "bytes a sample": f"{dataset.size.min():,} to {dataset.size.max():,}, median {np.median(dataset.size):,.0f}",
         "width": f"{dataset.width.min():,} to {dataset.width.max():,} px, median {np.median(dataset.width):,.0f}",
         "height": f"{dataset.height.min():,} to {dataset.height.max():,} px, median {np.median(dataset.height):,.0f}",
     }.items():
         table.add_row(name, value)
     return table
+
+
+def _classes(dataset: Dataset) -> str:
+    if not dataset.classes:
+        return "none: no labels"
+    per_class = np.bincount(dataset.label, minlength=len(dataset.classes))
+    return f"{len(dataset.classes):,}, {per_class.min():,} to {per_class.max():,} samples each"
 
 
 def resolutions(dataset: Dataset) -> Table:
@@ -52,6 +67,55 @@ def resolutions(dataset: Dataset) -> Table:
     return table
 
 
+def left_out(dataset: Dataset) -> Table:
+    """What did not enter, by reason."""
+    lines = dataset.storage.read(QUARANTINE_NAME).decode().splitlines()
+    table = Table("files", "reason", "the first", title="left out")
+    firsts: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for line in map(json.loads, lines):
+        firsts.setdefault(line["reason"], line["source"])
+        counts[line["reason"]] += 1
+    for reason, count in counts.most_common(_REASONS):
+        table.add_row(f"{count:,}", reason, firsts[reason])
+    if len(counts) > _REASONS:
+        table.add_row(f"{sum(counts.values()) - sum(n for _, n in counts.most_common(_REASONS)):,}", "other reasons")
+    return table
+
+
+def plot(dataset: Dataset, file: Path) -> None:
+    """Writes distributions of resolution, shape, bytes and class sizes; the format is the suffix's."""
+    from matplotlib.figure import Figure  # takes a second to import, and no screen to draw on
+
+    short, long = np.minimum(dataset.width, dataset.height), np.maximum(dataset.width, dataset.height)
+    ratio, kib = long / short, dataset.size / 2**10
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    axes = figure.subplots(2, 2).ravel()
+    panels = [
+        ("short side", "pixels", short, np.geomspace(short.min(), short.max() * 1.001, 50), "log"),
+        ("long side : short side", "ratio", ratio, np.linspace(1, max(2, np.quantile(ratio, 0.995)), 50), "linear"),
+        ("bytes a sample", "KiB", kib, np.geomspace(kib.min(), kib.max() * 1.001, 50), "log"),
+    ]
+    for axis, (title, unit, values, bins, scale) in zip(axes, panels, strict=False):
+        axis.hist(values, bins=bins, color="#3b6ea5")
+        axis.axvline(np.median(values), color="#c0504d", linewidth=1.5, label=f"median {np.median(values):,.4g}")
+        axis.set(title=title, xlabel=unit, ylabel="samples", xscale=scale)
+        axis.legend(frameon=False)
+    if dataset.classes:
+        per_class = np.sort(np.bincount(dataset.label, minlength=len(dataset.classes)))[::-1]
+        axes[3].stairs(per_class, fill=True, color="#3b6ea5")
+        axes[3].set(title="samples by class", xlabel="class, the largest first", ylabel="samples", ylim=(0, None))
+    else:
+        axes[3].axis("off")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{dataset.manifest['name']} / {dataset.manifest['split']}: {len(dataset):,} samples")
+    try:
+        figure.savefig(file, dpi=120)
+    except (OSError, ValueError) as error:
+        raise MaelstreamError(f"--plot {file} cannot be written ({error})") from None
+
+
 def main(args: list[str]) -> int:
     """`maelstream info`."""
     command = tyro.cli(Info, args=args, prog="maelstream info")
@@ -59,4 +123,9 @@ def main(args: list[str]) -> int:
     console = Console()
     console.print(summary(dataset))
     console.print(resolutions(dataset))
+    if dataset.manifest["quarantined"]:
+        console.print(left_out(dataset))
+    if command.plot is not None:
+        plot(dataset, command.plot)
+        console.print(f"distributions: {command.plot}")
     return 0

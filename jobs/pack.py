@@ -15,6 +15,7 @@ from shards.errors import DatasetError
 from shards.executors import EXECUTORS, Executor
 from shards.pack import PackResult, Report, pack
 from shards.plan import PackOptions
+from shards.sources import SPLITS
 from shards.storage import Storage
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -77,7 +78,7 @@ class Pack:
     split: str = "train"
     """Which files of SRC, where it has several splits; and part of the shards' file names."""
     name: str | None = None
-    """The other part; SRC's own name if not given."""
+    """The other part; by default what SRC is called."""
     shard_size: str = "256MiB"
     """About how many bytes of SRC go into a shard."""
     seed: int = 0
@@ -99,11 +100,23 @@ class Pack:
             raise DatasetError(f"--resize {self.resize} is no length in pixels")
         if self.quality is not None and (self.resize is None or not 1 <= self.quality <= 100):
             raise DatasetError(f"--quality {self.quality}: 1 to 100, and with --resize, which is what encodes again")
-        name = self.name or re.sub(r"[^A-Za-z0-9_-]+", "-", Path(Storage.at(self.src).path).name.partition(".")[0])
+        name = default_name(self.src) if self.name is None else self.name
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not re.fullmatch(r"[A-Za-z0-9_-]+", self.split):
             raise DatasetError(f"--name {name}, --split {self.split}: letters, digits, _ and -, for file names")
         shard_bytes = parse_bytes(self.shard_size)
         return PackOptions(name, self.split, shard_bytes, self.seed, self.resize, self.quality, self.labels.label_field)
+
+
+def default_name(src: str) -> str:
+    """What a dataset is called after its source: its last part that does not just name a split, as in imagenet/train."""
+    path = src.partition("?")[0] if "://" in src else os.path.abspath(src)
+    words = set().union(*SPLITS.values())
+    for part in reversed(path.split("/")):
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", re.split(r"[.{*?\[]", part)[0])
+        name = re.sub(rf"[-_]({'|'.join(words)})$", "", name.strip("-_"))
+        if name and name.lower() not in words | {"data"}:
+            return name
+    return "images"
 
 
 def parse_bytes(text: str) -> int:

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -98,8 +98,10 @@ def pack(
         DatasetError: sources that are none or damaged, a destination that holds something else or cannot be written.
     """
     folder = Storage.at(destination)
-    build = _Build(find_sources(source, options.split, classes), folder, options, adopt=False)
-    return _run(build, executor, report, part, strict)
+    sources = find_sources(source, options.split, classes)
+    if sources.classes is None and MANIFEST_NAME in sources.storage.names():  # it is a packed dataset
+        sources = replace(sources, classes=json.loads(sources.storage.read(MANIFEST_NAME))["classes"])
+    return _run(_Build(sources, folder, options, adopt=False), executor, report, part, strict)
 
 
 def index(

@@ -6,7 +6,6 @@ Nothing but names and sizes is read here; what lies inside tars and Parquet file
 import fnmatch
 import hashlib
 import io
-import json
 import re
 import tarfile
 import zlib
@@ -18,7 +17,6 @@ import braceexpand
 import pyarrow as pa
 from pyarrow.fs import FileType
 
-from shards.dataset import MANIFEST_NAME
 from shards.errors import DatasetError
 from shards.storage import Entry, Storage
 
@@ -106,8 +104,6 @@ def _containers(folder: Storage, sizes: dict[str, int], classes: list[str] | Non
             )
         known, ground_truth = _read_devkit(folder, devkits[0])
         return Sources(folder, "tars", files, known, ground_truth)
-    if classes is None and MANIFEST_NAME in folder.names():
-        classes = json.loads(folder.read(MANIFEST_NAME))["classes"]
     return Sources(folder, "tars", files, classes)
 
 

@@ -79,7 +79,7 @@ def ilsvrc(tmp_path: Path) -> Path:
     write_tar(folder / "ILSVRC2012_img_train.tar", classes)
     validation = [(f"ILSVRC2012_val_{n + 1:08d}.JPEG", IMAGES[6 + n]) for n in range(6)]
     write_tar(folder / "ILSVRC2012_img_val.tar", validation)
-    rows = [(k + 1, wnid, "words", "gloss", 0, [], 0, 2) for k, wnid in enumerate(WNIDS)]
+    rows: list[tuple] = [(k + 1, wnid, "words", "gloss", 0, [], 0, 2) for k, wnid in enumerate(WNIDS)]
     rows.append((4, "n00001740", "entity", "gloss", 3, [1, 2, 3], 2, 0))
     names = [
         "ILSVRC2012_ID",
@@ -355,7 +355,7 @@ def test_hugging_face_parquet_files_give_images_labels_and_class_names(tmp_path:
 
 
 def test_plain_columns_and_string_labels_are_read_from_parquet(tmp_path: Path) -> None:
-    columns = {"jpg": IMAGES[:3], "kind": ["b", "a", "b"], "width": [1, 2, 3]}
+    columns: dict[str, list] = {"jpg": IMAGES[:3], "kind": ["b", "a", "b"], "width": [1, 2, 3]}
     write_parquet(tmp_path / "a.parquet", columns)
     dataset = build(tmp_path / "a.parquet", tmp_path / "out", label_field="kind")
     assert dataset.classes == ["a", "b"] and samples_of(dataset) == dict(zip(IMAGES, "bab", strict=False))
