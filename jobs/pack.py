@@ -108,7 +108,7 @@ class Pack:
 
 
 def default_name(src: str) -> str:
-    """What a dataset is called after its source: its last part that does not just name a split, as in imagenet/train."""
+    """What a dataset is called after its source: its last part that names more than a split (imagenet/train)."""
     path = src.partition("?")[0] if "://" in src else os.path.abspath(src)
     words = set().union(*SPLITS.values())
     for part in reversed(path.split("/")):

@@ -6,11 +6,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent import futures
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
@@ -34,16 +36,24 @@ class Local:
     def run(self, task: str, jobs: Iterable[Any]) -> Generator[Any, None, None]:
         # Spawned, not forked: the caller may hold threads.
         pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _begin_worker)
+        left = iter(jobs)
+        running: set[Future] = set()
         try:
-            for future in as_completed([pool.submit(_call, task, job) for job in jobs]):
-                yield future.result()
+            while True:
+                # A job that waits in the pool's queue cannot be called back, so none does.
+                running |= {pool.submit(_call, task, job) for job in islice(left, self.workers - len(running))}
+                if not running:
+                    return
+                done, running = futures.wait(running, return_when=futures.FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
         except BrokenProcessPool:
             raise DatasetError(
                 "a worker was killed, perhaps for want of memory; start the same command again, with fewer --workers "
                 "if so: it goes on with the shards that are not finished"
             ) from None
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown()
 
 
 @dataclass(frozen=True)
@@ -62,9 +72,7 @@ class Ray:
             left = iter(jobs)
             running: list[Any] = []
             while True:
-                # no more in flight than there are workers, so that an early stop leaves little to finish
-                while len(running) < self.workers and (job := next(left, None)) is not None:
-                    running.append(remote.remote(task, job))
+                running += [remote.remote(task, job) for job in islice(left, self.workers - len(running))]
                 if not running:
                     return
                 (done,), running = ray.wait(running)

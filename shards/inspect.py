@@ -9,6 +9,7 @@ import struct
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
@@ -68,6 +69,8 @@ def shrunk(image: Image.Image, short_side: int, quality: int) -> tuple[bytes, Im
     """`image` as a JPEG whose short side has `short_side` pixels (bicubic, antialias)."""
     scale = short_side / min(image.size)
     size = round(image.width * scale), round(image.height * scale)
+    if image.mode.startswith("I"):  # 16 bits: PIL's own conversion would turn all above 255 white
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
     picture = image if image.mode == "L" else image.convert("RGB")
     file = io.BytesIO()
     # PIL's bicubic has antialias. The EXIF orientation is left out: no stage looks at it.

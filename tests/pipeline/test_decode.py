@@ -71,14 +71,36 @@ def test_generated_jpegs_are_within_a_third_of_a_level_of_pil(quality: int) -> N
         ("P", "PNG", {}),
         ("RGB", "PNG", {}),
         ("L", "PNG", {}),
+        ("1", "PNG", {}),
+        ("LA", "PNG", {}),
+        ("RGBA", "PNG", {}),
+        ("P", "PNG", {"transparency": 3}),
         ("RGB", "WEBP", {"lossless": True}),
+        ("RGB", "WEBP", {"quality": 80}),
+        ("RGBA", "WEBP", {"lossless": True, "exact": True}),
         ("RGB", "BMP", {}),
+        ("P", "BMP", {}),
+        ("1", "BMP", {}),
     ],
 )
 def test_every_kind_of_file_decodes_as_pil_decodes_it(mode: str, form: str, options: dict) -> None:
     batch = drawn([encoded(photograph().convert(mode), form, **options)])
     assert refusal(batch.encoded[0].tobytes(), 300, 200) is None
     assert difference_from_pil(batch, decode(batch)).max() < 0.5
+
+
+def test_16_bits_become_8_where_pil_would_clip_them() -> None:
+    """PIL reads a gray 16-bit PNG rightly, but its conversion to RGB turns all above 255 white."""
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    data, window = encoded(Image.fromarray(values), "PNG"), np.array([[0, 0, 256, 256]], np.int32)
+    decoder = CpuDecoder(lambda _: EncodedBatch([data], window, NONE), 1, (256, 256), 1, torch.device("cpu"))
+    assert np.array_equal(decoder.run()[0, 0].numpy(), np.round(values / 257))
+
+
+def test_one_pixel_is_enough() -> None:
+    for form in ("JPEG", "PNG", "WEBP", "BMP"):
+        batch = EncodedBatch([encoded(Image.new("RGB", (1, 1), (200, 100, 50)), form)], np.array([[0, 0, 1, 1]]), NONE)
+        assert difference_from_pil(batch, decode(batch)).max() == 0
 
 
 def test_the_exif_orientation_is_ignored_as_torchvision_does() -> None:

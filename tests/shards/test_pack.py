@@ -5,11 +5,13 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import google_crc32c
@@ -25,7 +27,7 @@ from shards.executors import Local
 from shards.pack import PackResult, pack
 from shards.plan import PackOptions
 from shards.reader import ShardReader
-from tests.conftest import write_images
+from tests.conftest import encoded, photograph, write_images
 
 OPTIONS = PackOptions(name="tiny", split="train", shard_bytes=30_000, seed=3)
 
@@ -248,8 +250,19 @@ def test_timm_reads_the_folder_unchanged(built: Path) -> None:
     assert len(theirs) == len(dataset) and labels == dataset.label.tolist()
 
 
-def test_a_full_disk_is_one_clear_error_and_keeps_what_was_finished(images: Path, built: Path, tmp_path: Path) -> None:
-    """A limit on the size of any one file stands in for the disk; once it is lifted, the same command goes on."""
+def test_a_full_disk_is_one_clear_error_and_keeps_what_was_finished(images: Path, tmp_path: Path) -> None:
+    """A limit on the size of any one file stands in for the disk, which one shard, with a large image, exceeds."""
+    shutil.copytree(images, tmp_path / "images")
+    noise = Image.effect_noise((400, 400), 80)
+    for number in range(50):  # until it falls into a late shard
+        name = tmp_path / "images" / "class00" / f"large{number}.jpg"
+        noise.save(name, quality=90)
+        build(tmp_path / "images", tmp_path / f"built{number}")
+        built = Dataset.open(tmp_path / f"built{number}")
+        full = int(np.argmax([shard["bytes"] for shard in built.manifest["shards"]]))
+        if 3 <= full < len(built.shard_names) - 1:
+            break
+        name.unlink()
     script = (
         "import resource, signal, sys; from jobs.command import run\n"
         "if __name__ == '__main__':\n"
@@ -259,11 +272,106 @@ def test_a_full_disk_is_one_clear_error_and_keeps_what_was_finished(images: Path
         "    sys.exit(run('pack', [sys.argv[1], sys.argv[2], *options]))\n"
     )
     (tmp_path / "build.py").write_text(script)
-    command = [sys.executable, str(tmp_path / "build.py"), str(images), str(tmp_path / "out")]
-    done = subprocess.run([*command, "20000"], capture_output=True, text=True)
+    command = [sys.executable, str(tmp_path / "build.py"), str(tmp_path / "images"), str(tmp_path / "out")]
+    done = subprocess.run([*command, "80000"], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "cannot be written (File too large)" in done.stderr
-    assert not list((tmp_path / "out").glob("*.tar"))  # no half shard stands under a shard's name
+    assert f"{built.shard_names[full]} cannot be written (File too large)" in done.stderr
+    # what was finished is kept, and no half shard stands under a shard's name
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == built.shard_names[:full]
     done = subprocess.run([*command, str(2**30)], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert digests(tmp_path / "out") == digests(built)
+    assert done.returncode == 0 and f"({len(built.shard_names) - full} built now)" in done.stdout
+    assert digests(tmp_path / "out") == digests(Path(built.folder))
+
+
+def test_strict_makes_any_quarantine_an_error(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", classes=1, per_class=4)
+    (images / "class00" / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(DatasetError, match=r"--strict: class00/broken\.jpg cannot enter \(not an image\)"):
+        pack(str(images), str(tmp_path / "out"), OPTIONS, Local(1), lambda _: None, strict=True)
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    assert build(images, tmp_path / "out").quarantined == 1  # the same build, when it is allowed
+
+
+def test_a_bomb_and_a_monstrous_file_do_not_enter(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    Image.new("L", (10, 10)).save(folder / "good.png")
+    Image.new("1", (9000, 9000)).save(folder / "bomb.png")
+    with (folder / "monster.bmp").open("wb") as file:
+        file.truncate(2**27 + 1)
+    build(tmp_path / "images", tmp_path / "out")
+    lines = map(json.loads, (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines())
+    reasons = {line["source"]: line["reason"] for line in lines}
+    assert reasons == {
+        "a/bomb.png": "9000 x 9000 pixels, more than 67,108,864: a decompression bomb?",
+        "a/monster.bmp": "more than 128 MiB",
+    }
+
+
+def test_damaged_exif_keeps_no_image_out(tmp_path: Path) -> None:
+    """ImageNet has some, at which PIL warns."""
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x010F], exif[0x011A] = "maker", 72.0
+    photograph().save(folder / "x.jpg", exif=exif)
+    data = (folder / "x.jpg").read_bytes()
+    (folder / "x.jpg").write_bytes(data.replace(b"maker", b"\xff\xff\xff\xff\xff").replace(b"\0\0\0\x48", b"\xff" * 4))
+    assert build(tmp_path / "images", tmp_path / "out").quarantined == 0
+
+
+def test_only_larger_images_are_resized_and_encoded_again(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    sizes = {"wide": (300, 200), "tall": (100, 250), "at": (64, 90), "below": (63, 500)}
+    for name, size in sizes.items():
+        photograph(*size).save(folder / f"{name}.png")
+    photograph(200, 100).convert("L").save(folder / "gray.jpg", quality=95)
+    photograph(200, 100).convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    Image.fromarray(np.full((100, 100), 257 * 90, np.uint16)).save(folder / "deep.png")
+    options = PackOptions("tiny", "train", 2**20, 3, resize=64, quality=95)
+    build(tmp_path / "images", tmp_path / "out", options=options)
+    dataset = Dataset.open(tmp_path / "out")
+    samples = np.arange(len(dataset))
+    packed = zip(dataset.sources(samples), ShardReader(dataset, check_crc=True).read(samples), strict=True)
+    packed_files = {Path(source).stem: data.tobytes() for source, data in packed}
+    found = {
+        Path(source).stem: (int(width), int(height))
+        for source, width, height in zip(dataset.sources(samples), dataset.width, dataset.height, strict=True)
+    }
+    assert found == {
+        "wide": (96, 64),
+        "tall": (64, 160),
+        "at": (64, 90),
+        "below": (63, 500),
+        "gray": (128, 64),
+        "cmyk": (128, 64),
+        "deep": (64, 64),
+    }
+    assert np.asarray(Image.open(io.BytesIO(packed_files["deep"]))).tolist() == [[90] * 64] * 64
+    for name in ("at", "below"):
+        assert packed_files[name] == (folder / f"{name}.png").read_bytes()
+    assert Image.open(io.BytesIO(packed_files["gray"])).mode == "L"
+    exact = photograph(300, 200).resize((96, 64), Image.Resampling.BICUBIC)
+    assert packed_files["wide"] == encoded(exact, "JPEG", quality=95).tobytes()
+    build(tmp_path / "images", tmp_path / "coarse", options=replace(options, quality=20))
+    assert Dataset.open(tmp_path / "coarse").size.sum() < dataset.size.sum()
+
+
+def test_worker_memory_does_not_grow_with_huge_images(tmp_path: Path) -> None:
+    """61 megapixels, near the bound."""
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        photograph(9331, 6530, seed=number).save(folder / f"{number}.jpg", quality=50)
+    script = (
+        "import resource, sys; from jobs.command import run\n"
+        "if __name__ == '__main__':\n"
+        "    assert run('pack', [*sys.argv[1:], '--workers', '1']) == 0\n"
+        "    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, 'KiB')\n"
+    )
+    (tmp_path / "build.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "build.py"), str(tmp_path / "images"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1].split()[0]) < 300 * 2**10

@@ -1,0 +1,220 @@
+"""Who runs a build does not matter: processes or Ray, killed, stopped or shared, the bytes are the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from jobs.command import run
+from shards.executors import EXECUTORS, Local, Ray
+from shards.pack import pack
+from shards.plan import PackOptions
+from tests.conftest import encoded, photograph, write_images
+from tests.shards.test_pack import digests
+from tests.shards.test_sources import write_parquet, write_tar
+
+OPTIONS = PackOptions(name="tiny", split="train", shard_bytes=30_000, seed=3)
+PACK = ["-c", "import sys; from jobs.command import run; sys.exit(run('pack', sys.argv[1:]))"]
+SHARDED = ["--name", "tiny", "--shard-size", "30000", "--seed", "3", "--workers", "2"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"), classes=4, per_class=12)
+
+
+@pytest.fixture(scope="module")
+def built(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built") / "tiny"
+    pack(str(images), str(folder), OPTIONS, Local(2), lambda _: None)
+    return folder
+
+
+def start(source: Path, destination: Path, *more: str) -> subprocess.Popen:
+    """`maelstream pack` in a process group of its own."""
+    command = [sys.executable, *PACK, str(source), str(destination), *SHARDED, *more]
+    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until(condition: object, process: subprocess.Popen) -> None:
+    while process.poll() is None and not condition():  # type: ignore[operator]
+        time.sleep(0.001)
+
+
+def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """Its processes that build shards; not the one that Python's multiprocessing keeps for itself."""
+    return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+# --- kill -9
+
+
+@pytest.fixture(scope="module", params=["folders", "tars", "parquet"])
+def source(request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same 48 images in each form, in several files where the form has files."""
+    if request.param == "folders":
+        return images
+    folder = tmp_path_factory.mktemp(request.param)
+    files = sorted(images.glob("*/*.jpg"))
+    for number in range(4):
+        some = files[12 * number : 12 * number + 12]
+        if request.param == "tars":
+            write_tar(folder / f"{number}.tar", [(f"{n}.jpg", path.read_bytes()) for n, path in enumerate(some)])
+        else:
+            write_parquet(folder / f"{number}.parquet", {"image": [path.read_bytes() for path in some]})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], float]:
+    """Digests of an undisturbed build, and the seconds that it took."""
+    destination = tmp_path_factory.mktemp("undisturbed") / "out"
+    began = time.monotonic()
+    process = start(source, destination)
+    assert process.wait() == 0
+    return digests(destination), time.monotonic() - began
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_with_9_at_random_moments_until_it_is_done(
+    source: Path, undisturbed: tuple[dict[str, str], float], tmp_path: Path, seed: int
+) -> None:
+    """Each start is killed, with all its workers, at a moment drawn over the length of a build; five times."""
+    expected, whole_s = undisturbed
+    random = np.random.default_rng(seed)
+    for _ in range(5):
+        process = start(source, tmp_path / "out")
+        time.sleep(random.uniform(0.2, 1) * whole_s)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    process = start(source, tmp_path / "out")
+    assert process.wait() == 0, process.communicate()
+    assert digests(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("step", ["claim", "plan.arrow", "shard-000001.arrow", "index.arrow", "dataset.json"])
+def test_killed_right_after_a_file_appeared(images: Path, built: Path, tmp_path: Path, step: str) -> None:
+    destination = tmp_path / "out"
+    process = start(images, destination)
+    wait_until(lambda: (destination / step).exists() or (destination / ".pack" / step).exists(), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    pack(str(images), str(destination), OPTIONS, Local(1), lambda _: None)
+    assert digests(destination) == digests(built)
+
+
+def test_workers_end_when_the_builder_is_killed(images: Path, tmp_path: Path) -> None:
+    process = start(images, tmp_path / "out")
+    wait_until(lambda: (tmp_path / "out" / "tiny-train-000000.tar").exists(), process)
+    workers = workers_of(process)
+    process.kill()
+    assert workers
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not alive
+
+
+def test_a_killed_worker_is_one_line_and_the_build_goes_on(images: Path, built: Path, tmp_path: Path) -> None:
+    process = start(images, tmp_path / "out")
+    wait_until(lambda: (tmp_path / "out" / "tiny-train-000000.tar").exists(), process)
+    for worker in workers_of(process):
+        worker.kill()
+    _, said = process.communicate()
+    assert process.returncode == 2 and "a worker was killed, perhaps for want of memory" in said
+    assert said.count("\n") == 1
+    pack(str(images), str(tmp_path / "out"), OPTIONS, Local(2), lambda _: None)
+    assert digests(tmp_path / "out") == digests(built)
+
+
+# --- Ctrl-C
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Path:
+    """Images that take seconds to build, in shards of several images."""
+    folder = tmp_path / "slow" / "class"
+    folder.mkdir(parents=True)
+    large = encoded(photograph(3000, 2000), "JPEG", quality=90).tobytes()
+    for number in range(40):
+        (folder / f"{number}.jpg").write_bytes(large + bytes([number]))
+    return folder.parent
+
+
+def test_ctrl_c_finishes_the_shards_being_written_and_says_how_to_go_on(slow: Path, tmp_path: Path) -> None:
+    destination, options = tmp_path / "out", ["--shard-size", f"{4 * (slow / 'class' / '0.jpg').stat().st_size}"]
+    process = start(slow, destination, *options)
+    wait_until(lambda: len(list(destination.glob(".pack/shard-*"))) >= 2, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.splitlines()[-1] == "stopped; the same command goes on with the shards that are not finished"
+    assert "what is being written is finished first" in said
+    shards = {path.stem[-6:] for path in destination.glob("*.tar")}
+    assert 2 <= len(shards) <= 5 and shards == {path.stem[-6:] for path in destination.glob(".pack/shard-*")}
+    assert not list(destination.glob(".pack/.*"))  # nothing half is left
+    again = start(slow, destination, *options)
+    said = again.communicate()[0]
+    assert again.returncode == 0 and f"({len(list(destination.glob('*.tar'))) - len(shards)} built now)" in said
+
+
+def test_a_second_ctrl_c_stops_at_once(slow: Path, tmp_path: Path) -> None:
+    process = start(slow, tmp_path / "out", "--shard-size", "1GiB")  # one shard, of all
+    wait_until(lambda: list((tmp_path / "out" / ".pack").glob(".*.tar.*.writing")), process)
+    workers = workers_of(process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.stderr is not None and "Ctrl-C again" in process.stderr.readline() + process.stderr.readline()
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait() == 130 and time.monotonic() - began < 2
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
+# --- shares and Ray
+
+
+def test_parts_at_the_same_time_make_one_dataset(images: Path, built: Path, tmp_path: Path) -> None:
+    parts = [start(images, tmp_path / "out", "--part", f"{number}/3", "--workers", "1") for number in (1, 2, 3)]
+    said = [part.communicate() for part in parts]
+    assert [part.returncode for part in parts] == [0, 0, 0], said
+    assert digests(tmp_path / "out") == digests(built)
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b"])
+def test_a_part_that_is_none_is_refused(
+    images: Path, tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("pack", [str(images), str(tmp_path / "out"), "--part", part]) == 2
+    assert "is no part; write I/N" in capsys.readouterr().err
+
+
+def test_ray_gives_the_same_bytes_and_tries_a_lost_worker_s_shard_again(
+    images: Path, built: Path, tmp_path: Path
+) -> None:
+    ray = pytest.importorskip("ray")
+    destination = tmp_path / "out"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    killed: list[int] = []
+
+    def kill_a_worker(_: object) -> None:
+        if not killed:
+            busy = [child for child in psutil.Process().children(recursive=True) if child.name() == "ray::_call"]
+            killed.extend(worker.pid for worker in busy)
+            for worker in busy:
+                worker.kill()
+
+    try:
+        result = pack(str(images), str(destination), OPTIONS, Ray(2), kill_a_worker)
+    finally:
+        ray.shutdown()
+    assert killed
+    assert result.built == result.shards
+    assert digests(destination) == digests(built)
+
+
+def test_both_executors_are_offered() -> None:
+    assert EXECUTORS == {"local": Local, "ray": Ray}
