@@ -6,6 +6,8 @@ it, so a build that is started again keeps every shard that has one.
 
 import hashlib
 import json
+import os
+import tarfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,13 +22,15 @@ from webdataset.tariterators import base_plus_ext
 
 from shards.errors import DatasetError
 from shards.index import SCHEMA
-from shards.inspect import MAX_BYTES, ImageInfo, Unfit, decoded, shrunk
+from shards.inspect import MAX_BYTES, ImageInfo, Unfit, decoded, inspect, shrunk
 from shards.plan import Plan
 from shards.storage import Storage
 from shards.work import Receipt, ShardJob
 
 _AHEAD_BYTES = 2**25
+_GROUP_BYTES = 2**20
 _OPEN_FILES = 128
+_SYNC_BYTES = 2**24
 
 
 class Planned(NamedTuple):
@@ -67,9 +71,10 @@ def build(job: ShardJob) -> tuple[int, Receipt]:
         with job.destination.open(job.name) as file:
             receipt.bytes = file.size()
     else:
-        with job.destination.written_whole(job.name) as file:
-            hashed = _HashedFile(file)
+        with job.destination.written_whole(job.name) as file, ThreadPoolExecutor(1, "sync") as threads:
+            hashed = _HashedFile(file, threads)
             _write(hashed, samples, plan.first_keys[job.number], table)
+            hashed.synced()
         receipt.sha256, receipt.bytes = hashed.sha256.hexdigest(), hashed.size
     receipt.samples, receipt.formats = len(table.rows), table.formats
     with job.destination.written_whole(job.dali_index) as file:
@@ -106,6 +111,9 @@ class _Rows:
 def _write(file: "_HashedFile", samples: Iterator[_Sample], first_key: int, table: _Rows) -> None:
     # USTAR, mtime 0 and no owner: the same bytes whoever writes them.
     writer = webdataset.TarWriter(file, user="", group="", mode=0o644, compress=False, encoder=False, mtime=0)
+    writer.tarstream.format = tarfile.USTAR_FORMAT
+    # An image in one piece, past tarfile's own buffer, which copies what is left of it for each 10 KiB.
+    writer.tarstream.fileobj, writer.tarstream.copybufsize = file, MAX_BYTES
 
     def member(key: str, extension: str, data: bytes) -> tuple[str, int, int]:
         start = writer.tarstream.offset + 512  # behind the header, one block in USTAR
@@ -135,9 +143,9 @@ def _samples(job: ShardJob, planned: list[Planned], receipt: Receipt) -> Iterato
     """Those of `planned` that may enter, in order; the others go to the receipt's quarantine."""
     for place, (row, data) in enumerate(_read_ahead(job.source, planned)):
         try:
-            image, info = decoded(data, shrink=job.resize is not None)
+            info = inspect(data)
             if job.resize is not None and min(info.width, info.height) > job.resize:
-                data, info = shrunk(image, job.resize, job.quality)
+                data, info = shrunk(decoded(data)[0], job.resize, job.quality)
             yield _Sample(place, row, data, info)
         except Unfit as reason:
             receipt.quarantine.append({"source": row.path, "reason": str(reason)})
@@ -146,37 +154,70 @@ def _samples(job: ShardJob, planned: list[Planned], receipt: Receipt) -> Iterato
 def _read_ahead(source: Storage, planned: list[Planned]) -> Iterator[tuple[Planned, bytes]]:
     """Bytes of each row, in order; some are read, in threads, while others are decoded."""
     opened = lru_cache(_OPEN_FILES)(source.open)
-    count = 2 if source.local else 16
+    count = 1 if source.local else 16
 
     def read(row: Planned) -> bytes:
         file = opened(row.file)
         with source.explained(row.file):
+            # of a file beyond the bound just enough that it is seen to be so
             data = file.read_at(min(row.size, MAX_BYTES + 1), row.offset)
             if (row.file == row.path and file.size() != row.size) or len(data) < min(row.size, MAX_BYTES):
                 raise DatasetError(f"{source}/{row.path} has changed since the plan was made; empty DST and pack again")
         return data
 
-    waiting: deque[tuple[Planned, Future[bytes]]] = deque()
+    waiting: deque[tuple[list[Planned], Future[list[bytes]]]] = deque()
+
+    def finished() -> Iterator[tuple[Planned, bytes]]:
+        rows, future = waiting.popleft()
+        yield from zip(rows, future.result(), strict=True)
+
     with ThreadPoolExecutor(count, "read-ahead") as threads:
-        for row in planned:
-            while len(waiting) > count or sum(ahead.size for ahead, _ in waiting) > _AHEAD_BYTES:
-                ahead, future = waiting.popleft()
-                yield ahead, future.result()
-            waiting.append((row, threads.submit(read, row)))
+        for rows in _groups(planned):
+            while len(waiting) > count or sum(row.size for ahead, _ in waiting for row in ahead) > _AHEAD_BYTES:
+                yield from finished()
+            waiting.append((rows, threads.submit(lambda rows: [read(row) for row in rows], rows)))
         while waiting:
-            ahead, future = waiting.popleft()
-            yield ahead, future.result()
+            yield from finished()
+
+
+def _groups(planned: list[Planned]) -> Iterator[list[Planned]]:
+    """Rows to be read by one thread at a time: few enough, and not one by one, which would cost more than reading."""
+    group: list[Planned] = []
+    for row in planned:
+        if group and (len(group) == 8 or sum(other.size for other in group) + row.size > _GROUP_BYTES):
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
 
 
 class _HashedFile:
-    """Hashes and counts what passes through, so that a finished shard need not be read again."""
+    """Hashes and counts what passes through, so that a finished shard need not be read again.
 
-    def __init__(self, file: BinaryIO):
-        self._file, self.sha256, self.size = file, hashlib.sha256(), 0
+    The disk is made to take it bit by bit, in a thread, so that the last fsync has little left to wait for.
+    """
+
+    def __init__(self, file: BinaryIO, threads: ThreadPoolExecutor):
+        self._file, self._threads, self.sha256, self.size = file, threads, hashlib.sha256(), 0
+        self._sync: Future[None] | None = None
+        self._sync_at = _SYNC_BYTES
 
     def write(self, data: bytes) -> int:
         if self._file.closed:  # the disk was full: tarfile still writes its end when it is garbage-collected
             return len(data)
         self.sha256.update(data)
         self.size += len(data)
+        if self.size > self._sync_at:
+            self._file.flush()
+            self.synced()
+            self._sync, self._sync_at = self._threads.submit(os.fdatasync, self._file.fileno()), self.size + _SYNC_BYTES
         return self._file.write(data)
+
+    def synced(self) -> None:
+        """Waits for the disk. OSError when it has failed: it tells so once, and not again at the next fsync."""
+        if self._sync is not None:
+            self._sync.result()
+
+    def close(self) -> None:
+        """Nothing: the file belongs to whoever opened it, but tarfile closes what it writes to."""

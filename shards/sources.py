@@ -170,7 +170,7 @@ def _class_folders(root: Storage, entries: list[Entry], given: list[str] | None)
         tables.append(_table(name, list(_files_below(root, name, 0))))
         if not len(tables[-1]):
             raise DatasetError(f"{root}/{name}: this class folder holds no images; fill it or remove it")
-    files = pa.concat_tables(tables)
+    files = pa.concat_tables(tables).combine_chunks()
     if not len(files):
         raise DatasetError(f"{root}: no images in it; SRC holds one folder of images a class, tars or Parquet files")
     if given is not None and (unknown := sorted(set(folders) - set(given))):

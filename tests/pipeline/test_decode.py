@@ -99,7 +99,9 @@ def test_16_bits_become_8_where_pil_would_clip_them() -> None:
 
 def test_one_pixel_is_enough() -> None:
     for form in ("JPEG", "PNG", "WEBP", "BMP"):
-        batch = EncodedBatch([encoded(Image.new("RGB", (1, 1), (200, 100, 50)), form)], np.array([[0, 0, 1, 1]]), NONE)
+        batch = EncodedBatch(
+            [encoded(Image.new("RGB", (1, 1), (200, 100, 50)), form)], np.array([[0, 0, 1, 1]], np.int32), NONE
+        )
         assert difference_from_pil(batch, decode(batch)).max() == 0
 
 

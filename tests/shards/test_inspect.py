@@ -1,12 +1,14 @@
 """What may become a sample: sound by its header, its end and a full decode; the loader asks for the first two again."""
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from shards.inspect import ImageInfo, inspect, refusal
+from shards.inspect import ImageInfo, Unfit, decoded, inspect, refusal
 from tests.conftest import encoded, photograph
 
 JPEG = encoded(photograph(), "JPEG").tobytes()
@@ -51,3 +53,30 @@ def test_a_phone_s_multi_picture_file_is_the_jpeg_that_it_begins_with() -> None:
     data = encoded(photograph(), "MPO", save_all=True, append_images=[photograph(seed=1)]).tobytes()
     assert Image.open(io.BytesIO(data)).format == "MPO"
     assert inspect(data) == ImageInfo("jpg", 300, 200)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 4}])
+def test_damage_gets_the_verdict_of_a_full_decode_by_pil(options: dict) -> None:
+    """Flipped bytes, holes and cuts at 150 places of each kind of JPEG."""
+    random, whole = np.random.default_rng(0), encoded(photograph(), "JPEG", **options)
+    verdicts = set()
+    for number in range(150):
+        damaged, place = whole.copy(), int(random.integers(2, len(whole) - 2))
+        if number % 3 == 0:
+            damaged[place] ^= 1 << int(random.integers(8))
+        elif number % 3 == 1:
+            damaged[place : place + 40] = 0
+        else:
+            damaged = np.concatenate([whole[:place], whole[-2:]])
+        by_pil, ours = [verdict(function, damaged.tobytes()) for function in (decoded, inspect)]
+        assert by_pil == ours
+        verdicts.add(by_pil)
+    assert len(verdicts) > 1
+
+
+def verdict(function: Callable[[bytes], object], data: bytes) -> bool:
+    try:
+        function(data)
+    except Unfit:
+        return False
+    return True

@@ -1,0 +1,109 @@
+"""Packing, with every image decoded in full, beside the bare decode rate of libjpeg-turbo on the same cores and files.
+
+The bare rate is the best that a checking packer could have: processes that hold the files in memory and do nothing but
+decode them, start-up not counted. Packing is the whole command, from the look at SRC to the finished dataset. They take
+turns, round by round; the median round counts.
+
+    python benchmarks/pack.py ../shared/imagenet-sample --workers 2
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.pool import Pool
+from pathlib import Path
+
+import simplejpeg
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Options:
+    src: tyro.conf.Positional[Path]
+    """A folder of images, one folder a class."""
+    workers: int = 2
+    rounds: int = 3
+    repeat: int = 40
+    """How often each file is packed (as links), so that start-up does not count for more than it does in life."""
+    resize: int | None = None
+    """Also pack with --resize."""
+    json: Path | None = None
+    """Write the medians, too."""
+
+
+def jpegs(folder: Path) -> list[bytes]:
+    """Contents of all JPEGs below `folder`."""
+    return [data for path in sorted(folder.glob("*/*")) if (data := path.read_bytes())[:2] == b"\xff\xd8"]
+
+
+def decode_all(files: Sequence[bytes], repeat: int) -> float:
+    """Seconds to decode `files` `repeat` times."""
+    began = time.perf_counter()
+    for _ in range(repeat):
+        for data in files:
+            # some of ImageNet's are CMYK, which it gives back as they are
+            simplejpeg.decode_jpeg(data, "CMYK" if simplejpeg.decode_jpeg_header(data)[2] == "CMYK" else "RGB")
+    return time.perf_counter() - began
+
+
+def bare_rate(pool: Pool, files: list[bytes], workers: int, repeat: int) -> float:
+    """Images/s of all processes together."""
+    shares = [files[number::workers] for number in range(workers)]
+    seconds = pool.starmap(decode_all, [(share, repeat) for share in shares], chunksize=1)
+    return sum(len(share) * repeat / s for share, s in zip(shares, seconds, strict=True))
+
+
+def pack_rate(src: Path, out: Path, images: int, workers: int, *more: str) -> float:
+    """Images/s of `maelstream pack`."""
+    command = ["from jobs.command import main; main()", "pack", str(src), str(out), "--workers", str(workers), *more]
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", *command], check=True, stdout=subprocess.DEVNULL)
+    return images / (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Prints one table."""
+    options = tyro.cli(Options)
+    rates: dict[str, list[float]] = {"libjpeg-turbo alone": [], "maelstream pack": []}
+    if options.resize is not None:
+        rates[f"maelstream pack --resize {options.resize}"] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        multiprocessing.get_context("spawn").Pool(options.workers) as pool,
+    ):
+        src, files = Path(folder) / "src", jpegs(options.src)
+        images = 0
+        for path in sorted(options.src.glob("*/*")):
+            for number in range(options.repeat):
+                (src / path.parent.name).mkdir(parents=True, exist_ok=True)
+                os.symlink(path.resolve(), src / path.parent.name / f"{number}-{path.name}")
+                images += 1
+        for number in range(options.rounds):
+            rates["libjpeg-turbo alone"].append(bare_rate(pool, files, options.workers, options.repeat // 4))
+            for name, more in zip(list(rates)[1:], ([], ["--resize", str(options.resize)]), strict=False):
+                out = Path(folder) / f"out-{number}-{len(more)}"
+                rates[name].append(pack_rate(src, out, images, options.workers, "--shard-size", "64MiB", *more))
+                subprocess.run(["rm", "-r", str(out)], check=True)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    table = Table("", "images/s", "of libjpeg-turbo alone", title=f"{images:,} images, {options.workers} processes")
+    for name, median in medians.items():
+        table.add_row(name, f"{median:,.0f}", f"{median / medians['libjpeg-turbo alone']:.0%}")
+    Console().print(table)
+    largest_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10
+    print(f"the largest process of them all held {largest_mib:,.0f} MiB")
+    if options.json is not None:
+        options.json.write_text(json.dumps(medians | {"largest process, MiB": largest_mib}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
