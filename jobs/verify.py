@@ -1,5 +1,6 @@
 """`maelstream verify DST`: every fault of a packed dataset, by shard and sample."""
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -8,6 +9,7 @@ import tyro
 from rich.progress import Progress
 
 from shards.dataset import Dataset
+from shards.executors import Local
 from shards.verify import verify
 
 
@@ -19,6 +21,8 @@ class Verify:
     """A packed dataset; a folder, or a URI such as s3://bucket/folder."""
     deep: bool = False
     """Decode every image, too."""
+    workers: int = len(os.sched_getaffinity(0))
+    """Processes; each verifies a shard at a time."""
 
 
 def main(args: list[str]) -> int:
@@ -28,7 +32,7 @@ def main(args: list[str]) -> int:
     faults = 0
     with Progress(disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("verifying", total=len(dataset.shard_names))
-        for fault in verify(dataset, command.deep, lambda name: bar.update(task, advance=1, description=name)):
+        for fault in verify(dataset, command.deep, Local(command.workers), lambda: bar.advance(task)):
             print(fault)
             faults += 1
     print(

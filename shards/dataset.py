@@ -61,13 +61,17 @@ class Dataset:
         Raises:
             DatasetError: not there, unfinished, of a newer format, or an index that does not match the manifest.
         """
-        storage = Storage.at(folder)
+        return cls.open_storage(Storage.at(folder))
+
+    @classmethod
+    def open_storage(cls, storage: Storage) -> "Dataset":
+        """As `open`, of a folder that is known already."""
         path = f"{storage}/{MANIFEST_NAME}"
         entries = {entry.name for entry in storage.entries()} if storage.kind() == FileType.Directory else set()
         if MANIFEST_NAME not in entries:
             why = "its packing was not finished: run the same `maelstream pack` again" if entries else "missing"
             raise DatasetError(
-                f"{folder} is no packed dataset (no {MANIFEST_NAME}; {why}); `maelstream pack SRC {folder}` makes one"
+                f"{storage} is no packed dataset (no {MANIFEST_NAME}; {why}); `maelstream pack SRC {storage}` makes one"
             )
         text = storage.read(MANIFEST_NAME)
         try:
@@ -76,15 +80,15 @@ class Dataset:
             raise DatasetError(f"{path} is damaged ({error}); pack the dataset again") from None
         if manifest["format_version"] > FORMAT_VERSION:
             raise DatasetError(
-                f"{folder} was packed by a newer maelstream (format {manifest['format_version']}; this one reads up to "
-                f"{FORMAT_VERSION}); upgrade maelstream"
+                f"{storage} was packed by a newer maelstream (format {manifest['format_version']}; this one reads up "
+                f"to {FORMAT_VERSION}); upgrade maelstream"
             )
         if manifest != sealed(manifest):
             raise DatasetError(f"{path} is damaged (its checksum does not fit); restore it or pack the dataset again")
         dataset = cls(storage, manifest, hashlib.sha256(text).hexdigest(), partial(_index_columns, storage))
         if len(dataset) != manifest["samples"]:
             raise DatasetError(
-                f"{folder}: {INDEX_NAME} has {len(dataset)} samples, {MANIFEST_NAME} says {manifest['samples']}; "
+                f"{storage}: {INDEX_NAME} has {len(dataset)} samples, {MANIFEST_NAME} says {manifest['samples']}; "
                 "pack the dataset again"
             )
         return dataset
@@ -123,8 +127,10 @@ class Dataset:
 def _index_columns(storage: Storage, names: list[str]) -> pa.RecordBatch:
     """Columns of the index, mapped where it is local and fetched where it is remote."""
     try:
-        file = pa.memory_map(f"{storage.path}/{INDEX_NAME}") if storage.local else storage.open(INDEX_NAME)
+        if storage.local:
+            return pa.ipc.open_file(pa.memory_map(f"{storage.path}/{INDEX_NAME}")).get_batch(0).select(names)
+        # Of a mapped file this would copy the columns.
         options = pa.ipc.IpcReadOptions(included_fields=[SCHEMA.get_field_index(name) for name in names])
-        return pa.ipc.open_file(file, options=options).get_batch(0)
+        return pa.ipc.open_file(storage.open(INDEX_NAME), options=options).get_batch(0)
     except (OSError, pa.ArrowInvalid, DatasetError) as error:
         raise DatasetError(f"{storage}/{INDEX_NAME} is missing or damaged ({error}); pack the dataset again") from None

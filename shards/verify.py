@@ -7,6 +7,7 @@ index, the tar headers and the samples' CRC32Cs tell what of it is damaged.
 import re
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import google_crc32c
@@ -14,7 +15,11 @@ import numpy as np
 
 from shards.dataset import Dataset
 from shards.errors import DatasetError
+from shards.executors import Executor
 from shards.inspect import Unfit, inspect
+from shards.storage import Storage
+
+_MISSING = "missing"
 
 
 @dataclass(frozen=True)
@@ -28,32 +33,47 @@ class Fault:
         return f"{self.file}{', sample ' + self.key if self.key else ''}: {self.what}"
 
 
-def verify(dataset: Dataset, deep: bool, on_shard: Callable[[str], None]) -> Iterator[Fault]:
-    """Every fault of the folder; with `deep`, every image is decoded as well. `on_shard` hears of each shard read."""
-    expected = set(dataset.shard_names)
-    present = dataset.storage.names()
+@dataclass(frozen=True)
+class VerifyJob:
+    """All that a worker needs to verify one shard."""
+
+    storage: Storage
+    number: int
+    deep: bool
+
+
+def verify(dataset: Dataset, deep: bool, executor: Executor, on_shard: Callable[[], None]) -> Iterator[Fault]:
+    """Every fault of the folder; with `deep`, every image is decoded as well. `on_shard` is called after each shard."""
+    present, expected = dataset.storage.names(), set(dataset.shard_names)
     for name in sorted(present - expected):
         if name.endswith(".tar"):
             yield Fault(name, "", "a shard that the dataset does not know")
     for name, sha256 in sorted(dataset.manifest["side_files"].items()):
-        if (fault := _wrong_digest(dataset, name, sha256, present)) is not None:
+        if (fault := _wrong_digest(dataset.storage, name, sha256)) is not None:
             yield fault
-    for number, shard in enumerate(dataset.manifest["shards"]):
-        on_shard(shard["name"])
-        fault = _wrong_digest(dataset, shard["name"], shard["sha256"], present)
-        if fault is not None:
-            yield fault
-        if shard["name"] in present and (deep or fault is not None):
-            yield from _sample_faults(dataset, number, deep)
+    jobs = [VerifyJob(dataset.storage, number, deep) for number in range(len(dataset.shard_names))]
+    with closing(executor.run("shards.verify:verify_shard", jobs)) as verified:
+        for faults in verified:
+            on_shard()
+            yield from faults
 
 
-def _wrong_digest(dataset: Dataset, name: str, sha256: str, present: set[str]) -> Fault | None:
-    if name not in present:
-        return Fault(name, "", "missing")
+def verify_shard(job: VerifyJob) -> list[Fault]:
+    """Every fault of one shard."""
+    dataset = Dataset.open_storage(job.storage)
+    shard = dataset.manifest["shards"][job.number]
+    fault = _wrong_digest(job.storage, shard["name"], shard["sha256"])
+    faults = [fault] if fault is not None else []
+    if (job.deep or faults) and faults != [Fault(shard["name"], "", _MISSING)]:
+        faults += _sample_faults(dataset, job.number, job.deep)
+    return faults
+
+
+def _wrong_digest(storage: Storage, name: str, sha256: str) -> Fault | None:
     try:
-        held = dataset.storage.sha256(name)
+        held = storage.sha256(name)
     except DatasetError as error:
-        return Fault(name, "", str(error))
+        return Fault(name, "", str(error) if name in storage.names() else _MISSING)
     return None if held == sha256 else Fault(name, "", "not the bytes that were packed (SHA-256)")
 
 

@@ -1,13 +1,16 @@
 """`maelstream pack` and `maelstream info` as a user types them."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from jobs.command import COMMANDS, run
 from jobs.demo import photographs, write_crops
+from jobs.pack import default_name
 from shards.dataset import Dataset
 from tests.conftest import write_images
 
@@ -22,6 +25,79 @@ def test_pack_says_what_it_did_and_info_what_is_there(tmp_path: Path, capsys: py
     table = capsys.readouterr().out
     for fact in ("flowers / train", "8", "2, 4 to 4 samples each", "jpg 8", "resolutions"):
         assert fact in table
+
+
+def test_without_a_terminal_each_shard_is_a_line_with_rate_time_left_and_quarantine_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = write_images(tmp_path / "flowers", classes=2, per_class=10)
+    (images / "class01" / "broken.jpg").write_bytes(b"no image")
+    assert run("pack", [str(images), str(tmp_path / "out"), "--workers", "1", "--shard-size", "20000"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    count = len(Dataset.open(tmp_path / "out").shard_names)
+    assert len(lines) == count > 2
+    for number, line in enumerate(lines, 1):
+        assert re.fullmatch(
+            rf"{number}/{count} shards: flowers-train-\d{{6}}\.tar: \d+ images, [\d,]+ images/s, [\d.]+ MiB/s, "
+            r"[01] quarantined, \d+:\d\d left",
+            line,
+        )
+    assert lines[-1].endswith("1 quarantined, 0:00 left") and "20 samples" in last
+
+
+def test_info_tells_reasons_and_draws_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_images(tmp_path / "flowers", classes=2, per_class=4)
+    for number in range(3):
+        (images / "class01" / f"broken{number}.jpg").write_bytes(b"no image")
+    assert run("pack", [str(images), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert run("info", [str(tmp_path / "out"), "--plot", str(tmp_path / "info.png")]) == 0
+    table = capsys.readouterr().out
+    assert "not an image" in table and "class01/broken0.jpg" in table
+    with Image.open(tmp_path / "info.png") as picture:
+        assert picture.width > 1000 and len(picture.convert("RGB").getcolors(10**6) or []) > 20
+    assert run("info", [str(tmp_path / "out"), "--plot", str(tmp_path / "info.xyz")]) == 2
+    assert "info.xyz cannot be written" in capsys.readouterr().err
+
+
+def test_info_of_unlabelled_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_images(tmp_path / "src", classes=1, per_class=4) / "class00"
+    assert run("pack", [str(images), str(tmp_path / "out"), "--workers", "1"]) == 0
+    assert run("info", [str(tmp_path / "out"), "--plot", str(tmp_path / "info.png")]) == 0
+    assert "none: no labels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("src", "name"),
+    [
+        ("data/imagenet/train", "imagenet"),
+        ("imagenet1k-train-{0000..1023}.tar", "imagenet1k"),
+        ("s3://bucket/wds/imagenet1k-validation-{00..63}.tar?region=eu", "imagenet1k"),
+        ("hub/cifar10/data", "cifar10"),
+        ("my photos", "my-photos"),
+    ],
+)
+def test_a_dataset_is_called_after_its_source(src: str, name: str) -> None:
+    assert default_name(src) == name
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--quality", "90"], "--quality 90: 1 to 100, and with --resize"),
+        (["--resize", "0"], "--resize 0 is no length"),
+        (["--resize", "64", "--quality", "0"], "--quality 0: 1 to 100"),
+        (["--workers", "0"], "--workers 0: at least one"),
+        (["--name", "a/b"], "--name a/b"),
+        (["--classes", "nowhere.txt"], "--classes nowhere.txt cannot be read"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], complaint: str
+) -> None:
+    images = write_images(tmp_path / "src", classes=1, per_class=1)
+    assert run("pack", [str(images), str(tmp_path / "out"), *options]) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_demo_packs_several_hundred_varied_crops_of_real_photographs(tmp_path: Path) -> None:
@@ -75,8 +151,24 @@ def destination_is_a_file(folder: Path) -> str:
     return "out is a file"
 
 
+def destination_below_a_file(folder: Path) -> str:
+    write_images(folder / "src", classes=1, per_class=1)
+    (folder / "file").write_text("a file")
+    (folder / "out").symlink_to(folder / "file" / "out")
+    return "out cannot be made"
+
+
 @pytest.mark.parametrize(
-    "prepare", [no_images, no_folder, empty_class, unreadable_file, nothing_usable, destination_is_a_file]
+    "prepare",
+    [
+        destination_below_a_file,
+        no_images,
+        no_folder,
+        empty_class,
+        unreadable_file,
+        nothing_usable,
+        destination_is_a_file,
+    ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], prepare: object

@@ -1,8 +1,10 @@
 """verify: finds every flipped byte, every cut, and what is missing or too much; and says where."""
 
 import shutil
+from collections.abc import Generator, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from jobs.command import run
 from shards.dataset import Dataset
 from shards.errors import DatasetError
-from shards.verify import verify
+from shards.verify import verify, verify_shard
 
 
 @pytest.fixture
@@ -19,8 +21,16 @@ def copy(packed: Dataset, tmp_path: Path) -> Path:
     return Path(shutil.copytree(packed.folder, tmp_path / "copy"))
 
 
+class Here:
+    """An executor that needs no processes."""
+
+    def run(self, task: str, jobs: Iterable[Any]) -> Generator[Any, None, None]:
+        assert task == "shards.verify:verify_shard"
+        yield from map(verify_shard, jobs)
+
+
 def faults(folder: Path, deep: bool = False) -> list[str]:
-    return [str(fault) for fault in verify(Dataset.open(folder), deep, lambda _: None)]
+    return [str(fault) for fault in verify(Dataset.open(folder), deep, Here(), lambda: None)]
 
 
 def test_a_fresh_dataset_has_no_fault(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
