@@ -99,6 +99,8 @@ def pack(
     """
     folder = Storage.at(destination)
     sources = find_sources(source, options.split, classes)
+    if sources.kind == "folders" and f"{folder.path}/".startswith(f"{sources.storage.path}/"):
+        raise DatasetError(f"{folder} lies in {source}, whose folders are classes; choose another DST")
     if sources.classes is None and MANIFEST_NAME in sources.storage.names():  # it is a packed dataset
         sources = replace(sources, classes=json.loads(sources.storage.read(MANIFEST_NAME))["classes"])
     return _run(_Build(sources, folder, options, adopt=False), executor, report, part, strict)
@@ -131,12 +133,27 @@ def index(
 
 
 def _run(build: _Build, executor: Executor, report: Report, part: tuple[int, int], strict: bool) -> PackResult:
+    destination, built, missing = build.destination, 0, 0
+    if not _claimed(build):
+        try:
+            built, missing = _carry_out(build, executor, report, part, strict)
+        except (DatasetError, OSError):
+            if not _held(destination, MANIFEST_NAME):  # or else another part has finished it meanwhile
+                raise
+    if missing and not _held(destination, MANIFEST_NAME):
+        return PackResult(0, 0, len(Plan.open(destination)), built, missing)
+    destination.remove_work()
+    manifest = json.loads(destination.read(MANIFEST_NAME))
+    return PackResult(manifest["samples"], manifest["quarantined"], len(manifest["shards"]), built, 0)
+
+
+def _carry_out(
+    build: _Build, executor: Executor, report: Report, part: tuple[int, int], strict: bool
+) -> tuple[int, int]:
+    """Everything that is not done yet; how many shards were built, and how many are left to other parts."""
     destination = build.destination
-    if _claimed(build):
-        destination.remove_work()  # of a call that was stopped between its last two steps
-        return _result(destination, 0)
     if not _held(destination, PLAN):
-        _scan_and_plan(build, executor, report)
+        _scan_and_plan(build, executor, report, part)
     plan = Plan.open(destination)
     jobs = _shard_jobs(build, len(plan))
     if not any(plan.shard_bytes):
@@ -151,20 +168,10 @@ def _run(build: _Build, executor: Executor, report: Report, part: tuple[int, int
                 raise DatasetError(_not_strict(receipt.quarantine))
             numbers = receipt.samples, len(receipt.quarantine), plan.shard_bytes[number], total_bytes
             report(Progress("shard", count, len(missing), jobs[number].name, *numbers))
-    if undone := _undone(jobs, destination):
-        return PackResult(0, 0, len(jobs), len(missing), len(undone))
-    try:
+    undone = _undone(jobs, destination)
+    if not undone:
         _finish(build, plan, jobs, strict)
-    except (DatasetError, OSError):
-        if not _held(destination, MANIFEST_NAME):  # or else another part has finished at the same time
-            raise
-    destination.remove_work()
-    return _result(destination, len(missing))
-
-
-def _result(destination: Storage, built: int) -> PackResult:
-    manifest = json.loads(destination.read(MANIFEST_NAME))
-    return PackResult(manifest["samples"], manifest["quarantined"], len(manifest["shards"]), built, 0)
+    return len(missing), len(undone)
 
 
 def _held(destination: Storage, name: str) -> bool:
@@ -198,7 +205,7 @@ def _claimed(build: _Build) -> bool:
     return whole
 
 
-def _scan_and_plan(build: _Build, executor: Executor, report: Report) -> None:
+def _scan_and_plan(build: _Build, executor: Executor, report: Report, part: tuple[int, int]) -> None:
     sources, options = build.sources, build.options
     cut = as_found(sources.files["path"].to_pylist()) if build.adopt else shuffled(options.seed, options.shard_bytes)
     if sources.kind == "folders":
@@ -211,6 +218,10 @@ def _scan_and_plan(build: _Build, executor: Executor, report: Report) -> None:
     ]
     work = build.destination.names(WORK)
     missing = [job for job in jobs if not job.done(work)]
+    first = (
+        len(missing) * (part[0] - 1) // part[1]
+    )  # each part begins with others, and passes over what is done by then
+    missing = missing[first:] + missing[:first]
     total_bytes = sum(files[job.number][1] for job in missing)
     with closing(executor.run("shards.scan:scan", missing)) as scanned:
         for count, (number, rows) in enumerate(scanned, 1):

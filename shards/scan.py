@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from shards.errors import DatasetError
-from shards.storage import is_text
+from shards.storage import WORK, is_text
 from shards.work import ScanJob
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")  # where names must do: which member
@@ -62,6 +62,8 @@ def scan(job: ScanJob) -> tuple[int, int]:
     Raises:
         DatasetError: a damaged file, members that leave the folder, links, duplicate keys, no column of images.
     """
+    if job.done(job.destination.names(WORK)):  # by another part, meanwhile
+        return job.number, 0
     with job.source.open(job.file) as opened, job.source.explained(job.file):
         if job.file.endswith(".parquet"):
             with job.destination.written_whole(job.spool) as spool:

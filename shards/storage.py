@@ -52,7 +52,7 @@ class Storage:
         """The folder that a path or URI names; it need not exist. DatasetError when no file system knows the URI."""
         text = str(where)
         if "://" not in text:
-            return cls(fs.LocalFileSystem(), os.path.abspath(text), text)
+            return cls(fs.LocalFileSystem(), os.path.abspath(text), text.rstrip("/") or text)
         scheme = text.partition("://")[0]
         try:
             filesystem, path = fs.FileSystem.from_uri(text)

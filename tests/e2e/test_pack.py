@@ -179,6 +179,13 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     assert complaint in said and said.startswith("maelstream pack: ") and said.count("\n") == 1
 
 
+def test_a_destination_among_the_class_folders_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_images(tmp_path / "src", classes=1, per_class=1)
+    assert run("pack", [str(images), str(images / "packed")]) == 2
+    assert "whose folders are classes; choose another DST" in capsys.readouterr().err
+    assert not (images / "packed").exists()
+
+
 @pytest.mark.parametrize("size", ["0", "many", "12XB", "-3"])
 def test_a_shard_size_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
     images = write_images(tmp_path / "src", classes=1, per_class=1)
