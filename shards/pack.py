@@ -197,6 +197,11 @@ def _claimed(build: _Build) -> bool:
         destination.make()
         with destination.written_whole(_CLAIM) as file:
             file.write(held.encode())
+    if held != build.fingerprint and build.adopt:
+        raise DatasetError(
+            f"{destination} has a {MANIFEST_NAME} or an unfinished build of other shards or options; remove "
+            f"{MANIFEST_NAME if whole else WORK} to index the tars as they are now"
+        )
     if held != build.fingerprint:
         raise DatasetError(
             f"{destination} holds something else: another dataset, other options, or a source that has changed since; "
@@ -218,9 +223,8 @@ def _scan_and_plan(build: _Build, executor: Executor, report: Report, part: tupl
     ]
     work = build.destination.names(WORK)
     missing = [job for job in jobs if not job.done(work)]
-    first = (
-        len(missing) * (part[0] - 1) // part[1]
-    )  # each part begins with others, and passes over what is done by then
+    # Each part begins with files of its own, and passes over what others have done by then.
+    first = len(missing) * (part[0] - 1) // part[1]
     missing = missing[first:] + missing[:first]
     total_bytes = sum(files[job.number][1] for job in missing)
     with closing(executor.run("shards.scan:scan", missing)) as scanned:
