@@ -25,7 +25,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, InterpolationMode, PILToTensor, RandomHorizontalFlip, RandomResizedCrop
 
 from pipeline.draws import AugmentDraws, CropConfig
-from pipeline.loader import PretrainLoader, Slices
+from pipeline.line import Slices
+from pipeline.loader import PretrainLoader
 from pipeline.order import SampleOrder
 from shards.dataset import Dataset
 from shards.executors import Local

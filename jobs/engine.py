@@ -26,7 +26,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from jobs.recipe import Recipe
 from model.mae import MAE
 from model.optimise import weight_decay_groups
-from pipeline.loader import Slices
+from pipeline.line import Slices
 from shards.errors import MaelstreamError
 
 

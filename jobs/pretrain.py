@@ -32,7 +32,8 @@ from jobs.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from jobs.runfolder import RunFolder
 from model.optimise import lr_at
 from pipeline.draws import AugmentDraws
-from pipeline.loader import Batch, PretrainLoader, Slices
+from pipeline.line import Slices
+from pipeline.loader import Batch, PretrainLoader
 from pipeline.order import SampleOrder
 from shards.dataset import Dataset
 
@@ -98,6 +99,8 @@ def train(recipe: Recipe, folder: RunFolder, stop_at_step: int | None, ranks: Ra
         ranks.rank,
         threads=recipe.loader.threads or ranks.threads,
         prefetch=recipe.loader.prefetch,
+        max_bad_share=recipe.loader.max_bad_share,
+        on_bad=folder.quarantine,
     )
     folder.refuse_other_experiment(recipe)
     step = (folder.checkpoints.steps() or [0])[-1]

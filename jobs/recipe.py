@@ -67,10 +67,14 @@ class LoaderConfig:
     """Threads that decode in each rank; 0: the machine's cores shared by its ranks."""
     prefetch: int = 4
     """Micro-batches read, and as many decoded, ahead of the step."""
+    max_bad_share: float = 0.001
+    """Share of the dataset's samples that may turn out bad and be replaced before the run is stopped."""
 
     def __post_init__(self) -> None:
         if self.threads < 0 or self.prefetch < 1:
             raise ValueError(f"threads {self.threads} must be at least 0, prefetch {self.prefetch} at least 1")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share {self.max_bad_share} is not in 0..1")
 
 
 @dataclass(frozen=True)

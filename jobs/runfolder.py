@@ -1,12 +1,13 @@
 """A run's folder: what was asked (`config.yaml`), what was seen (`metrics.jsonl`), what was kept (`checkpoints/`)."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs.checkpoint import CheckpointStore
 from jobs.recipe import Recipe, RecipeError, differing_keys, dump_recipe, load_recipe
+from pipeline.loader import BadSample
 from shards.durable import written_whole
 from shards.errors import MaelstreamError
 
@@ -58,6 +59,12 @@ class RunFolder:
         lines = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
         with written_whole(self.metrics) as file:
             file.write("".join(lines).encode())
+
+    def quarantine(self, bad: BadSample) -> None:
+        """Notes a sample that was replaced, a line of quarantine.jsonl; every rank adds those that it meets."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "quarantine.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(bad)) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """A dict a log step, ascending; a last line that a crash cut short is left out."""

@@ -1,15 +1,15 @@
-"""The loader of pre-training: epochs, ranks, read-ahead and the whole state of the data path in one number.
+"""The loader of pre-training: read-ahead, decoding, bad samples, and the whole state of the data path in one number.
 
-Samples stand in one endless line, epoch after epoch, each epoch in an order of its own; a global batch is the next
-`batch_size` of the line, so every batch is full, a batch may span two epochs, and each sample comes exactly once an
-epoch. A batch is cut into `world_size * micro_batches` slices by position alone: it holds the same samples, crops and
-masks on any number of ranks, and the state is how far the line has been consumed.
+What a batch holds is `pipeline.line`'s; this is how it gets there: threads read ahead, DALI decodes, a queue hands
+over. A sample that cannot be decoded is found, named and replaced, and the decoder, which DALI gives up for lost, is
+made anew.
 """
 
 import contextlib
+import math
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Full, Queue
@@ -21,7 +21,8 @@ from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 
 from pipeline.decode import DECODERS, EncodedBatch
-from pipeline.draws import AugmentDraws, Draws
+from pipeline.draws import AugmentDraws
+from pipeline.line import Line, MicroBatch, Place, Slices
 from pipeline.order import SampleOrder
 from shards.dataset import Dataset
 from shards.errors import DatasetError, MaelstreamError
@@ -29,6 +30,7 @@ from shards.inspect import Unfit, inspect, refusal
 from shards.reader import ShardReader
 
 _POLL_S = 0.1  # how often a thread that waits on a queue looks whether the loader was closed
+_LISTED = 10  # bad samples in an error
 
 
 class LoaderState(TypedDict):
@@ -36,6 +38,20 @@ class LoaderState(TypedDict):
 
     epoch: int
     position: int
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """One that was replaced."""
+
+    sample: int
+    shard: str
+    """File."""
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: sample {self.key}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -49,40 +65,6 @@ class Batch:
     labels: Int32[np.ndarray, "b"]
     weight: float
     """This slice's size over the mean slice's: mean losses times weights average to the global batch's mean loss."""
-
-
-@dataclass(frozen=True)
-class Slices:
-    """How a global batch is cut: slice `rank * micro_batches + m` is micro-batch `m` of `rank`."""
-
-    batch_size: int
-    world_size: int
-    micro_batches: int
-
-    def __post_init__(self) -> None:
-        if self.world_size * self.micro_batches > self.batch_size:
-            raise MaelstreamError(
-                f"a batch of {self.batch_size} samples cannot be shared by {self.world_size} ranks with "
-                f"{self.micro_batches} micro-batches each; use fewer ranks or a larger batch_size"
-            )
-
-    def bounds(self, rank: int, micro_batch: int) -> tuple[int, int]:
-        """First position in the global batch and the one after the last; sizes differ by at most 1."""
-        number, count = rank * self.micro_batches + micro_batch, self.world_size * self.micro_batches
-        return self.batch_size * number // count, self.batch_size * (number + 1) // count
-
-    @property
-    def largest(self) -> int:
-        return -(-self.batch_size // (self.world_size * self.micro_batches))
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a micro-batch holds, known before a byte is read."""
-
-    samples: np.ndarray
-    epochs: np.ndarray
-    draws: Draws
 
 
 class PretrainLoader:
@@ -101,16 +83,27 @@ class PretrainLoader:
         rank: int,
         threads: int,
         prefetch: int,
+        max_bad_share: float = 0.001,
+        on_bad: Callable[[BadSample], None] = lambda _: None,
     ):
-        """`threads` decode and, on the CPU, as many resize; `prefetch` micro-batches are read, and decoded, ahead."""
+        """`threads` decode and, on the CPU, as many resize; `prefetch` micro-batches are read, and decoded, ahead.
+
+        `on_bad` is told of each sample that cannot be decoded and is replaced; when this rank has met more of them than
+        `max_bad_share` of the dataset, iterating raises a DatasetError that lists them.
+        """
         if slices.batch_size > len(dataset):
             raise MaelstreamError(
                 f"batch_size {slices.batch_size} is larger than the dataset: {dataset.folder} holds "
                 f"{len(dataset)} samples; use a smaller batch_size"
             )
-        self._dataset, self._order, self._draws, self._slices, self._rank = dataset, order, draws, slices, rank
+        self._dataset, self._slices = dataset, slices
+        self._line = Line(dataset, order, draws, slices, rank)
         self._reader = ShardReader(dataset, check_crc=False)
         self._image_size, self._threads, self._prefetch = image_size, threads, prefetch
+        self._bad: dict[int, BadSample] = {}
+        self._bad_places: set[Place] = set()
+        self._bad_lock = threading.Lock()
+        self._most_bad, self._on_bad = math.ceil(max_bad_share * len(dataset)), on_bad
         self._consumed = 0
         self._stop = threading.Event()
         self._producer: threading.Thread | None = None
@@ -146,75 +139,99 @@ class PretrainLoader:
             self._consumed += self._slices.batch_size
             yield batch
 
-    def _plan(self, start: int, iteration: int) -> _Plan:
-        """Micro-batch `iteration` of this rank, counted from where `start` samples of the line had been consumed."""
-        step, micro_batch = divmod(iteration, self._slices.micro_batches)
-        first, end = self._slices.bounds(self._rank, micro_batch)
-        line = start + step * self._slices.batch_size + np.arange(first, end)
-        epochs, positions = np.divmod(line, len(self._dataset))
-        samples = self._order.at(epochs, positions)
-        widths, heights = self._dataset.width[samples], self._dataset.height[samples]
-        return _Plan(samples, epochs, self._draws.at(epochs, samples, widths, heights))
+    def _read(self, start: int, number: int) -> tuple[MicroBatch, EncodedBatch]:
+        """A micro-batch whose bytes may be handed to DALI, copied off the memory map, so that no later stage waits on a
+        cold page."""
+        while True:
+            planned = self._line.at(start, number, self._bad_places)
+            encoded = [data.tobytes() for data in self._reader.read(planned.samples)]
+            sizes = (column[planned.samples].tolist() for column in (self._dataset.width, self._dataset.height))
+            refusals = [refusal(data, *size) for data, *size in zip(encoded, *sizes, strict=True)]
+            if not any(refusals):
+                arrays = [np.frombuffer(data, np.uint8) for data in encoded]
+                return planned, EncodedBatch(arrays, planned.draws.windows, planned.draws.flips)
+            places = zip(planned.epochs.tolist(), planned.samples.tolist(), strict=True)
+            self._replace({place: reason for place, reason in zip(places, refusals, strict=True) if reason is not None})
 
-    def _read(self, plan: _Plan) -> EncodedBatch:
-        """Copies the bytes off the memory map, so that no later stage waits on a cold page."""
-        encoded = [data.tobytes() for data in self._reader.read(plan.samples)]
-        sizes = self._dataset.width[plan.samples].tolist(), self._dataset.height[plan.samples].tolist()
-        for data, sample, width, height in zip(encoded, plan.samples, *sizes, strict=True):
-            if reason := refusal(data, width, height):
-                raise DatasetError(f"{self._name(sample)}: {reason}; `maelstream verify` tells what else is damaged")
-        arrays = [np.frombuffer(data, np.uint8) for data in encoded]
-        return EncodedBatch(arrays, plan.draws.windows, plan.draws.flips)
-
-    def _name(self, sample: int) -> str:
-        shard = self._dataset.shard_names[int(self._dataset.shard[sample])]
-        return f"{self._dataset.folder}/{shard}: sample {self._dataset.keys(np.array([sample]))[0]}"
+    def _replace(self, reasons: dict[Place, str]) -> None:
+        """From now on others stand in these places; DatasetError when that would be too many samples."""
+        with self._bad_lock:  # threads read ahead side by side
+            self._bad_places |= reasons.keys()
+            new = {sample: reason for (_, sample), reason in reasons.items() if sample not in self._bad}
+            keys = self._dataset.keys(np.array(list(new), np.int64))
+            for key, (sample, reason) in zip(keys, new.items(), strict=True):
+                shard = self._dataset.shard_names[int(self._dataset.shard[sample])]
+                self._bad[sample] = BadSample(sample, f"{self._dataset.folder}/{shard}", key, reason)
+                self._on_bad(self._bad[sample])
+            if len(self._bad) > self._most_bad:
+                listed = "; ".join(map(str, list(self._bad.values())[:_LISTED]))
+                raise DatasetError(
+                    f"{len(self._bad)} bad samples, max_bad_share allows {self._most_bad}: {listed}; "
+                    "`maelstream verify` tells what else is damaged"
+                )
 
     def _produce(self, start: int, device: torch.device, batches: "Queue[Batch | Exception]") -> None:
-        """Body of the producer thread: reads ahead, decodes, and hands batches or what went wrong to the consumer."""
-        readers = ThreadPoolExecutor(2, "read-ahead")
-        ahead: deque[tuple[_Plan, Future[EncodedBatch]]] = deque()
-        decoding: deque[_Plan] = deque()  # taken by DALI, not yet handed out
-
-        def source(iteration: int) -> EncodedBatch:
-            while len(ahead) <= self._prefetch:
-                plan = self._plan(start, iteration + len(ahead))
-                ahead.append((plan, readers.submit(self._read, plan)))
-            plan, encoded = ahead.popleft()
-            decoding.append(plan)
-            return encoded.result()
-
+        """Body of the producer thread: hands batches, or what went wrong, to the consumer."""
+        handed_over = 0
         try:
-            decoder = DECODERS[device.type](source, self._slices.largest, self._image_size, self._threads, device)
             while not self._stop.is_set():
-                images = decoder.run()
-                self._offer(batches, self._batch(decoding.popleft(), images))
-        except RuntimeError as error:  # DALI's, which does not say which image of the batch it was
-            self._offer(batches, self._undecodable(decoding, error))
+                with _Feed(lambda number: self._read(start, number), handed_over, self._prefetch) as feed:
+                    handed_over += self._decode(feed, device, batches)
         except Exception as error:
             self._offer(batches, error)
-        finally:
-            readers.shutdown(cancel_futures=True)
 
-    def _undecodable(self, plans: Iterable[_Plan], error: RuntimeError) -> Exception:
-        """The first sample of `plans` that would not be packed as it is now, or else `error`."""
-        for sample in (sample for plan in plans for sample in plan.samples):
-            (encoded,) = self._reader.read(np.array([sample]))
+    def _decode(self, feed: "_Feed", device: torch.device, batches: "Queue[Batch | Exception]") -> int:
+        """Decodes until the loader is closed, or an image fails and is known for bad; how many were handed over."""
+        decoder = DECODERS[device.type](feed, self._slices.largest, self._image_size, self._threads, device)
+        handed_over = 0
+        while not self._stop.is_set():
             try:
-                inspect(encoded.tobytes())
-            except Unfit as reason:
-                return DatasetError(f"{self._name(sample)}: {reason}; `maelstream verify` tells what else is damaged")
-        return error
+                images = decoder.run()
+            except RuntimeError as error:  # DALI's, which does not say which image it was
+                bad = self._undecodable(feed.decoding, device)
+                if not bad:
+                    raise error
+                self._replace(bad)
+                break
+            self._offer(batches, self._batch(feed.decoding.popleft()[0], images))
+            handed_over += 1
+        return handed_over
 
-    def _batch(self, plan: _Plan, images: Tensor) -> Batch:
+    def _undecodable(
+        self, decoding: Iterable[tuple[MicroBatch, EncodedBatch]], device: torch.device
+    ) -> dict[Place, str]:
+        """Where in these micro-batches stands what DALI cannot decode, and why."""
+        reasons: dict[Place, str] = {}
+        suspects: dict[Place, EncodedBatch] = {}
+        for planned, batch in decoding:
+            for number, place in enumerate(zip(planned.epochs.tolist(), planned.samples.tolist(), strict=True)):
+                one = slice(number, number + 1)
+                suspects[place] = EncodedBatch(batch.encoded[one], batch.windows[one], batch.flips[one])
+                try:
+                    inspect(batch.encoded[number].tobytes())
+                except Unfit as reason:
+                    reasons[place] = str(reason)
+
+        def fails(place: Place) -> bool:
+            try:
+                DECODERS[device.type](lambda _: suspects[place], 1, self._image_size, 1, device).run()
+            except RuntimeError:
+                return True
+            return False
+
+        # A decoder for each takes time, so those first that are damaged at all.
+        found = {place: reasons[place] for place in reasons if fails(place)}
+        return found or {place: "DALI cannot decode it" for place in suspects if fails(place)}
+
+    def _batch(self, planned: MicroBatch, images: Tensor) -> Batch:
         slices = self._slices
         return Batch(
             images=images,
-            keys=torch.from_numpy(plan.draws.keys),
-            samples=plan.samples,
-            epochs=plan.epochs,
-            labels=self._dataset.label[plan.samples],
-            weight=len(plan.samples) * slices.world_size * slices.micro_batches / slices.batch_size,
+            keys=torch.from_numpy(planned.draws.keys),
+            samples=planned.samples,
+            epochs=planned.epochs,
+            labels=self._dataset.label[planned.samples],
+            weight=len(planned.samples) * slices.world_size * slices.micro_batches / slices.batch_size,
         )
 
     def _offer(self, batches: "Queue[Batch | Exception]", item: Batch | Exception) -> None:
@@ -229,3 +246,28 @@ def _take(batches: "Queue[Batch | Exception]") -> Batch:
     if isinstance(item, Exception):
         raise item
     return item
+
+
+class _Feed:
+    """What a decoder asks for, read ahead by threads; use it as a context manager, which stops them."""
+
+    def __init__(self, read: Callable[[int], tuple[MicroBatch, EncodedBatch]], first: int, prefetch: int):
+        """`read` gives a micro-batch by number; iteration 0 of the decoder is number `first`."""
+        self._read, self._first, self._prefetch = read, first, prefetch
+        self._readers = ThreadPoolExecutor(2, "read-ahead")
+        self._ahead: deque[Future[tuple[MicroBatch, EncodedBatch]]] = deque()
+        self.decoding: deque[tuple[MicroBatch, EncodedBatch]] = deque()
+        """Taken by the decoder, not yet handed out."""
+
+    def __enter__(self) -> "_Feed":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._readers.shutdown(cancel_futures=True)
+
+    def __call__(self, iteration: int) -> EncodedBatch:
+        while len(self._ahead) <= self._prefetch:
+            number = self._first + iteration + len(self._ahead)
+            self._ahead.append(self._readers.submit(self._read, number))
+        self.decoding.append(self._ahead.popleft().result())
+        return self.decoding[-1][1]

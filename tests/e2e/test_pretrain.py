@@ -206,7 +206,9 @@ def test_a_folder_that_is_no_run_gets_one_line(
     assert "is not a run: it has no config.yaml" in capsys.readouterr().err
 
 
-def test_a_damaged_sample_ends_the_run_with_its_name(recipe: Path, packed: Dataset, tmp_path: Path) -> None:
+def test_a_damaged_sample_ends_the_run_with_its_name_or_is_replaced(
+    recipe: Path, packed: Dataset, tmp_path: Path
+) -> None:
     """The first sample's bytes are overwritten where they lie; DALI would take the process down."""
     copy = tmp_path / "shards"
     copy.mkdir()
@@ -215,9 +217,14 @@ def test_a_damaged_sample_ends_the_run_with_its_name(recipe: Path, packed: Datas
     with (copy / packed.shard_names[0]).open("r+b") as shard:
         shard.seek(int(packed.offset[0]))
         shard.write(b"GIF89a")
-    done = alone(str(recipe), "--run", str(tmp_path / "run"), "--data.dataset", str(copy))
+    options = [str(recipe), "--run", str(tmp_path / "run"), "--data.dataset", str(copy)]
+    done = alone(*options, "--loader.max-bad-share", "0")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"sample {packed.keys(np.array([0]))[0]}: not a JPEG, PNG, WebP or BMP" in done.stderr
+    done = alone(*options, "--loader.max-bad-share", "0.02")
+    assert done.returncode == 0, done.stderr
+    (bad,) = {json.loads(line)["key"] for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()}
+    assert bad == packed.keys(np.array([0]))[0]
 
 
 def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path: Path, undisturbed: RunFolder) -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,20 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.draws import AugmentDraws, CropConfig
-from pipeline.loader import Batch, LoaderState, PretrainLoader, Slices
+from pipeline.line import Slices
+from pipeline.loader import BadSample, Batch, LoaderState, PretrainLoader
 from pipeline.order import SampleOrder
 from shards.dataset import Dataset
 from shards.errors import DatasetError, MaelstreamError
 from shards.reader import ShardReader
 
 
-def loader_of(dataset: Dataset, slices: Slices, rank: int = 0, prefetch: int = 2, threads: int = 1) -> PretrainLoader:
+def loader_of(
+    dataset: Dataset, slices: Slices, rank: int = 0, prefetch: int = 2, threads: int = 1, **options: Any
+) -> PretrainLoader:
     order, draws = SampleOrder(len(dataset), seed=5), AugmentDraws(5, CropConfig())
-    return PretrainLoader(dataset, order, draws, (32, 32), slices, rank, threads, prefetch)
+    return PretrainLoader(dataset, order, draws, (32, 32), slices, rank, threads, prefetch, **options)
 
 
-def take(dataset: Dataset, slices: Slices, count: int, rank: int = 0, state: LoaderState | None = None) -> list[Batch]:
-    with loader_of(dataset, slices, rank) as loader:
+def take(
+    dataset: Dataset, slices: Slices, count: int, rank: int = 0, state: LoaderState | None = None, **options: Any
+) -> list[Batch]:
+    with loader_of(dataset, slices, rank, **options) as loader:
         if state is not None:
             loader.load_state_dict(state)
         return list(islice(loader, count))
@@ -145,19 +151,49 @@ def damaged_copy(packed: Dataset, folder: Path, marker: bytes, data: bytes) -> D
     return Dataset.open(folder)
 
 
-@pytest.mark.parametrize(
-    ("marker", "data", "reason"),
-    [
-        (b"\xff\xd8", b"GIF89a", "not a JPEG, PNG, WebP or BMP"),
-        (b"\xff\xe0", bytes(300), "JPEG without a sound header"),  # DALI 2.4 segfaults on it
-        (b"\xff\xc4", b"\xff\xc4\x00\x1f" + b"\xff" * 20, "cannot be decoded"),  # a Huffman table; DALI raises
-    ],
-)
-def test_a_bad_sample_is_named(packed: Dataset, tmp_path: Path, marker: bytes, data: bytes, reason: str) -> None:
+DAMAGE = [
+    (b"\xff\xd8", b"GIF89a", "not a JPEG, PNG, WebP or BMP"),
+    (b"\xff\xe0", bytes(300), "JPEG without a sound header"),  # DALI 2.4 segfaults on it
+    (b"\xff\xc4", b"\xff\xc4\x00\x1f" + b"\xff" * 20, "cannot be decoded"),  # a Huffman table; DALI raises
+]
+
+
+@pytest.mark.parametrize(("marker", "data", "reason"), DAMAGE)
+def test_a_bad_sample_is_named_replaced_and_the_rest_is_as_it_was(
+    packed: Dataset, tmp_path: Path, marker: bytes, data: bytes, reason: str
+) -> None:
     damaged = damaged_copy(packed, tmp_path / "damaged", marker, data)
+    told: list[BadSample] = []
+    with loader_of(damaged, Slices(8, 1, 1), max_bad_share=0.02, on_bad=told.append) as loader:
+        ours = content(islice(loader, 15))  # two epochs of 60
+    sound = content(take(packed, Slices(8, 1, 1), 15))
+    assert {(bad.sample, bad.key) for bad in told} == {(7, packed.keys(np.array([7]))[0])}
+    assert reason in str(told[0]) and damaged.shard_names[packed.shard[7]] in str(told[0]) and len(told) == 1
+    differing = [(before, now) for before, now in zip(sound, ours, strict=True) if before != now]
+    assert [before[:2] for before, _ in differing] == [(7, 0), (7, 1)]
+    assert all(now[0] != 7 and now[1] == before[1] for before, now in differing)
+
+
+@pytest.mark.parametrize(("marker", "data", "reason"), DAMAGE)
+def test_every_rank_and_every_resumed_run_puts_the_same_sample_in_a_bad_one_s_place(
+    packed: Dataset, tmp_path: Path, marker: bytes, data: bytes, reason: str
+) -> None:
+    damaged = damaged_copy(packed, tmp_path / "damaged", marker, data)
+    whole = content(take(damaged, Slices(8, 1, 1), 15, max_bad_share=0.02))
+    for world_size in (2, 3):
+        shares = [take(damaged, Slices(8, world_size, 1), 15, rank, max_bad_share=0.02) for rank in range(world_size)]
+        assert [row for step in range(15) for share in shares for row in content([share[step]])] == whole
+    resumed = take(damaged, Slices(8, 1, 1), 12, state={"epoch": 0, "position": 24}, max_bad_share=0.02)
+    assert content(resumed) == whole[24:]
+
+
+def test_more_bad_samples_than_are_allowed_stop_the_run_with_the_list(packed: Dataset, tmp_path: Path) -> None:
+    damaged = damaged_copy(packed, tmp_path / "damaged", b"\xff\xd8", b"GIF89a")
     key = damaged.keys(np.array([7]))[0]
-    with pytest.raises(DatasetError, match=rf"000\d\.tar: sample {key}: {reason}"):
-        take(damaged, Slices(60, 1, 1), 1)
+    with pytest.raises(
+        DatasetError, match=rf"1 bad samples, max_bad_share allows 0: .*000\d\.tar: sample {key}: not a"
+    ):
+        take(damaged, Slices(60, 1, 1), 1, max_bad_share=0.0)
 
 
 def test_labels_are_those_of_the_folders(packed: Dataset) -> None:
