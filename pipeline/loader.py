@@ -17,10 +17,10 @@ from typing import TypedDict
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Int32, Int64, Shaped
 from torch import Tensor
 
-from pipeline.decode import DECODERS, EncodedBatch
+from pipeline.decode import DECODERS, EncodedBatch, Output
 from pipeline.draws import AugmentDraws
 from pipeline.line import Line, MicroBatch, Place, Slices
 from pipeline.order import SampleOrder
@@ -58,7 +58,7 @@ class BadSample:
 class Batch:
     """One micro-batch of one rank."""
 
-    images: UInt8[Tensor, "b 3 h w"]
+    images: Shaped[Tensor, "b 3 h w"]  # uint8, or normalised; see `pipeline.decode.Output`
     keys: Int64[Tensor, "b"]  # masks are hashed from these; on the CPU, the model's device takes them
     samples: Int64[np.ndarray, "b"]
     epochs: Int64[np.ndarray, "b"]
@@ -83,11 +83,13 @@ class PretrainLoader:
         rank: int,
         threads: int,
         prefetch: int,
+        output: Output = Output(),
         max_bad_share: float = 0.001,
         on_bad: Callable[[BadSample], None] = lambda _: None,
     ):
         """`threads` decode and, on the CPU, as many resize; `prefetch` micro-batches are read, and decoded, ahead.
 
+        `output` says what images are handed over as; our models take the default's bytes and normalise them.
         `on_bad` is told of each sample that cannot be decoded and is replaced; when this rank has met more of them than
         `max_bad_share` of the dataset, iterating raises a DatasetError that lists them.
         """
@@ -99,7 +101,7 @@ class PretrainLoader:
         self._dataset, self._slices = dataset, slices
         self._line = Line(dataset, order, draws, slices, rank)
         self._reader = ShardReader(dataset, check_crc=False)
-        self._image_size, self._threads, self._prefetch = image_size, threads, prefetch
+        self._image_size, self._threads, self._prefetch, self._output = image_size, threads, prefetch, output
         self._bad: dict[int, BadSample] = {}
         self._bad_places: set[Place] = set()
         self._bad_lock = threading.Lock()
@@ -144,12 +146,11 @@ class PretrainLoader:
         cold page."""
         while True:
             planned = self._line.at(start, number, self._bad_places)
-            encoded = [data.tobytes() for data in self._reader.read(planned.samples)]
+            encoded = [data.copy() for data in self._reader.read(planned.samples)]  # without holding Python's lock
             sizes = (column[planned.samples].tolist() for column in (self._dataset.width, self._dataset.height))
-            refusals = [refusal(data, *size) for data, *size in zip(encoded, *sizes, strict=True)]
+            refusals = [refusal(memoryview(data), *size) for data, *size in zip(encoded, *sizes, strict=True)]
             if not any(refusals):
-                arrays = [np.frombuffer(data, np.uint8) for data in encoded]
-                return planned, EncodedBatch(arrays, planned.draws.windows, planned.draws.flips)
+                return planned, EncodedBatch(encoded, planned.draws.windows, planned.draws.flips)
             places = zip(planned.epochs.tolist(), planned.samples.tolist(), strict=True)
             self._replace({place: reason for place, reason in zip(places, refusals, strict=True) if reason is not None})
 
@@ -182,7 +183,9 @@ class PretrainLoader:
 
     def _decode(self, feed: "_Feed", device: torch.device, batches: "Queue[Batch | Exception]") -> int:
         """Decodes until the loader is closed, or an image fails and is known for bad; how many were handed over."""
-        decoder = DECODERS[device.type](feed, self._slices.largest, self._image_size, self._threads, device)
+        decoder = DECODERS[device.type](
+            feed, self._slices.largest, self._image_size, self._threads, device, self._output
+        )
         handed_over = 0
         while not self._stop.is_set():
             try:

@@ -85,31 +85,34 @@ def shrunk(image: Image.Image, short_side: int, quality: int) -> tuple[bytes, Im
     return file.getvalue(), ImageInfo("jpg", *size)
 
 
-def refusal(data: bytes, width: int, height: int) -> str | None:
+def refusal(data: bytes | memoryview, width: int, height: int) -> str | None:
     """Why these bytes must not reach DALI as an image of `width` x `height` pixels, or None.
 
     DALI 2.4 takes the process down with it on an empty, header-only, text or GIF sample, and on a JPEG whose header
     cannot be parsed between sound markers (batch of 60), so header and end are read first. Damage behind the header
     raises, or decodes to garbage that only a checksum tells.
     """
-    if data[:2] == b"\xff\xd8":
+    head = bytes(data[:32]).ljust(32, b"\0")
+    if head[:2] == b"\xff\xd8":
         if _jpeg_size(data) != (width, height):
             return f"JPEG without a sound header of {width} x {height} pixels"
-        return None if data.rfind(b"\xff\xd9") > 0 else "JPEG without an end marker"
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        if struct.unpack_from(">4sII", data.ljust(24, b"\0"), 12) != (b"IHDR", width, height):
+        # at the very end of most; some have kilobytes of something else behind
+        ends = bytes(data[-64:]).find(b"\xff\xd9") >= 0 or bytes(data[2:]).find(b"\xff\xd9") >= 0
+        return None if ends else "JPEG without an end marker"
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        if struct.unpack_from(">4sII", head, 12) != (b"IHDR", width, height):
             return f"PNG without a sound header of {width} x {height} pixels"
-        return None if b"IEND" in data[-65536:] else "PNG without an IEND chunk"
-    if data[:4] == b"RIFF" and data[8:15] == b"WEBPVP8":
-        return None if len(data) >= int.from_bytes(data[4:8], "little") + 8 else "WebP shorter than its header says"
-    if data[:2] == b"BM":
-        if struct.unpack_from("<ii", data.ljust(26, b"\0"), 18) not in ((width, height), (width, -height)):
+        return None if b"IEND" in bytes(data[-65536:]) else "PNG without an IEND chunk"
+    if head[:4] == b"RIFF" and head[8:15] == b"WEBPVP8":
+        return None if len(data) >= int.from_bytes(head[4:8], "little") + 8 else "WebP shorter than its header says"
+    if head[:2] == b"BM":
+        if struct.unpack_from("<ii", head, 18) not in ((width, height), (width, -height)):
             return f"BMP without a sound header of {width} x {height} pixels"
-        return None if len(data) >= int.from_bytes(data[2:6], "little") else "BMP shorter than its header says"
-    return "empty" if not data else "not a JPEG, PNG, WebP or BMP"
+        return None if len(data) >= int.from_bytes(head[2:6], "little") else "BMP shorter than its header says"
+    return "not a JPEG, PNG, WebP or BMP" if len(data) else "empty"
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+def _jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
     """Width and height of the frame header, when every segment up to the first scan is in its place (ITU T.81, B.1)."""
     size, place = None, 2 if data[:2] == b"\xff\xd8" else len(data)
     while place + 4 <= len(data) and data[place] == 0xFF:
@@ -120,11 +123,8 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
         if marker == 0xDA:  # the scan begins
             return size
         if marker in _JPEG_FRAMES and place + 9 <= len(data):
-            size = (
-                int.from_bytes(data[place + 7 : place + 9], "big"),
-                int.from_bytes(data[place + 5 : place + 7], "big"),
-            )
-        place += 2 + max(2, int.from_bytes(data[place + 2 : place + 4], "big"))
+            size = (data[place + 7] << 8 | data[place + 8], data[place + 5] << 8 | data[place + 6])
+        place += 2 + max(2, data[place + 2] << 8 | data[place + 3])
     return None
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.decode import DECODERS, CpuDecoder, EncodedBatch
+from pipeline.decode import DECODERS, CpuDecoder, EncodedBatch, Output
 from pipeline.draws import AugmentDraws, CropConfig
 from shards.inspect import refusal
 from tests.conftest import encoded, photograph
@@ -142,3 +142,39 @@ def test_the_gpu_graph_is_within_two_levels_of_pil(imagenet_sample: Path) -> Non
     """nvJPEG's chroma upsampling and DALI's own bicubic stay near PIL; no antialias would be 2.6 levels off."""
     batch = drawn(imagenet_files(imagenet_sample, 256))
     assert difference_from_pil(batch, decode(batch, "cuda")).mean() < 2
+
+
+def handed_over(output: Output) -> torch.Tensor:
+    batch = drawn([encoded(photograph(seed=seed), "JPEG") for seed in range(3)])
+    return CpuDecoder(lambda _: batch, 3, SIZE, 2, torch.device("cpu"), output).run()
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-6), ("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_images_can_be_had_normalised_in_any_dtype_and_layout(dtype: str, rtol: float, channels_last: bool) -> None:
+    levels = handed_over(Output())
+    images = handed_over(Output(dtype, channels_last))  # type: ignore[arg-type]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (Output().mean, Output().std))
+    expected = (levels / 255 - mean) / std
+    assert images.dtype == getattr(torch, dtype) and images.shape == (3, 3, *SIZE)
+    assert images.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    torch.testing.assert_close(images.float(), expected, rtol=rtol, atol=1e-6)
+
+
+def test_memory_of_a_batch_is_used_again_but_never_while_a_view_of_it_lives() -> None:
+    number = iter(range(100))
+
+    def source(_: int) -> EncodedBatch:
+        return EncodedBatch(
+            [encoded(photograph(seed=next(number)), "JPEG")], np.array([[0, 0, 300, 200]], np.int32), NONE
+        )
+
+    decoder = CpuDecoder(source, 1, SIZE, 1, torch.device("cpu"))
+    first = decoder.run()
+    view, kept = first[0, :, 5:9], first[0, :, 5:9].clone()
+    del first
+    for _ in range(5):
+        decoder.run()
+    assert torch.equal(view, kept)
+    places = {decoder.run().data_ptr() for _ in range(5)}
+    assert len(places) == 1

@@ -1,0 +1,236 @@
+"""Images/s of the loader beside what a user would pick instead, on the same files and cores, in one run.
+
+Every candidate delivers random-resized crops (scale 0.2-1, bicubic, antialias, flip) of 224 px in batches of 64 to the
+training process: float32 normalised, or bytes where it says uint8. They take turns, round by round, so that a machine
+that slows down slows all of them; the median round counts. DALI's window decode alone, on the same windows, is the
+limit: nothing is resized there, and nothing handed over. A peer that is not installed is left out, and said to be.
+
+    python benchmarks/loaders.py --data ../shared/imagenet-sample
+"""
+
+import importlib.util
+import io
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from itertools import chain, count, islice, repeat
+from pathlib import Path
+
+import numpy as np
+import tyro
+import webdataset
+from nvidia.dali import Pipeline, fn, types
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import DataLoader, default_collate
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from pipeline.decode import Output
+from pipeline.draws import AugmentDraws, CropConfig
+from pipeline.line import Slices
+from pipeline.loader import PretrainLoader
+from pipeline.order import SampleOrder
+from shards.dataset import Dataset
+from shards.executors import Local
+from shards.pack import pack
+from shards.plan import PackOptions
+from shards.reader import ShardReader
+
+BATCH, SIZE = 64, (224, 224)
+LIMIT = "DALI's window decode alone"
+
+
+@dataclass(frozen=True)
+class Options:
+    data: Path = Path("../shared/imagenet-sample")
+    """A folder of images, one folder a class."""
+    threads: int = 2
+    """Decoding threads, or worker processes."""
+    rounds: int = 5
+    batches: int = 15
+    """Batches a round and candidate."""
+    json: Path | None = None
+    """Write the medians, too: images/s by name."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The same images as files and packed."""
+
+    files: Path
+    dataset: Dataset
+    threads: int
+
+
+def augmentation() -> transforms.Compose:
+    """torchvision's, as MAE's own code has it."""
+    crop = transforms.RandomResizedCrop(
+        SIZE, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC, antialias=True
+    )
+    normalise = transforms.Normalize(Output().mean, Output().std)
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise])
+
+
+@contextmanager
+def maelstream(data: Data, output: Output) -> Iterator[Iterator[object]]:
+    """This project's loader."""
+    order, draws = SampleOrder(len(data.dataset), 0), AugmentDraws(0, CropConfig())
+    slices = Slices(BATCH, 1, 1)
+    with PretrainLoader(data.dataset, order, draws, SIZE, slices, 0, data.threads, prefetch=4, output=output) as loader:
+        yield iter(loader)
+
+
+@contextmanager
+def stock_dali(data: Data) -> Iterator[Iterator[object]]:
+    """DALI's own webdataset reader, random crop, resize and normalisation on the CPU."""
+    paths = [Path(data.dataset.folder, name) for name in data.dataset.shard_names]
+    pipeline = Pipeline(BATCH, data.threads, device_id=None, prefetch_queue_depth=2)
+    with pipeline:
+        jpg = fn.readers.webdataset(
+            paths=[str(path) for path in paths],
+            index_paths=[str(path.with_suffix(".idx")) for path in paths],
+            ext=["jpg"],
+            random_shuffle=True,
+            initial_fill=256,
+        )
+        window = fn.decoders.image_random_crop(jpg, random_area=(0.2, 1.0), adjust_orientation=False)
+        image = fn.resize(window, size=SIZE, interp_type=types.INTERP_CUBIC, antialias=True)
+        mean, std = ([255 * value for value in values] for values in (Output().mean, Output().std))
+        mirror = fn.random.coin_flip()
+        pipeline.set_outputs(fn.crop_mirror_normalize(image, mirror=mirror, mean=mean, std=std, output_layout="CHW"))
+    pipeline.build()
+    yield (pipeline.run() for _ in repeat(None))
+
+
+@contextmanager
+def window_decode(data: Data) -> Iterator[Iterator[object]]:
+    """Bytes in memory to windows, by DALI, and no further."""
+    dataset = data.dataset
+    samples = np.arange(len(dataset))
+    encoded = [view.copy() for view in ShardReader(dataset, check_crc=False).read(samples)]
+    draws = AugmentDraws(0, CropConfig()).at(np.zeros_like(samples), samples, dataset.width, dataset.height)
+
+    def source(iteration: int) -> tuple:
+        places = (iteration * BATCH + np.arange(BATCH)) % len(dataset)
+        windows = draws.windows[places]
+        return [encoded[place] for place in places], windows[:, :2].copy(), windows[:, 2:].copy()
+
+    pipeline = Pipeline(BATCH, data.threads, device_id=None, prefetch_queue_depth=2)
+    with pipeline:
+        jpg, start, shape = fn.external_source(source, num_outputs=3)
+        window = fn.decoders.image_slice(jpg, start=start, shape=shape, axis_names="WH", adjust_orientation=False)
+        pipeline.set_outputs(window)
+    pipeline.build()
+    yield (pipeline.run() for _ in repeat(None))
+
+
+def workers(images: object, data: Data, **options: object) -> Iterator[object]:
+    """Batches of a DataLoader with worker processes, without end."""
+    loader: DataLoader = DataLoader(
+        images,  # type: ignore[arg-type]
+        batch_size=BATCH,
+        num_workers=data.threads,
+        persistent_workers=True,
+        **options,  # type: ignore[arg-type]
+    )
+    return chain.from_iterable(repeat(loader))
+
+
+@contextmanager
+def torchvision_loader(data: Data) -> Iterator[Iterator[object]]:
+    """ImageFolder and PIL."""
+    yield workers(ImageFolder(str(data.files), augmentation()), data, shuffle=True, drop_last=True)
+
+
+@contextmanager
+def webdataset_loader(data: Data) -> Iterator[Iterator[object]]:
+    """webdataset's pipeline with PIL, on our shards."""
+    urls = [str(Path(data.dataset.folder, name)) for name in data.dataset.shard_names]
+    images = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(256).decode("pil").to_tuple("jpg")
+    yield workers(images.map_tuple(augmentation()), data)
+
+
+@contextmanager
+def grain_loader(data: Data) -> Iterator[Iterator[object]]:
+    """Google's grain with PIL in worker processes."""
+    import grain.python as grain
+
+    images, augment = ImageFolder(str(data.files)), augmentation()
+    source = grain.MapDataset.range(len(images)).shuffle(seed=0).repeat(None)
+    mapped = source.map(lambda number: augment(images[int(number)][0]).numpy())
+    batched = mapped.batch(BATCH, drop_remainder=True).to_iter_dataset()
+    yield iter(batched.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.threads)))
+
+
+@contextmanager
+def spdl_loader(data: Data) -> Iterator[Iterator[object]]:
+    """Meta's SPDL: threads that decode with PIL and augment."""
+    from spdl.pipeline import PipelineBuilder
+
+    paths, augment, random = sorted(data.files.glob("*/*")), augmentation(), np.random.default_rng(0)
+
+    def load(number: int) -> object:
+        return augment(Image.open(io.BytesIO(paths[number].read_bytes())).convert("RGB"))
+
+    builder = PipelineBuilder().add_source(int(random.integers(len(paths))) for _ in count())
+    builder = builder.pipe(load, concurrency=data.threads).aggregate(BATCH).pipe(default_collate).add_sink(4)
+    pipeline = builder.build(num_threads=data.threads)
+    with pipeline.auto_stop():
+        yield iter(pipeline.get_iterator())
+
+
+def rate(batches: Iterator[object], number: int) -> float:
+    """Images/s over `number` batches, once past the start and what was made ahead meanwhile."""
+    for _ in islice(batches, 8):
+        pass
+    began = time.perf_counter()
+    for _ in islice(batches, number):
+        pass
+    return number * BATCH / (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Prints one table."""
+    options = tyro.cli(Options)
+    candidates: dict[str, Callable[[Data], AbstractContextManager[Iterator[object]]]] = {
+        "maelstream, float32": lambda data: maelstream(data, Output("float32")),
+        "maelstream, uint8": lambda data: maelstream(data, Output("uint8")),
+        "torchvision ImageFolder + DataLoader": torchvision_loader,
+        "webdataset + PIL": webdataset_loader,
+        "stock DALI reader and resize": stock_dali,
+        LIMIT: window_decode,
+    }
+    peers = {"grain": grain_loader, "spdl": spdl_loader}
+    candidates |= {name: start for name, start in peers.items() if importlib.util.find_spec(name)}
+    with tempfile.TemporaryDirectory() as folder:
+        shards = Path(folder) / "shards"
+        pack(
+            str(options.data), str(shards), PackOptions("b", "train", 2**24, 0), Local(options.threads), lambda _: None
+        )
+        data = Data(options.data, Dataset.open(shards), options.threads)
+        rates: dict[str, list[float]] = {name: [] for name in candidates}
+        for _ in range(options.rounds):
+            for name, start in candidates.items():
+                with start(data) as batches:
+                    rates[name].append(rate(batches, options.batches))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    title = f"{len(data.dataset)} images, {options.threads} threads or processes"
+    table = Table("loader", "images/s", "our float32 is", "our uint8 is", title=title)
+    for name, median in medians.items():
+        ours = (f"{medians[f'maelstream, {dtype}'] / median:.2f}x" for dtype in ("float32", "uint8"))
+        table.add_row(name, f"{median:,.0f}", *ours)
+    Console().print(table)
+    for name in peers.keys() - candidates.keys():
+        print(f"{name}: not installed")
+    if options.json is not None:
+        options.json.write_text(json.dumps(medians, indent=1))
+
+
+if __name__ == "__main__":
+    main()
