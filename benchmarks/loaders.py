@@ -80,7 +80,7 @@ def augmentation() -> transforms.Compose:
 @contextmanager
 def maelstream(data: Data, output: Output) -> Iterator[Iterator[object]]:
     """This project's loader."""
-    order, draws = SampleOrder(len(data.dataset), 0), AugmentDraws(0, CropConfig())
+    order, draws = SampleOrder(len(data.dataset), 0), AugmentDraws(0, CropConfig(), SIZE)
     slices = Slices(BATCH, 1, 1)
     with PretrainLoader(data.dataset, order, draws, SIZE, slices, 0, data.threads, prefetch=4, output=output) as loader:
         yield iter(loader)
@@ -114,7 +114,7 @@ def window_decode(data: Data) -> Iterator[Iterator[object]]:
     dataset = data.dataset
     samples = np.arange(len(dataset))
     encoded = [view.copy() for view in ShardReader(dataset, check_crc=False).read(samples)]
-    draws = AugmentDraws(0, CropConfig()).at(np.zeros_like(samples), samples, dataset.width, dataset.height)
+    draws = AugmentDraws(0, CropConfig(), SIZE).at(np.zeros_like(samples), samples, dataset.width, dataset.height)
 
     def source(iteration: int) -> tuple:
         places = (iteration * BATCH + np.arange(BATCH)) % len(dataset)

@@ -93,7 +93,7 @@ def train(recipe: Recipe, folder: RunFolder, stop_at_step: int | None, ranks: Ra
     loader = PretrainLoader(
         dataset,
         SampleOrder(len(dataset), recipe.seed),
-        AugmentDraws(recipe.seed, recipe.data.crop),
+        AugmentDraws(recipe.seed, recipe.data.crop, recipe.model.image_size),
         recipe.model.image_size,
         slices,
         ranks.rank,

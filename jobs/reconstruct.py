@@ -19,7 +19,7 @@ from jobs.recipe import Recipe
 from jobs.runfolder import RunFolder
 from model.mae import MAE, Reconstruction, position_tables
 from pipeline.decode import CpuDecoder, EncodedBatch
-from pipeline.draws import AugmentDraws
+from pipeline.draws import AugmentDraws, CropConfig
 from shards.dataset import Dataset
 from shards.errors import MaelstreamError
 from shards.reader import ShardReader
@@ -53,14 +53,12 @@ def trained_model(folder: RunFolder, step: int) -> MAE:
 def central_images(
     dataset: Dataset, samples: Int64[np.ndarray, "b"], image_size: tuple[int, int]
 ) -> UInt8[Tensor, "b 3 h w"]:
-    """The largest central window of the model's shape of each sample, resized; nothing is drawn."""
-    widths, heights = (column[samples].astype(np.int64) for column in (dataset.width, dataset.height))
-    scale = np.minimum(heights / image_size[0], widths / image_size[1])
-    window_heights, window_widths = (np.rint(side * scale).astype(np.int64).clip(1) for side in image_size)
-    windows = np.stack(
-        [(widths - window_widths) // 2, (heights - window_heights) // 2, window_widths, window_heights], axis=1
-    ).astype(np.int32)  # (B, 4)
-    batch = EncodedBatch(ShardReader(dataset, check_crc=True).read(samples), windows, np.zeros(len(samples), bool))
+    """The centre of each sample, as large as it gets; nothing is drawn."""
+    centre = AugmentDraws(0, CropConfig("none", margin=1), image_size)
+    sizes = dataset.width[samples], dataset.height[samples]
+    draws = centre.at(np.zeros_like(samples), samples, *sizes)
+    encoded = ShardReader(dataset, check_crc=True).read(samples)
+    batch = EncodedBatch(encoded, draws.windows, draws.resizes, draws.flips, None)
     decoder = CpuDecoder(lambda _: batch, len(samples), image_size, threads=2, device=torch.device("cpu"))
     return decoder.run()
 
@@ -93,7 +91,11 @@ def main(args: list[str]) -> int:
     samples = np.linspace(0, len(dataset) - 1, command.count).astype(np.int64)
     images = central_images(dataset, samples, recipe.model.image_size)
     widths, heights = dataset.width[samples], dataset.height[samples]
-    keys = AugmentDraws(recipe.seed, recipe.data.crop).at(np.zeros_like(samples), samples, widths, heights).keys
+    keys = (
+        AugmentDraws(recipe.seed, recipe.data.crop, recipe.model.image_size)
+        .at(np.zeros_like(samples), samples, widths, heights)
+        .keys
+    )
     result = trained_model(folder, step).reconstruct(images, torch.from_numpy(keys))
     out = command.out or folder.path / "reconstructions" / f"step-{step:08d}.png"
     draw(result, recipe, step, out)

@@ -22,6 +22,9 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_saturation
+
+from pipeline.draws import Jitter
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,10 @@ class EncodedBatch:
     """What a decoder needs of one batch."""
 
     encoded: list[np.ndarray]  # uint8, one array of file bytes an image
-    windows: Int32[np.ndarray, "b 4"]  # left, top, width, height in pixels
+    windows: Int32[np.ndarray, "b 4"]  # to decode: left, top, width, height in pixels
+    resizes: Int32[np.ndarray, "b 4"]  # of the window: height, width; then to crop from it: top, left
     flips: Bool[np.ndarray, "b"]
+    jitter: Jitter | None
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class CpuDecoder:
     ):
         self._source, self._image_size, self._output = source, image_size, output
         self._rooms = _Rooms()
-        self._flips: deque[np.ndarray] = deque()  # of the batches that DALI has taken but not yet handed out
+        self._taken: deque[EncodedBatch] = deque()  # by DALI, not yet handed out
         self._resizers = ThreadPoolExecutor(threads, "resize")
         self._pipeline = Pipeline(max_batch_size, threads, device_id=None, prefetch_queue_depth=2)
         with self._pipeline:
@@ -104,24 +109,39 @@ class CpuDecoder:
 
     def _feed(self, iteration: int) -> tuple:
         batch = self._source(iteration)
-        self._flips.append(batch.flips)
+        self._taken.append(batch)
         # copies, since DALI refuses strided arrays
         return batch.encoded, batch.windows[:, :2].copy(), batch.windows[:, 2:].copy()
 
     def run(self) -> Shaped[Tensor, "b 3 h w"]:
         """Images of the next iteration. RuntimeError when one cannot be decoded: the decoder is then of no use."""
         (windows,) = self._pipeline.run()
-        flips = self._flips.popleft()
+        taken = self._taken.popleft()
         images = self._output.empty(len(windows), self._image_size, self._rooms.take)  # (B, 3, H, W)
 
         def resize(number: int) -> None:
             window = torch.from_numpy(np.asarray(windows.at(number))).permute(2, 0, 1)[None]  # (1, 3, h, w)
-            image = interpolate(window, size=self._image_size, mode="bicubic", antialias=True)[0]
-            self._output.put(images[number], image.flip(-1) if flips[number] else image)
+            height, width, top, left = taken.resizes[number].tolist()
+            image = interpolate(window, size=(height, width), mode="bicubic", antialias=True)[0]
+            image = image[:, top : top + self._image_size[0], left : left + self._image_size[1]]
+            image = jittered(image, taken.jitter, number)
+            self._output.put(images[number], image.flip(-1) if taken.flips[number] else image)
 
         for _ in self._resizers.map(resize, range(len(windows))):
             pass  # waits for each, and raises what one of them raised
         return images
+
+
+def jittered(image: UInt8[Tensor, "3 h w"], jitter: Jitter | None, number: int) -> UInt8[Tensor, "3 h w"]:
+    """The image in the colours that were drawn for sample `number` of a batch (torchvision's ColorJitter, no hue)."""
+    if jitter is None:
+        return image
+    for change in jitter.orders[number]:
+        image = _CHANGES[change](image, float(jitter.factors[number, change]))
+    return image
+
+
+_CHANGES = adjust_brightness, adjust_contrast, adjust_saturation
 
 
 class _Rooms:
@@ -159,19 +179,17 @@ class GpuDecoder:
         output: Output = Output(),
     ):
         self._source, self._image_size, self._device, self._output = source, image_size, device, output
+        self._jitters: deque[Jitter | None] = deque()  # of the batches that DALI has taken but not yet handed out
         self._stream = torch.cuda.Stream(device)
         self._pipeline = Pipeline(max_batch_size, threads, device.index, prefetch_queue_depth=2)
         with self._pipeline:
-            encoded, start, shape, flip = fn.external_source(self._feed, num_outputs=4)
-            windows = _decode_window(encoded, start, shape, "mixed")
-            images = fn.resize(windows, size=image_size, interp_type=types.INTERP_CUBIC, antialias=True)
-            self._pipeline.set_outputs(fn.transpose(fn.flip(images, horizontal=flip), perm=[2, 0, 1]))
+            self._pipeline.set_outputs(resized_windows(self._feed, image_size, "mixed"))
         self._pipeline.build()
 
     def _feed(self, iteration: int) -> tuple:
         batch = self._source(iteration)
-        windows = batch.windows
-        return batch.encoded, windows[:, :2].copy(), windows[:, 2:].copy(), batch.flips.astype(np.int32)
+        self._jitters.append(batch.jitter)
+        return dali_inputs(batch)
 
     def run(self) -> Shaped[Tensor, "b 3 h w"]:
         """Images of the next iteration. RuntimeError when one cannot be decoded: the decoder is then of no use."""
@@ -181,6 +199,8 @@ class GpuDecoder:
             pixels = Output().empty(len(decoded), self._image_size, take)
             feed_ndarray(decoded.as_tensor(), pixels, cuda_stream=self._stream)
             images = self._output.empty(len(decoded), self._image_size, take)
+            if (jitter := self._jitters.popleft()) is not None:
+                pixels = torch.stack([jittered(image, jitter, number) for number, image in enumerate(pixels)])
             self._output.put(images, pixels)
         # Done before DALI reuses `decoded`; on a stream of its own, since training's has whole steps queued.
         self._stream.synchronize()
@@ -189,6 +209,29 @@ class GpuDecoder:
 
 
 DECODERS: dict[str, type[CpuDecoder] | type[GpuDecoder]] = {"cpu": CpuDecoder, "cuda": GpuDecoder}
+
+
+def dali_inputs(batch: EncodedBatch) -> tuple:
+    """What `resized_windows` is fed: bytes, start and shape of windows, sizes, start of crops, flips."""
+    windows, resizes = batch.windows, batch.resizes
+    starts = windows[:, :2].copy(), windows[:, 2:].copy()  # DALI refuses strided arrays
+    return (
+        batch.encoded,
+        *starts,
+        resizes[:, :2].astype(np.float32),
+        resizes[:, 2:].copy(),
+        batch.flips.astype(np.int32),
+    )
+
+
+def resized_windows(feed: Callable[[int], tuple], image_size: tuple[int, int], device: str):  # type: ignore[no-untyped-def]
+    """DALI node: images of `image_size`, CHW, from what `dali_inputs` gives; decoded on "mixed" (the GPU) or "cpu"."""
+    encoded, start, shape, size, crop, flip = fn.external_source(feed, num_outputs=6)
+    images = fn.resize(
+        _decode_window(encoded, start, shape, device), size=size, interp_type=types.INTERP_CUBIC, antialias=True
+    )
+    images = fn.slice(images, start=crop, shape=list(image_size), axes=[0, 1])
+    return fn.transpose(fn.flip(images, horizontal=flip), perm=[2, 0, 1])
 
 
 def _decode_window(encoded, start, shape, device: str):  # type: ignore[no-untyped-def]  # DALI's nodes have no types

@@ -1,13 +1,17 @@
-"""Augmentation draws: the crop window and the flip of each sample, for a whole batch at once.
+"""Augmentation draws: crop window, flip and colour jitter of each sample, for a whole batch at once.
 
-The window is torchvision's RandomResizedCrop (paper, appendix A.1, table 8): up to ten tries at an area and an aspect
-ratio, then the largest centred window of an allowed ratio. All tries are drawn at once; the first that fits counts.
+The paper's four (Table 1): none (the centre), a crop of fixed size, one of random size, and that with colour jitter.
+The random size is torchvision's RandomResizedCrop (appendix A.1, table 8), up to ten tries at an area and an aspect
+ratio, then the largest centred window of an allowed ratio; or the one draw that the reference takes for linear probing.
+Its window is drawn in pixels of the stored image, so nothing else need be decoded; for the other two the whole image is
+resized first, as torchvision's Resize and CenterCrop do for evaluation.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Float64, Int32, Int64
 
 from pipeline.hashing import sample_keys, seed_word, uniforms
 
@@ -18,21 +22,50 @@ _TRIES = 10
 class CropConfig:
     """What may be drawn."""
 
+    kind: Literal["random_size", "fixed_size", "none"] = "random_size"
+    """Of random area and ratio; of the model's size from the resized image, anywhere or in the centre ("none", and no
+    flip: evaluation)."""
+    sampler: Literal["ten_tries", "one_draw"] = "ten_tries"
+    """For a random size: torchvision's, or one draw, clamped to the image (the reference's linear probing)."""
     scale: tuple[float, float] = (0.2, 1.0)
-    """Least and largest share of the image's area that a window takes."""
+    """Least and largest share of the image's area that a window of random size takes."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Least and largest width / height of a window."""
+    """Least and largest width / height of a window of random size."""
+    margin: float = 256 / 224
+    """Size of the resized image over that of the crop: 256 / 224 is "resize the short side to 256, crop 224"."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    jitter: float = 0.0
+    """Brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter, in any order."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale {self.scale} is not within 0..1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio {self.ratio} is no pair of widths over heights")
+        if self.margin < 1:
+            raise ValueError(f"margin {self.margin}: a crop larger than the image; it must be at least 1")
+        if not 0 <= self.flip <= 1 or not 0 <= self.jitter < 1:
+            raise ValueError(f"flip {self.flip} must be in 0..1, jitter {self.jitter} in 0..1 without 1")
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """Changes of colour of one batch."""
+
+    factors: Float64[np.ndarray, "b 3"]  # of brightness, contrast, saturation
+    orders: Int64[np.ndarray, "b 3"]  # which comes first, second, third
 
 
 @dataclass(frozen=True)
 class Draws:
     """The draws of one batch."""
 
-    windows: Int32[np.ndarray, "b 4"]  # left, top, width, height in pixels of the stored image
+    windows: Int32[np.ndarray, "b 4"]  # to decode: left, top, width, height in pixels of the stored image
+    resizes: Int32[np.ndarray, "b 4"]  # of the window: height, width; then to crop from it: top, left
     flips: Bool[np.ndarray, "b"]
     keys: Int64[np.ndarray, "b"]  # what the masks are hashed from, on the device
+    jitter: Jitter | None
 
 
 @dataclass(frozen=True)
@@ -41,6 +74,8 @@ class AugmentDraws:
 
     seed: int
     crop: CropConfig
+    image_size: tuple[int, int]
+    """Of the model, (height, width)."""
 
     def at(
         self,
@@ -49,13 +84,75 @@ class AugmentDraws:
         widths: Int64[np.ndarray, "b"],
         heights: Int64[np.ndarray, "b"],
     ) -> Draws:
-        """Windows, flips and mask keys of `samples` (their stored sizes in pixels) in `epochs`."""
+        """Windows, flips, jitter and mask keys of `samples` (their stored sizes in pixels) in `epochs`."""
+        crop, count = self.crop, len(samples)
         numbers = uniforms(sample_keys(seed_word(self.seed, "augment"), epochs, samples), 4 * _TRIES + 1)
+        tries = numbers[:, :-1].reshape(-1, _TRIES, 4)
+        if crop.kind == "random_size":
+            sampler = random_resized_crop if crop.sampler == "ten_tries" else one_draw_crop
+            windows = sampler(tries, widths, heights, crop)
+            resizes = np.tile(np.array([*self.image_size, 0, 0], np.int32), (count, 1))
+        else:
+            windows = np.stack([0 * widths, 0 * heights, widths, heights], axis=1).astype(np.int32)
+            at = tries[:, 0, 2:] if crop.kind == "fixed_size" else None
+            resizes = resized_crop(at, widths, heights, self.image_size, crop.margin)
         return Draws(
-            windows=random_resized_crop(numbers[:, :-1].reshape(-1, _TRIES, 4), widths, heights, self.crop),
-            flips=numbers[:, -1] < self.crop.flip,
+            windows=windows,
+            resizes=resizes,
+            flips=(numbers[:, -1] < crop.flip) & (crop.kind != "none"),
             keys=sample_keys(seed_word(self.seed, "mask"), epochs, samples).view(np.int64),
+            jitter=self._jitter(epochs, samples) if crop.jitter else None,
         )
+
+    def _jitter(self, epochs: np.ndarray, samples: np.ndarray) -> Jitter:
+        numbers = uniforms(sample_keys(seed_word(self.seed, "jitter"), epochs, samples), 6)  # (B, 6)
+        factors = 1 + self.crop.jitter * (2 * numbers[:, :3] - 1)
+        return Jitter(factors, np.argsort(numbers[:, 3:], axis=1))
+
+
+def resized_crop(
+    at: Float64[np.ndarray, "b 2"] | None,
+    widths: np.ndarray,
+    heights: np.ndarray,
+    image_size: tuple[int, int],
+    margin: float,
+) -> Int32[np.ndarray, "b 4"]:
+    """Size to resize whole images to, and where to crop `image_size` out of it: (height, width, top, left).
+
+    The resized image is the least that holds `margin` times `image_size`, in the rounding of torchvision's Resize; the
+    crop is in its centre, in the rounding of CenterCrop, or `at` uniform numbers in [0, 1), left and top.
+    """
+    sides = np.stack([heights, widths], axis=1).astype(np.int64)  # (B, 2)
+    goals = np.rint(np.array(image_size) * margin).astype(np.int64)  # (2,)
+    binding = np.argmax(goals / sides, axis=1)[:, None]  # the side that is the shorter, measured by the goal
+    goal, side = goals[binding], np.take_along_axis(sides, binding, axis=1)  # (B, 1)
+    resized = np.where(np.arange(2) == binding, goal, goal * sides // side)  # (B, 2)
+    resized = np.maximum(resized, image_size)
+    free = resized - np.array(image_size)
+    start = np.rint(free / 2).astype(np.int64) if at is None else np.floor(at[:, ::-1] * (free + 1)).astype(np.int64)
+    return np.concatenate([resized, start], axis=1).astype(np.int32)  # (B, 4)
+
+
+def one_draw_crop(
+    numbers: np.ndarray, widths: np.ndarray, heights: np.ndarray, crop: CropConfig
+) -> Int32[np.ndarray, "b 4"]:
+    """As `random_resized_crop`, from the first of the tries alone, its width and height clamped to the image's."""
+    widths, heights = widths.astype(np.int64), heights.astype(np.int64)
+    width, height = (side[:, 0] for side in _drawn_sides(numbers[:, :1], widths, heights, crop))
+    width, height = np.minimum(width, widths).clip(1), np.minimum(height, heights).clip(1)
+    left = np.floor(numbers[:, 0, 2] * (widths - width + 1)).astype(np.int64)
+    top = np.floor(numbers[:, 0, 3] * (heights - height + 1)).astype(np.int64)
+    return np.stack([left, top, width, height], axis=1).astype(np.int32)  # (B, 4)
+
+
+def _drawn_sides(
+    numbers: np.ndarray, widths: np.ndarray, heights: np.ndarray, crop: CropConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Width and height of each try, (b, tries), whether or not they fit."""
+    area = (widths * heights)[:, None] * (crop.scale[0] + numbers[..., 0] * (crop.scale[1] - crop.scale[0]))
+    log_low, log_high = np.log(crop.ratio)
+    ratio = np.exp(log_low + numbers[..., 1] * (log_high - log_low))  # (B, tries)
+    return np.rint(np.sqrt(area * ratio)).astype(np.int64), np.rint(np.sqrt(area / ratio)).astype(np.int64)
 
 
 def random_resized_crop(
@@ -63,11 +160,7 @@ def random_resized_crop(
 ) -> Int32[np.ndarray, "b 4"]:
     """Windows (left, top, width, height) from `numbers` in [0, 1), float64 (b, tries, 4): area, ratio, left, top."""
     widths, heights = widths.astype(np.int64), heights.astype(np.int64)
-    area = (widths * heights)[:, None] * (crop.scale[0] + numbers[..., 0] * (crop.scale[1] - crop.scale[0]))
-    log_low, log_high = np.log(crop.ratio)
-    ratio = np.exp(log_low + numbers[..., 1] * (log_high - log_low))  # (B, tries)
-    width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
-    height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    width, height = _drawn_sides(numbers, widths, heights, crop)
     fits = (0 < width) & (width <= widths[:, None]) & (0 < height) & (height <= heights[:, None])
 
     first = np.argmax(fits, axis=1)[:, None]  # (B, 1)
@@ -83,4 +176,4 @@ def random_resized_crop(
     centre = np.stack(
         [(widths - centre_width) // 2, (heights - centre_height) // 2, centre_width, centre_height], axis=1
     )
-    return np.where(fits.any(axis=1)[:, None], drawn, centre).astype(np.int32)  # (B, 4)
+    return np.where(fits.any(axis=1, keepdims=True), drawn, centre).astype(np.int32)  # (B, 4)

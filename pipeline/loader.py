@@ -150,7 +150,8 @@ class PretrainLoader:
             sizes = (column[planned.samples].tolist() for column in (self._dataset.width, self._dataset.height))
             refusals = [refusal(memoryview(data), *size) for data, *size in zip(encoded, *sizes, strict=True)]
             if not any(refusals):
-                return planned, EncodedBatch(encoded, planned.draws.windows, planned.draws.flips)
+                draws = planned.draws
+                return planned, EncodedBatch(encoded, draws.windows, draws.resizes, draws.flips, draws.jitter)
             places = zip(planned.epochs.tolist(), planned.samples.tolist(), strict=True)
             self._replace({place: reason for place, reason in zip(places, refusals, strict=True) if reason is not None})
 
@@ -209,7 +210,9 @@ class PretrainLoader:
         for planned, batch in decoding:
             for number, place in enumerate(zip(planned.epochs.tolist(), planned.samples.tolist(), strict=True)):
                 one = slice(number, number + 1)
-                suspects[place] = EncodedBatch(batch.encoded[one], batch.windows[one], batch.flips[one])
+                suspects[place] = EncodedBatch(
+                    batch.encoded[one], batch.windows[one], batch.resizes[one], batch.flips[one], None
+                )
                 try:
                     inspect(batch.encoded[number].tobytes())
                 except Unfit as reason:

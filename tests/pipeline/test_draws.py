@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.functional import _compute_resized_output_size
 
-from pipeline.draws import AugmentDraws, CropConfig, random_resized_crop
+from pipeline.draws import AugmentDraws, CropConfig, one_draw_crop, random_resized_crop, resized_crop
 
 CROP = CropConfig()
 sides = st.integers(1, 5000)
@@ -42,7 +44,7 @@ def test_windows_are_those_of_ten_tries_then_centre(width: int, height: int, see
 
 @given(width=sides, height=sides, epoch=st.integers(0, 1000), sample=st.integers(0, 10**9))
 def test_every_window_lies_inside_its_image(width: int, height: int, epoch: int, sample: int) -> None:
-    draws = AugmentDraws(0, CROP).at(
+    draws = AugmentDraws(0, CROP, (224, 224)).at(
         np.array([epoch]), np.array([sample]), np.array([width], np.uint32), np.array([height], np.uint32)
     )
     left, top, w, h = draws.windows[0].tolist()
@@ -53,7 +55,7 @@ def test_every_window_lies_inside_its_image(width: int, height: int, epoch: int,
 def test_windows_are_distributed_as_torchvisions(width: int, height: int) -> None:
     """Largest distance of the two cumulative distributions; 20,000 draws each stay below 0.025 but for 1e-5."""
     count = 20_000
-    ours = AugmentDraws(0, CROP).at(
+    ours = AugmentDraws(0, CROP, (224, 224)).at(
         np.zeros(count, np.int64), np.arange(count), np.full(count, width), np.full(count, height)
     )
     torch.manual_seed(0)
@@ -71,7 +73,7 @@ def test_windows_are_distributed_as_torchvisions(width: int, height: int) -> Non
 
 
 def test_draws_do_not_depend_on_what_else_is_in_the_batch() -> None:
-    draws = AugmentDraws(7, CROP)
+    draws = AugmentDraws(7, CROP, (224, 224))
     epochs, samples = np.array([0, 3, 3, 8]), np.array([5, 5, 6, 10**9])
     widths, heights = np.array([500, 500, 20, 3000]), np.array([375, 375, 4000, 2000])
     together = draws.at(epochs, samples, widths, heights)
@@ -84,16 +86,92 @@ def test_draws_do_not_depend_on_what_else_is_in_the_batch() -> None:
 def test_half_of_the_images_flip_and_none_when_the_recipe_says_so() -> None:
     count = 10_000
     columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 64), np.full(count, 64)
-    flips = AugmentDraws(0, CROP).at(*columns).flips
+    flips = AugmentDraws(0, CROP, (224, 224)).at(*columns).flips
     assert abs(flips.mean() - 0.5) < 5 * 0.5 / math.sqrt(count)  # five standard errors
-    assert not AugmentDraws(0, CropConfig(flip=0)).at(*columns).flips.any()
-    assert AugmentDraws(0, CropConfig(flip=1)).at(*columns).flips.all()
+    assert not AugmentDraws(0, CropConfig(flip=0), (224, 224)).at(*columns).flips.any()
+    assert AugmentDraws(0, CropConfig(flip=1), (224, 224)).at(*columns).flips.all()
 
 
 def test_the_draws_are_pinned() -> None:
     """A change of these numbers changes what every old run would resume with."""
     two = np.array([0, 1])
-    draws = AugmentDraws(0, CROP).at(two, two, np.array([500, 640]), np.array([375, 480]))
+    draws = AugmentDraws(0, CROP, (224, 224)).at(two, two, np.array([500, 640]), np.array([375, 480]))
     assert draws.windows.tolist() == [[295, 48, 192, 241], [311, 34, 271, 321]]
     assert draws.flips.tolist() == [False, True]
     assert draws.keys.tolist() == [4200738001716561462, -8575921941596432980]
+
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "f64" / "rrc.npz")
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_one_draw_is_the_reference_s_for_linear_probing(number: int) -> None:
+    """The golden map from numbers to boxes (top, left, height, width), RNG-free."""
+    width, height = GOLDEN["sizes_wh"][number]
+    numbers = GOLDEN["u"][:, None, [0, 1, 3, 2]]  # ours: left before top
+    crop = CropConfig(sampler="one_draw", scale=(0.08, 1.0))
+    windows = one_draw_crop(numbers, np.full(64, width), np.full(64, height), crop)
+    assert np.array_equal(windows[:, [1, 0, 3, 2]], GOLDEN["u_boxes_ijhw"][number])
+
+
+def test_one_draw_is_distributed_as_the_reference_s() -> None:
+    count, crop = 20_000, CropConfig(sampler="one_draw", scale=(0.08, 1.0))
+    columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 500), np.full(count, 375)
+    windows = AugmentDraws(0, crop, (224, 224)).at(*columns).windows
+    areas = windows[:, 2] * windows[:, 3] / (500 * 375)
+    quantiles = np.quantile(areas, np.linspace(0, 1, 21))
+    assert np.abs(quantiles - GOLDEN["stat_mae_area_q"]).max() < 0.015
+
+
+@given(width=sides, height=sides, size=st.integers(1, 500), margin=st.floats(1, 2))
+def test_resized_and_centred_as_torchvision_does_it(width: int, height: int, size: int, margin: float) -> None:
+    """Resize's and CenterCrop's own arithmetic for a square model."""
+    (resize,) = resized_crop(None, np.array([width]), np.array([height]), (size, size), margin)
+    short = round(size * margin)
+    expected = _compute_resized_output_size((height, width), [short])
+    assert resize[:2].tolist() == expected
+    assert resize[2:].tolist() == [round((side - size) / 2.0) for side in expected]
+
+
+@given(width=sides, height=sides, sample=st.integers(0, 10**6))
+def test_a_fixed_size_lies_inside_the_resized_image_for_any_shape(width: int, height: int, sample: int) -> None:
+    one = np.zeros(1, np.int64), np.array([sample]), np.array([width]), np.array([height])
+    draws = AugmentDraws(0, CropConfig("fixed_size"), (96, 192)).at(*one)
+    resized_height, resized_width, top, left = draws.resizes[0].tolist()
+    assert 0 <= top <= resized_height - 96 and 0 <= left <= resized_width - 192
+    assert resized_height == 110 or resized_width == 219  # 96 and 192 times 256 / 224
+    assert draws.windows[0].tolist() == [0, 0, width, height]
+
+
+def test_fixed_size_reaches_every_edge() -> None:
+    count = 5000
+    columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 500), np.full(count, 375)
+    resizes = AugmentDraws(0, CropConfig("fixed_size"), (224, 224)).at(*columns).resizes
+    assert set(resizes[:, 0]) == {256} and set(resizes[:, 1]) == {341}
+    assert (resizes[:, 2].min(), resizes[:, 2].max()) == (0, 32) and (resizes[:, 3].min(), resizes[:, 3].max()) == (
+        0,
+        117,
+    )
+
+
+def test_jitter_is_drawn_within_its_bounds_in_every_order() -> None:
+    count = 5000
+    columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 500), np.full(count, 375)
+    jitter = AugmentDraws(0, CropConfig(jitter=0.4), (224, 224)).at(*columns).jitter
+    assert jitter is not None and AugmentDraws(0, CropConfig(), (224, 224)).at(*columns).jitter is None
+    assert 0.6 <= jitter.factors.min() < 0.61 and 1.39 < jitter.factors.max() <= 1.4
+    assert len({tuple(order) for order in jitter.orders.tolist()}) == 6
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"margin": 0.9}, "a crop larger than the image"),
+        ({"scale": (0.5, 1.5)}, "is not within 0..1"),
+        ({"ratio": (2.0, 1.0)}, "no pair of widths"),
+        ({"jitter": 1.0}, "jitter 1.0 in 0..1"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(values: dict, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        CropConfig(**values)

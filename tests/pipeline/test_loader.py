@@ -25,7 +25,7 @@ from shards.reader import ShardReader
 def loader_of(
     dataset: Dataset, slices: Slices, rank: int = 0, prefetch: int = 2, threads: int = 1, **options: Any
 ) -> PretrainLoader:
-    order, draws = SampleOrder(len(dataset), seed=5), AugmentDraws(5, CropConfig())
+    order, draws = SampleOrder(len(dataset), seed=5), AugmentDraws(5, CropConfig(), (32, 32))
     return PretrainLoader(dataset, order, draws, (32, 32), slices, rank, threads, prefetch, **options)
 
 
