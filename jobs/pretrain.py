@@ -92,7 +92,7 @@ def train(recipe: Recipe, folder: RunFolder, stop_at_step: int | None, ranks: Ra
     slices = Slices(recipe.optim.batch_size, ranks.world_size, math.ceil(share / recipe.engine.micro_batch_size))
     loader = PretrainLoader(
         dataset,
-        SampleOrder(len(dataset), recipe.seed),
+        SampleOrder(len(dataset), recipe.seed, recipe.data.shuffle),
         AugmentDraws(recipe.seed, recipe.data.crop, recipe.model.image_size),
         recipe.model.image_size,
         slices,

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from model.mae import MAEConfig
 from pipeline.draws import CropConfig
+from pipeline.order import Shuffle
 from shards.errors import MaelstreamError
 
 
@@ -26,6 +27,9 @@ class DataConfig:
     dataset: str = "data/imagenet-train"
     """Folder or URI that `maelstream pack` wrote."""
     crop: CropConfig = CropConfig()
+    shuffle: Shuffle = "global"
+    """Any sample may come at any place of an epoch; or blocks of consecutive samples, then samples in windows of 16
+    blocks ("block": long reads, for slow disks and stores); or the order in which they were packed ("none")."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
 from pipeline.draws import AugmentDraws, Draws
 from pipeline.hashing import sample_keys, seed_word, uniforms
@@ -58,6 +58,8 @@ class MicroBatch:
 
     samples: Int64[np.ndarray, "b"]
     epochs: Int64[np.ndarray, "b"]
+    positions: Int64[np.ndarray, "b"]
+    """In the epoch."""
     draws: Draws
 
 
@@ -83,7 +85,15 @@ class Line:
             if found in bad:
                 samples[place] = self._replacement(int(epochs[place]), int(positions[place]), bad)
         widths, heights = self.dataset.width[samples], self.dataset.height[samples]
-        return MicroBatch(samples, epochs, self.draws.at(epochs, samples, widths, heights))
+        return MicroBatch(samples, epochs, positions, self.draws.at(epochs, samples, widths, heights))
+
+    def mine(self, start: int, line: Int64[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+        """Which places of the line this rank gets, where `start` samples had been consumed."""
+        slices = self.slices
+        count = slices.world_size * slices.micro_batches
+        edges = slices.batch_size * np.arange(1, count + 1) // count
+        rank = np.searchsorted(edges, (line - start) % slices.batch_size, "right") // slices.micro_batches
+        return (rank == self.rank) & (line >= start)
 
     def _replacement(self, epoch: int, position: int, bad: Container[Place]) -> int:
         key = sample_keys(seed_word(self.order.seed, "replace"), np.array([epoch]), np.array([position]))

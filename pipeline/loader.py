@@ -24,6 +24,7 @@ from pipeline.decode import DECODERS, EncodedBatch, Output
 from pipeline.draws import AugmentDraws
 from pipeline.line import Line, MicroBatch, Place, Slices
 from pipeline.order import SampleOrder
+from pipeline.windows import WindowReader
 from shards.dataset import Dataset
 from shards.errors import DatasetError, MaelstreamError
 from shards.inspect import Unfit, inspect, refusal
@@ -141,12 +142,15 @@ class PretrainLoader:
             self._consumed += self._slices.batch_size
             yield batch
 
-    def _read(self, start: int, number: int) -> tuple[MicroBatch, EncodedBatch]:
+    def _read(self, start: int, number: int, windows: WindowReader | None) -> tuple[MicroBatch, EncodedBatch]:
         """A micro-batch whose bytes may be handed to DALI, copied off the memory map, so that no later stage waits on a
         cold page."""
         while True:
             planned = self._line.at(start, number, self._bad_places)
-            encoded = [data.copy() for data in self._reader.read(planned.samples)]  # without holding Python's lock
+            if windows is None:
+                encoded = [data.copy() for data in self._reader.read(planned.samples)]  # without holding Python's lock
+            else:
+                encoded = windows.read(planned)
             sizes = (column[planned.samples].tolist() for column in (self._dataset.width, self._dataset.height))
             refusals = [refusal(memoryview(data), *size) for data, *size in zip(encoded, *sizes, strict=True)]
             if not any(refusals):
@@ -175,12 +179,16 @@ class PretrainLoader:
     def _produce(self, start: int, device: torch.device, batches: "Queue[Batch | Exception]") -> None:
         """Body of the producer thread: hands batches, or what went wrong, to the consumer."""
         handed_over = 0
+        windows = WindowReader(self._line, self._reader, start) if self._line.order.shuffle == "block" else None
         try:
             while not self._stop.is_set():
-                with _Feed(lambda number: self._read(start, number), handed_over, self._prefetch) as feed:
+                with _Feed(lambda number: self._read(start, number, windows), handed_over, self._prefetch) as feed:
                     handed_over += self._decode(feed, device, batches)
         except Exception as error:
             self._offer(batches, error)
+        finally:
+            if windows is not None:
+                windows.close()
 
     def _decode(self, feed: "_Feed", device: torch.device, batches: "Queue[Batch | Exception]") -> int:
         """Decodes until the loader is closed, or an image fails and is known for bad; how many were handed over."""

@@ -13,19 +13,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.store import SlowStorage
+from jobs.pack import main as pack
 from pipeline.draws import AugmentDraws, CropConfig
 from pipeline.line import Slices
 from pipeline.loader import BadSample, Batch, LoaderState, PretrainLoader
-from pipeline.order import SampleOrder
+from pipeline.order import SampleOrder, Shuffle
 from shards.dataset import Dataset
 from shards.errors import DatasetError, MaelstreamError
 from shards.reader import ShardReader
+from tests.conftest import encoded, photograph
 
 
 def loader_of(
-    dataset: Dataset, slices: Slices, rank: int = 0, prefetch: int = 2, threads: int = 1, **options: Any
+    dataset: Dataset,
+    slices: Slices,
+    rank: int = 0,
+    prefetch: int = 2,
+    threads: int = 1,
+    shuffle: Shuffle = "global",
+    **options: Any,
 ) -> PretrainLoader:
-    order, draws = SampleOrder(len(dataset), seed=5), AugmentDraws(5, CropConfig(), (32, 32))
+    order, draws = SampleOrder(len(dataset), 5, shuffle), AugmentDraws(5, CropConfig(), (32, 32))
     return PretrainLoader(dataset, order, draws, (32, 32), slices, rank, threads, prefetch, **options)
 
 
@@ -216,3 +225,52 @@ def test_a_batch_larger_than_the_dataset_is_refused(packed: Dataset) -> None:
 def test_more_ranks_than_samples_are_refused() -> None:
     with pytest.raises(MaelstreamError, match="a batch of 8 samples cannot be shared by 9 ranks"):
         Slices(8, 9, 1)
+
+
+# --- block shuffle and stores
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """5,000 samples of one class, in several shards: 40 blocks, 3 windows."""
+    folder = tmp_path_factory.mktemp("many")
+    (folder / "src" / "a").mkdir(parents=True)
+    for number in range(5000):
+        image = encoded(photograph(32, 32, seed=number % 50), "JPEG", comment=str(number).encode())
+        (folder / "src" / "a" / f"{number}.jpg").write_bytes(image.tobytes())
+    assert pack([str(folder / "src"), str(folder / "out"), "--shard-size", "1MiB", "--workers", "1"]) == 0
+    return Dataset.open(folder / "out")
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_block_shuffle_hands_over_the_order_on_any_number_of_ranks(many: Dataset, world_size: int) -> None:
+    slices, steps = Slices(500, world_size, 1), 11  # into the second epoch
+    shares = [take(many, slices, steps, rank, shuffle="block") for rank in range(world_size)]
+    order = SampleOrder(5000, 5, "block")
+    for step in range(steps):
+        epochs, positions = np.divmod(step * 500 + np.arange(500), 5000)
+        samples = np.concatenate([share[step].samples for share in shares])
+        assert np.array_equal(samples, order.at(epochs, positions))
+    alone = ShardReader(many, check_crc=True).read(shares[0][3].samples)
+    decoder_input = [data.tobytes() for data in alone]
+    assert len(set(decoder_input)) == len(decoder_input)
+    assert content(shares[0][3:5]) == content(
+        take(many, slices, 2, 0, state={"epoch": 0, "position": 1500}, shuffle="block")
+    )
+
+
+def test_a_block_shuffle_of_a_store_takes_few_long_requests(many: Dataset) -> None:
+    store = SlowStorage.over(many, delay_s=0)
+    remote = Dataset.open_storage(store)
+    taken = content(take(remote, Slices(500, 1, 1), 10, shuffle="block"))
+    assert taken == content(take(many, Slices(500, 1, 1), 10, shuffle="block"))
+    assert store.requests[0] < 100  # 40 blocks, some cut by a shard's end, and a window of the next epoch
+    store.requests[0] = 0
+    assert content(take(remote, Slices(500, 1, 1), 10)) == content(take(many, Slices(500, 1, 1), 10))
+
+
+def test_a_bad_sample_of_a_block_shuffle_is_replaced(packed: Dataset, tmp_path: Path) -> None:
+    damaged = damaged_copy(packed, tmp_path / "damaged", b"\xff\xd8", b"GIF89a")
+    ours = content(take(damaged, Slices(8, 1, 1), 8, shuffle="block", max_bad_share=0.02))
+    sound = content(take(packed, Slices(8, 1, 1), 8, shuffle="block"))
+    assert [before[0] for before, now in zip(sound, ours, strict=True) if before != now] == [7]

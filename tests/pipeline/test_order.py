@@ -66,3 +66,30 @@ def test_positions_out_of_range_are_refused() -> None:
 
 
 PINNED = [5, 6, 1, 10, 4, 11, 7, 0, 9, 8, 3, 2]
+
+
+@given(size=st.integers(1, 6000), seed=st.integers(0, 1000), epoch=st.integers(0, 100))
+def test_a_block_shuffle_gives_every_sample_once_and_a_window_holds_16_blocks(size: int, seed: int, epoch: int) -> None:
+    order = SampleOrder(size, seed, "block")
+    samples, epochs, positions = epoch_of(order, epoch), np.full(size, epoch), np.arange(size)
+    assert np.array_equal(np.sort(samples), positions)
+    windows = order.windows(epochs, positions)
+    for number in range(windows.max() + 1):
+        first, end = order.window(epoch, number)
+        assert np.array_equal(np.flatnonzero(windows == number), np.arange(first, end))
+        blocks, counts = np.unique(samples[first:end] // 128, return_counts=True)
+        assert len(blocks) <= 16 and np.array_equal(counts, np.minimum(size - blocks * 128, 128))
+    assert order.window(epoch, windows.max() + 1) == (size, size)
+
+
+def test_a_block_shuffle_leaves_nothing_where_it_was() -> None:
+    """Blocks move as far as in a uniform shuffle, and within a window no run of neighbours is left."""
+    order, size = SampleOrder(50_000, 1, "block"), 50_000
+    samples = epoch_of(order, 0)
+    assert abs(np.abs(samples - np.arange(size)).mean() / (size / 3) - 1) < 0.1
+    assert (np.diff(samples) == 1).mean() < 0.002
+    assert not np.array_equal(samples, epoch_of(order, 1))
+
+
+def test_without_a_shuffle_samples_come_as_they_were_packed() -> None:
+    assert epoch_of(SampleOrder(100, 1, "none"), 3).tolist() == list(range(100))

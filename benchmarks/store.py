@@ -1,0 +1,119 @@
+"""A block shuffle from a store that takes 20 ms a request, beside the same from the local disk, in one run.
+
+The store is the local disk, asked through a wrapper that waits before each answer; requests run side by side as they
+would over a network. A global shuffle from the same store is shown for comparison.
+
+    python benchmarks/store.py --data ../shared/imagenet-sample
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.loaders import rate
+from pipeline.draws import AugmentDraws, CropConfig
+from pipeline.line import Slices
+from pipeline.loader import PretrainLoader
+from pipeline.order import SampleOrder, Shuffle
+from shards.dataset import Dataset
+from shards.executors import Local
+from shards.pack import pack
+from shards.plan import PackOptions
+from shards.storage import Storage
+
+BATCH, SIZE = 64, (224, 224)
+
+
+@dataclass(frozen=True)
+class SlowStorage(Storage):
+    """A local folder that behaves as a store: each read of a shard is a request that takes its time."""
+
+    delay_s: float
+    requests: list[int] = field(default_factory=lambda: [0])
+    """How many there were."""
+
+    @classmethod
+    def over(cls, dataset: Dataset, delay_s: float) -> "SlowStorage":
+        storage = dataset.storage
+        return cls(storage.filesystem, storage.path, storage.shown, delay_s)
+
+    @property
+    def local(self) -> bool:
+        return False
+
+    def open(self, name: str) -> Any:
+        file = super().open(name)
+        return _SlowFile(self, file) if name.endswith(".tar") else file
+
+
+@dataclass(frozen=True)
+class _SlowFile:
+    store: SlowStorage
+    file: Any
+
+    def size(self) -> int:
+        return self.file.size()
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        self.store.requests[0] += 1
+        time.sleep(self.store.delay_s)
+        return self.file.read_at(size, offset)
+
+
+@dataclass(frozen=True)
+class Options:
+    data: Path = Path("../shared/imagenet-sample")
+    """A folder of images, one folder a class."""
+    delay_s: float = 0.02
+    threads: int = 2
+    rounds: int = 5
+    repeat: int = 10
+    """How often each image is packed, so that there are several windows."""
+    json: Path | None = None
+    """Write the medians, too: images/s by name."""
+
+
+def main() -> None:
+    """Prints one table."""
+    options = tyro.cli(Options)
+    with tempfile.TemporaryDirectory() as folder:
+        src = Path(folder) / "src"
+        for path in sorted(options.data.glob("*/*")):
+            (src / path.parent.name).mkdir(parents=True)
+            for number in range(options.repeat):
+                (src / path.parent.name / f"{number}-{path.name}").symlink_to(path.resolve())
+        shards, pack_options = str(Path(folder) / "shards"), PackOptions("b", "train", 2**26, 0)
+        pack(str(src), shards, pack_options, Local(options.threads), lambda _: None)
+        disk = Dataset.open(shards)
+        store = Dataset.open_storage(SlowStorage.over(disk, options.delay_s))
+        candidates: dict[str, tuple[Dataset, Shuffle]] = {
+            "block shuffle, local disk": (disk, "block"),
+            "block shuffle, store": (store, "block"),
+            "global shuffle, store": (store, "global"),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in candidates}
+        for _ in range(options.rounds):
+            for name, (dataset, shuffle) in candidates.items():
+                order, draws = SampleOrder(len(dataset), 0, shuffle), AugmentDraws(0, CropConfig(), SIZE)
+                slices = Slices(BATCH, 1, 1)
+                with PretrainLoader(dataset, order, draws, SIZE, slices, 0, options.threads, prefetch=4) as loader:
+                    rates[name].append(rate(iter(loader), 80))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    table = Table("", "images/s", "of the local disk's", title=f"{len(disk):,} images, {options.delay_s * 1e3:.0f} ms")
+    for name, median in medians.items():
+        table.add_row(name, f"{median:,.0f}", f"{median / medians['block shuffle, local disk']:.0%}")
+    Console().print(table)
+    if options.json is not None:
+        options.json.write_text(json.dumps(medians, indent=1))
+
+
+if __name__ == "__main__":
+    main()
