@@ -13,6 +13,7 @@ COMMANDS = {
     "index": "adopt tar shards that stand already, without changing them",
     "info": "what a packed dataset holds",
     "verify": "every fault of a packed dataset, by shard and sample",
+    "loader": "how fast a packed dataset streams, what is the limit, what the model will see",
     "pretrain": "train a masked autoencoder from a recipe, or go on with a run",
     "reconstruct": "original, masked and reconstructed images of a run, side by side",
     "report": "one HTML page of a run: curves, reconstructions, recipe",

@@ -99,6 +99,7 @@ def train(recipe: Recipe, folder: RunFolder, stop_at_step: int | None, ranks: Ra
         ranks.rank,
         threads=recipe.loader.threads or ranks.threads,
         prefetch=recipe.loader.prefetch,
+        gpu=recipe.loader.gpu,
         max_bad_share=recipe.loader.max_bad_share,
         on_bad=folder.quarantine,
     )

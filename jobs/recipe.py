@@ -13,6 +13,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from model.mae import MAEConfig
+from pipeline.decode import GpuDecode
 from pipeline.draws import CropConfig
 from pipeline.order import Shuffle
 from shards.errors import MaelstreamError
@@ -71,6 +72,7 @@ class LoaderConfig:
     """Threads that decode in each rank; 0: the machine's cores shared by its ranks."""
     prefetch: int = 4
     """Micro-batches read, and as many decoded, ahead of the step."""
+    gpu: GpuDecode = GpuDecode()
     max_bad_share: float = 0.001
     """Share of the dataset's samples that may turn out bad and be replaced before the run is stopped."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -81,6 +81,34 @@ def _shift_and_scale(mean: tuple[float, ...], std: tuple[float, ...], device: to
     return -means / stds, 1 / (255 * stds)
 
 
+@dataclass(frozen=True)
+class GpuDecode:
+    """How a GPU decodes; a CPU does not look at it."""
+
+    form: Literal["window", "full"] = "window"
+    """Decode nothing but the window, or all of the image, of which the window is then cut: another path through nvJPEG,
+    at hand because nvImageCodec issue 55 has window decoding crash on an H100."""
+    hw_decoder_load: float = 0.65
+    """Share of the images that the chip's JPEG decoder gets, where it has one."""
+    preallocate: tuple[int, int] = (0, 0)
+    """Width and height in pixels to make room for at the start; larger images make decoding wait for more."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hw_decoder_load <= 1 or min(self.preallocate) < 0:
+            raise ValueError(
+                f"hw_decoder_load {self.hw_decoder_load} must be in 0..1, preallocate {self.preallocate} not negative"
+            )
+
+    def arguments(self) -> dict[str, float]:
+        """Of DALI's decoders."""
+        width, height = self.preallocate
+        return {
+            "hw_decoder_load": self.hw_decoder_load,
+            "preallocate_width_hint": width,
+            "preallocate_height_hint": height,
+        }
+
+
 Source = Callable[[int], EncodedBatch]
 """The batch of an iteration, counted from 0 at the decoder's start."""
 
@@ -96,6 +124,7 @@ class CpuDecoder:
         threads: int,
         device: torch.device,
         output: Output = Output(),
+        gpu: GpuDecode = GpuDecode(),
     ):
         self._source, self._image_size, self._output = source, image_size, output
         self._rooms = _Rooms()
@@ -177,13 +206,14 @@ class GpuDecoder:
         threads: int,
         device: torch.device,
         output: Output = Output(),
+        gpu: GpuDecode = GpuDecode(),
     ):
         self._source, self._image_size, self._device, self._output = source, image_size, device, output
         self._jitters: deque[Jitter | None] = deque()  # of the batches that DALI has taken but not yet handed out
         self._stream = torch.cuda.Stream(device)
         self._pipeline = Pipeline(max_batch_size, threads, device.index, prefetch_queue_depth=2)
         with self._pipeline:
-            self._pipeline.set_outputs(resized_windows(self._feed, image_size, "mixed"))
+            self._pipeline.set_outputs(resized_windows(self._feed, image_size, "mixed", gpu.form, **gpu.arguments()))
         self._pipeline.build()
 
     def _feed(self, iteration: int) -> tuple:
@@ -224,17 +254,25 @@ def dali_inputs(batch: EncodedBatch) -> tuple:
     )
 
 
-def resized_windows(feed: Callable[[int], tuple], image_size: tuple[int, int], device: str):  # type: ignore[no-untyped-def]
+# DALI's nodes have no types.
+
+
+def resized_windows(  # type: ignore[no-untyped-def]
+    feed: Callable[[int], tuple], image_size: tuple[int, int], device: str, form: str, **decoder: Any
+):
     """DALI node: images of `image_size`, CHW, from what `dali_inputs` gives; decoded on "mixed" (the GPU) or "cpu"."""
     encoded, start, shape, size, crop, flip = fn.external_source(feed, num_outputs=6)
-    images = fn.resize(
-        _decode_window(encoded, start, shape, device), size=size, interp_type=types.INTERP_CUBIC, antialias=True
-    )
+    if form == "window":
+        windows = _decode_window(encoded, start, shape, device, **decoder)
+    else:
+        images = fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False, **decoder)
+        windows = fn.slice(images, start=start, shape=shape, axis_names="WH")
+    images = fn.resize(windows, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
     images = fn.slice(images, start=crop, shape=list(image_size), axes=[0, 1])
     return fn.transpose(fn.flip(images, horizontal=flip), perm=[2, 0, 1])
 
 
-def _decode_window(encoded, start, shape, device: str):  # type: ignore[no-untyped-def]  # DALI's nodes have no types
+def _decode_window(encoded, start, shape, device: str, **decoder: Any):  # type: ignore[no-untyped-def]
     """DALI node: the window of each image, HWC, RGB."""
     return fn.decoders.image_slice(
         encoded,
@@ -244,4 +282,5 @@ def _decode_window(encoded, start, shape, device: str):  # type: ignore[no-untyp
         device=device,
         output_type=types.RGB,
         adjust_orientation=False,
+        **decoder,
     )

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int32, Int64, Shaped
 from torch import Tensor
 
-from pipeline.decode import DECODERS, EncodedBatch, Output
+from pipeline.decode import DECODERS, EncodedBatch, GpuDecode, Output
 from pipeline.draws import AugmentDraws
 from pipeline.line import Line, MicroBatch, Place, Slices
 from pipeline.order import SampleOrder
@@ -85,6 +85,7 @@ class PretrainLoader:
         threads: int,
         prefetch: int,
         output: Output = Output(),
+        gpu: GpuDecode = GpuDecode(),
         max_bad_share: float = 0.001,
         on_bad: Callable[[BadSample], None] = lambda _: None,
     ):
@@ -102,7 +103,8 @@ class PretrainLoader:
         self._dataset, self._slices = dataset, slices
         self._line = Line(dataset, order, draws, slices, rank)
         self._reader = ShardReader(dataset, check_crc=False)
-        self._image_size, self._threads, self._prefetch, self._output = image_size, threads, prefetch, output
+        self._image_size, self._threads, self._prefetch = image_size, threads, prefetch
+        self._output, self._gpu = output, gpu
         self._bad: dict[int, BadSample] = {}
         self._bad_places: set[Place] = set()
         self._bad_lock = threading.Lock()
@@ -193,7 +195,7 @@ class PretrainLoader:
     def _decode(self, feed: "_Feed", device: torch.device, batches: "Queue[Batch | Exception]") -> int:
         """Decodes until the loader is closed, or an image fails and is known for bad; how many were handed over."""
         decoder = DECODERS[device.type](
-            feed, self._slices.largest, self._image_size, self._threads, device, self._output
+            feed, self._slices.largest, self._image_size, self._threads, device, self._output, self._gpu
         )
         handed_over = 0
         while not self._stop.is_set():
@@ -228,7 +230,7 @@ class PretrainLoader:
 
         def fails(place: Place) -> bool:
             try:
-                DECODERS[device.type](lambda _: suspects[place], 1, self._image_size, 1, device).run()
+                DECODERS[device.type](lambda _: suspects[place], 1, self._image_size, 1, device, gpu=self._gpu).run()
             except RuntimeError:
                 return True
             return False

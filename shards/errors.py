@@ -13,3 +13,7 @@ class MaelstreamError(Exception):
 
 class DatasetError(MaelstreamError):
     """A source, a packed dataset or one of its shards is not what it must be."""
+
+
+class StorageError(DatasetError):
+    """A disk or store did not answer as it should; it may, when asked again."""

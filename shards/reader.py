@@ -3,22 +3,28 @@
 From a store, samples that lie close together in a shard come with one request, and requests run side by side.
 """
 
+import contextlib
 import mmap
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import google_crc32c
 import numpy as np
 from jaxtyping import Int64
 
 from shards.dataset import Dataset
-from shards.errors import DatasetError
+from shards.errors import DatasetError, StorageError
 
 _GAP_BYTES = 2**18  # what a store sends in the time that one more request takes (20 ms at 10 MB/s and more)
 _RANGE_BYTES = 2**24
 _REQUESTS = 16
+_PAUSES_S = (0.1, 0.4, 1.6, 6.4)
+
+T = TypeVar("T")
 
 Read = Callable[[int, int], np.ndarray]
 """Bytes of a shard at (offset, size), uint8."""
@@ -88,19 +94,31 @@ class ShardReader:
 
     def _remote(self, shard: int) -> Read:
         storage, name = self._dataset.storage, self._dataset.shard_names[shard]
-        file = storage.open(name)
+        file = _patiently(lambda: storage.open(name))
         self._check_size(shard, file.size())
 
         def read(offset: int, size: int) -> np.ndarray:
             with storage.explained(name):
                 return np.frombuffer(file.read_at(size, offset), np.uint8)
 
-        return read
+        return lambda offset, size: _patiently(lambda: read(offset, size))
 
     def _check_size(self, shard: int, held: int) -> None:
         packed = self._dataset.manifest["shards"][shard]["bytes"]
         if held != packed:
             raise DatasetError(f"{self._path(shard)} has {held} bytes, {packed} were packed; restore this shard")
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """The answer, asked for again, with growing pauses, where a store fails; StorageError when it goes on failing."""
+    for pause_s in _PAUSES_S:
+        with contextlib.suppress(StorageError):
+            return ask()
+        time.sleep(pause_s)
+    try:
+        return ask()
+    except StorageError as error:
+        raise StorageError(f"{error}; asked {len(_PAUSES_S) + 1} times") from None
 
 
 def coalesced(shards: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:

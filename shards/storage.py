@@ -20,7 +20,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from shards.durable import written_whole
-from shards.errors import DatasetError
+from shards.errors import DatasetError, StorageError
 
 WORK = ".pack"
 """Folder of a build inside its dataset; gone when the dataset is whole."""
@@ -192,8 +192,10 @@ def _local_entries(where: str, shown: str) -> list[Entry]:
 def _explained(path: str, what: str, then: str = "") -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except FileNotFoundError as error:
         raise DatasetError(f"{path} cannot {what} ({_reason(error)}){then}") from None
+    except OSError as error:
+        raise StorageError(f"{path} cannot {what} ({_reason(error)}){then}") from None
 
 
 def _reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import io
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
-from pipeline.decode import DECODERS, CpuDecoder, EncodedBatch, Output, dali_inputs, resized_windows
+from pipeline.decode import DECODERS, CpuDecoder, EncodedBatch, GpuDecode, Output, dali_inputs, resized_windows
 from pipeline.draws import AugmentDraws, CropConfig, Jitter
 from shards.inspect import refusal
 from tests.conftest import encoded, photograph
@@ -149,10 +150,13 @@ NONE = np.array([False])
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_gpu_graph_is_within_two_levels_of_pil(imagenet_sample: Path) -> None:
+@pytest.mark.parametrize("form", ["window", "full"])
+def test_the_gpu_graph_is_within_two_levels_of_pil(imagenet_sample: Path, form: Literal["window", "full"]) -> None:
     """nvJPEG's chroma upsampling and DALI's own bicubic stay near PIL; no antialias would be 2.6 levels off."""
     batch = drawn(imagenet_files(imagenet_sample, 256))
-    assert difference_from_pil(batch, decode(batch, "cuda")).mean() < 2
+    device = torch.device("cuda", 0)
+    images = DECODERS["cuda"](lambda _: batch, 256, SIZE, 2, device, gpu=GpuDecode(form)).run().cpu()
+    assert difference_from_pil(batch, images).mean() < 2
 
 
 def handed_over(output: Output) -> torch.Tensor:
@@ -206,8 +210,9 @@ def test_the_centre_is_what_torchvision_s_evaluation_sees(imagenet_sample: Path,
     assert np.median(differences) < 0.1 and differences.max() < 1 and not draws.flips.any()
 
 
+@pytest.mark.parametrize("form", ["window", "full"])
 @pytest.mark.parametrize("kind", ["random_size", "fixed_size", "none"])
-def test_the_gpu_s_graph_on_the_cpu_gives_nearly_the_same(imagenet_sample: Path, kind: str) -> None:
+def test_the_gpu_s_graph_on_the_cpu_gives_nearly_the_same(imagenet_sample: Path, kind: str, form: str) -> None:
     """The same DALI nodes but for where the decoder runs; DALI's own bicubic is 0.2 levels from PIL's."""
     data = imagenet_files(imagenet_sample, 32)
     sides = np.array([Image.open(io.BytesIO(item.tobytes())).size for item in data])
@@ -216,7 +221,7 @@ def test_the_gpu_s_graph_on_the_cpu_gives_nearly_the_same(imagenet_sample: Path,
     batch = EncodedBatch(data, drawn.windows, drawn.resizes, drawn.flips, None)
     pipeline = Pipeline(32, 2, device_id=None)
     with pipeline:
-        pipeline.set_outputs(resized_windows(lambda _: dali_inputs(batch), SIZE, "cpu"))
+        pipeline.set_outputs(resized_windows(lambda _: dali_inputs(batch), SIZE, "cpu", form))
     pipeline.build()
     (images,) = pipeline.run()
     differences = np.abs(np.asarray(images.as_tensor()).astype(int) - decode(batch).numpy().astype(int))

@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pipeline.order import SampleOrder, Shuffle
 from shards.dataset import Dataset
 from shards.errors import DatasetError, MaelstreamError
 from shards.reader import ShardReader
+from shards.storage import Storage
 from tests.conftest import encoded, photograph
 
 
@@ -274,3 +276,39 @@ def test_a_bad_sample_of_a_block_shuffle_is_replaced(packed: Dataset, tmp_path: 
     ours = content(take(damaged, Slices(8, 1, 1), 8, shuffle="block", max_bad_share=0.02))
     sound = content(take(packed, Slices(8, 1, 1), 8, shuffle="block"))
     assert [before[0] for before, now in zip(sound, ours, strict=True) if before != now] == [7]
+
+
+class FlakyFile:
+    """A store's file that fails before it answers."""
+
+    def __init__(self, store: "FlakyStorage", file: Any):
+        self.store, self.file = store, file
+
+    def size(self) -> int:
+        return self.file.size()
+
+    def read_at(self, size: int, offset: int) -> bytes:
+        self.store.requests[0] += 1
+        if self.store.requests[0] % self.store.answers_every:
+            raise OSError("the store is busy")
+        return self.file.read_at(size, offset)
+
+
+@dataclass(frozen=True)
+class FlakyStorage(SlowStorage):
+    answers_every: int = 1
+
+    def open(self, name: str) -> Any:
+        return FlakyFile(self, Storage.open(self, name)) if name.endswith(".tar") else Storage.open(self, name)
+
+
+def test_a_store_that_fails_now_and_then_is_asked_again(packed: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shards.reader._PAUSES_S", (0.001,) * 4)
+    place = packed.storage.filesystem, packed.storage.path, packed.storage.shown, 0.0, [0]
+    remote = Dataset.open_storage(FlakyStorage(*place, answers_every=3))
+    samples = np.array([3])
+    (data,) = ShardReader(remote, check_crc=True).read(samples)
+    assert data.tobytes() == ShardReader(packed, check_crc=True).read(samples)[0].tobytes()
+    never = Dataset.open_storage(FlakyStorage(*place, answers_every=10**9))
+    with pytest.raises(DatasetError, match=r"\.tar cannot be read \(the store is busy\); asked 5 times"):
+        take(never, Slices(8, 1, 1), 1)
