@@ -22,9 +22,8 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
-from pipeline.draws import Jitter
+from pipeline.changes import Changes, changed
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class EncodedBatch:
     windows: Int32[np.ndarray, "b 4"]  # to decode: left, top, width, height in pixels
     resizes: Int32[np.ndarray, "b 4"]  # of the window: height, width; then to crop from it: top, left
     flips: Bool[np.ndarray, "b"]
-    jitter: Jitter | None
+    changes: Changes | None
 
 
 @dataclass(frozen=True)
@@ -153,24 +152,13 @@ class CpuDecoder:
             height, width, top, left = taken.resizes[number].tolist()
             image = interpolate(window, size=(height, width), mode="bicubic", antialias=True)[0]
             image = image[:, top : top + self._image_size[0], left : left + self._image_size[1]]
-            image = jittered(image, taken.jitter, number)
-            self._output.put(images[number], image.flip(-1) if taken.flips[number] else image)
+            image = image.flip(-1) if taken.flips[number] else image
+            image = changed(image, taken.changes, number, self._output.mean, self._output.std)
+            self._output.put(images[number], image)
 
         for _ in self._resizers.map(resize, range(len(windows))):
             pass  # waits for each, and raises what one of them raised
         return images
-
-
-def jittered(image: UInt8[Tensor, "3 h w"], jitter: Jitter | None, number: int) -> UInt8[Tensor, "3 h w"]:
-    """The image in the colours that were drawn for sample `number` of a batch (torchvision's ColorJitter, no hue)."""
-    if jitter is None:
-        return image
-    for change in jitter.orders[number]:
-        image = _CHANGES[change](image, float(jitter.factors[number, change]))
-    return image
-
-
-_CHANGES = adjust_brightness, adjust_contrast, adjust_saturation
 
 
 class _Rooms:
@@ -209,7 +197,7 @@ class GpuDecoder:
         gpu: GpuDecode = GpuDecode(),
     ):
         self._source, self._image_size, self._device, self._output = source, image_size, device, output
-        self._jitters: deque[Jitter | None] = deque()  # of the batches that DALI has taken but not yet handed out
+        self._changes: deque[Changes | None] = deque()  # of the batches that DALI has taken but not yet handed out
         self._stream = torch.cuda.Stream(device)
         self._pipeline = Pipeline(max_batch_size, threads, device.index, prefetch_queue_depth=2)
         with self._pipeline:
@@ -218,7 +206,7 @@ class GpuDecoder:
 
     def _feed(self, iteration: int) -> tuple:
         batch = self._source(iteration)
-        self._jitters.append(batch.jitter)
+        self._changes.append(batch.changes)
         return dali_inputs(batch)
 
     def run(self) -> Shaped[Tensor, "b 3 h w"]:
@@ -229,8 +217,9 @@ class GpuDecoder:
             pixels = Output().empty(len(decoded), self._image_size, take)
             feed_ndarray(decoded.as_tensor(), pixels, cuda_stream=self._stream)
             images = self._output.empty(len(decoded), self._image_size, take)
-            if (jitter := self._jitters.popleft()) is not None:
-                pixels = torch.stack([jittered(image, jitter, number) for number, image in enumerate(pixels)])
+            if (changes := self._changes.popleft()) is not None:
+                noise = self._output.mean, self._output.std
+                pixels = torch.stack([changed(image, changes, number, *noise) for number, image in enumerate(pixels)])
             self._output.put(images, pixels)
         # Done before DALI reuses `decoded`; on a stream of its own, since training's has whole steps queued.
         self._stream.synchronize()

@@ -1,4 +1,4 @@
-"""Augmentation draws: crop window, flip and colour jitter of each sample, for a whole batch at once.
+"""Augmentation draws: crop window, flip and changes of the pixels of each sample, for a whole batch at once.
 
 The paper's four (Table 1): none (the centre), a crop of fixed size, one of random size, and that with colour jitter.
 The random size is torchvision's RandomResizedCrop (appendix A.1, table 8), up to ten tries at an area and an aspect
@@ -13,9 +13,11 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 
+from pipeline.changes import OPERATIONS, Changes
 from pipeline.hashing import sample_keys, seed_word, uniforms
 
 _TRIES = 10
+_LAYERS, _SPREAD = 2, 0.5  # of RandAugment
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class CropConfig:
     """Probability of a horizontal flip."""
     jitter: float = 0.0
     """Brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter, in any order."""
+    rand_augment: float = 0.0
+    """Magnitude of RandAugment's two operations, 0 (none) to 10; fine-tuning takes 9."""
+    erase: float = 0.0
+    """Probability that a box is erased; fine-tuning takes 0.25."""
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -47,14 +53,8 @@ class CropConfig:
             raise ValueError(f"margin {self.margin}: a crop larger than the image; it must be at least 1")
         if not 0 <= self.flip <= 1 or not 0 <= self.jitter < 1:
             raise ValueError(f"flip {self.flip} must be in 0..1, jitter {self.jitter} in 0..1 without 1")
-
-
-@dataclass(frozen=True)
-class Jitter:
-    """Changes of colour of one batch."""
-
-    factors: Float64[np.ndarray, "b 3"]  # of brightness, contrast, saturation
-    orders: Int64[np.ndarray, "b 3"]  # which comes first, second, third
+        if not 0 <= self.rand_augment <= 10 or not 0 <= self.erase <= 1:
+            raise ValueError(f"rand_augment {self.rand_augment} must be in 0..10, erase {self.erase} in 0..1")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Draws:
     resizes: Int32[np.ndarray, "b 4"]  # of the window: height, width; then to crop from it: top, left
     flips: Bool[np.ndarray, "b"]
     keys: Int64[np.ndarray, "b"]  # what the masks are hashed from, on the device
-    jitter: Jitter | None
+    changes: Changes | None
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,50 @@ class AugmentDraws:
             resizes=resizes,
             flips=(numbers[:, -1] < crop.flip) & (crop.kind != "none"),
             keys=sample_keys(seed_word(self.seed, "mask"), epochs, samples).view(np.int64),
-            jitter=self._jitter(epochs, samples) if crop.jitter else None,
+            changes=self._changes(epochs, samples) if crop.jitter or crop.rand_augment or crop.erase else None,
         )
 
-    def _jitter(self, epochs: np.ndarray, samples: np.ndarray) -> Jitter:
-        numbers = uniforms(sample_keys(seed_word(self.seed, "jitter"), epochs, samples), 6)  # (B, 6)
-        factors = 1 + self.crop.jitter * (2 * numbers[:, :3] - 1)
-        return Jitter(factors, np.argsort(numbers[:, 3:], axis=1))
+    def _changes(self, epochs: np.ndarray, samples: np.ndarray) -> Changes:
+        crop = self.crop
+        factors = orders = operations = magnitudes = boxes = None
+
+        def numbers(purpose: str, count: int) -> np.ndarray:
+            return uniforms(sample_keys(seed_word(self.seed, purpose), epochs, samples), count)  # (B, count)
+
+        if crop.jitter:
+            drawn = numbers("jitter", 6)
+            factors, orders = 1 + crop.jitter * (2 * drawn[:, :3] - 1), np.argsort(drawn[:, 3:], axis=1)
+        if crop.rand_augment:
+            drawn = numbers("randaug", 5 * _LAYERS).reshape(-1, _LAYERS, 5)
+            which = np.floor(drawn[..., 0] * OPERATIONS).astype(np.int64)
+            operations = np.where(drawn[..., 1] < 0.5, which, -1)
+            normal = np.sqrt(-2 * np.log1p(-drawn[..., 2])) * np.cos(2 * np.pi * drawn[..., 3])  # Box and Muller
+            size = np.clip(crop.rand_augment + _SPREAD * normal, 0, 10)
+            magnitudes = np.where(drawn[..., 4] < 0.5, size, -size)
+        if crop.erase:
+            drawn = numbers("erase", 1 + 4 * _TRIES)
+            boxes = erased_boxes(drawn[:, 1:].reshape(-1, _TRIES, 4), self.image_size)
+            boxes[drawn[:, 0] >= crop.erase] = 0
+        noise_keys = sample_keys(seed_word(self.seed, "noise"), epochs, samples).view(np.int64)
+        return Changes(factors, orders, operations, magnitudes, boxes, noise_keys)
+
+
+def erased_boxes(numbers: Float64[np.ndarray, "b tries 4"], image_size: tuple[int, int]) -> Int32[np.ndarray, "b 4"]:
+    """Boxes (left, top, width, height) of 2 % to a third of the image (Zhong et al., arXiv 1708.04896), height over width
+    0.3 to 1 / 0.3; no width where no try fits."""
+    image_height, image_width = image_size
+    area = image_height * image_width * (0.02 + numbers[..., 0] * (1 / 3 - 0.02))  # (B, tries)
+    aspect = np.exp(np.log(0.3) * (1 - 2 * numbers[..., 1]))
+    height, width = np.rint(np.sqrt(area * aspect)).astype(int), np.rint(np.sqrt(area / aspect)).astype(int)
+    fits = (height < image_height) & (width < image_width)
+    first = np.argmax(fits, axis=1)[:, None]
+    height, width, left, top = (
+        np.take_along_axis(column, first, axis=1)[:, 0] for column in (height, width, numbers[..., 2], numbers[..., 3])
+    )
+    left = np.floor(left * (image_width - width + 1)).astype(int)
+    top = np.floor(top * (image_height - height + 1)).astype(int)
+    boxes = np.stack([left, top, width, height], axis=1)
+    return np.where(fits.any(axis=1, keepdims=True), boxes, 0).astype(np.int32)  # (B, 4)
 
 
 def resized_crop(

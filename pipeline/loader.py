@@ -157,7 +157,7 @@ class PretrainLoader:
             refusals = [refusal(memoryview(data), *size) for data, *size in zip(encoded, *sizes, strict=True)]
             if not any(refusals):
                 draws = planned.draws
-                return planned, EncodedBatch(encoded, draws.windows, draws.resizes, draws.flips, draws.jitter)
+                return planned, EncodedBatch(encoded, draws.windows, draws.resizes, draws.flips, draws.changes)
             places = zip(planned.epochs.tolist(), planned.samples.tolist(), strict=True)
             self._replace({place: reason for place, reason in zip(places, refusals, strict=True) if reason is not None})
 

@@ -13,8 +13,9 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
+from pipeline.changes import Changes
 from pipeline.decode import DECODERS, CpuDecoder, EncodedBatch, GpuDecode, Output, dali_inputs, resized_windows
-from pipeline.draws import AugmentDraws, CropConfig, Jitter
+from pipeline.draws import AugmentDraws, CropConfig
 from shards.inspect import refusal
 from tests.conftest import encoded, photograph
 
@@ -40,7 +41,7 @@ def drawn(data: list[np.ndarray]) -> EncodedBatch:
     sizes = np.array([Image.open(io.BytesIO(item.tobytes())).size for item in data])
     samples = np.arange(len(data))
     draws = AugmentDraws(0, CropConfig(), SIZE).at(np.zeros_like(samples), samples, sizes[:, 0], sizes[:, 1])
-    return EncodedBatch(data, draws.windows, draws.resizes, draws.flips, draws.jitter)
+    return EncodedBatch(data, draws.windows, draws.resizes, draws.flips, draws.changes)
 
 
 def whole(
@@ -201,7 +202,7 @@ def test_the_centre_is_what_torchvision_s_evaluation_sees(imagenet_sample: Path,
     sides = np.array([Image.open(io.BytesIO(item.tobytes())).size for item in data])
     crop = CropConfig("none", margin=resized / size)
     draws = AugmentDraws(0, crop, (size, size)).at(np.zeros(64, int), np.arange(64), sides[:, 0], sides[:, 1])
-    batch = EncodedBatch(data, draws.windows, draws.resizes, draws.flips, draws.jitter)
+    batch = EncodedBatch(data, draws.windows, draws.resizes, draws.flips, draws.changes)
     ours = CpuDecoder(lambda _: batch, 64, (size, size), 2, torch.device("cpu")).run().numpy().astype(int)
     theirs = [
         np.asarray(evaluation(Image.open(io.BytesIO(d.tobytes())).convert("RGB"))).transpose(2, 0, 1) for d in data
@@ -231,8 +232,9 @@ def test_the_gpu_s_graph_on_the_cpu_gives_nearly_the_same(imagenet_sample: Path,
 def test_jitter_is_torchvision_s() -> None:
     data, window = encoded(photograph(), "JPEG"), np.array([[0, 0, 300, 200]], np.int32)
     batch = whole([data], window, NONE)
-    jitter = Jitter(np.array([[1.3, 0.7, 1.2]]), np.array([[2, 0, 1]]))
-    plain, changed = decode(batch), decode(replace(batch, jitter=jitter))
+    factors, order = np.array([[1.3, 0.7, 1.2]]), np.array([[2, 0, 1]])
+    changes = Changes(factors, order, None, None, None, np.zeros(1, np.int64))
+    plain, changed = decode(batch), decode(replace(batch, changes=changes))
     picture = Image.fromarray(plain[0].permute(1, 2, 0).numpy())
     for change, factor in ((adjust_saturation, 1.2), (adjust_brightness, 1.3), (adjust_contrast, 0.7)):
         picture = change(picture, factor)

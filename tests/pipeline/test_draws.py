@@ -157,10 +157,43 @@ def test_fixed_size_reaches_every_edge() -> None:
 def test_jitter_is_drawn_within_its_bounds_in_every_order() -> None:
     count = 5000
     columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 500), np.full(count, 375)
-    jitter = AugmentDraws(0, CropConfig(jitter=0.4), (224, 224)).at(*columns).jitter
-    assert jitter is not None and AugmentDraws(0, CropConfig(), (224, 224)).at(*columns).jitter is None
-    assert 0.6 <= jitter.factors.min() < 0.61 and 1.39 < jitter.factors.max() <= 1.4
-    assert len({tuple(order) for order in jitter.orders.tolist()}) == 6
+    changes = AugmentDraws(0, CropConfig(jitter=0.4), (224, 224)).at(*columns).changes
+    assert AugmentDraws(0, CropConfig(), (224, 224)).at(*columns).changes is None
+    assert changes is not None and changes.jitter_factors is not None and changes.jitter_orders is not None
+    assert 0.6 <= changes.jitter_factors.min() < 0.61 and 1.39 < changes.jitter_factors.max() <= 1.4
+    assert len({tuple(order) for order in changes.jitter_orders.tolist()}) == 6
+    assert changes.operations is None and changes.boxes is None
+
+
+def test_rand_augment_is_drawn_as_timm_draws_it() -> None:
+    """Two of 15 operations, each left out half the time, magnitude normal(9, 0.5) up to 10, either sense."""
+    count = 20_000
+    columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 500), np.full(count, 375)
+    changes = AugmentDraws(0, CropConfig(rand_augment=9.0), (224, 224)).at(*columns).changes
+    assert changes is not None and changes.operations is not None and changes.magnitudes is not None
+    assert abs((changes.operations < 0).mean() - 0.5) < 0.01
+    counts = np.bincount(changes.operations[changes.operations >= 0], minlength=15)
+    assert len(counts) == 15 and abs(counts / counts.mean() - 1).max() < 0.1
+    sizes = np.abs(changes.magnitudes)
+    expected = np.clip(np.random.default_rng(0).normal(9, 0.5, sizes.size), 0, 10)
+    assert (
+        np.abs(np.quantile(sizes, np.linspace(0.01, 1, 50)) - np.quantile(expected, np.linspace(0.01, 1, 50))).max()
+        < 0.03
+    )
+    assert abs((changes.magnitudes < 0).mean() - 0.5) < 0.01
+
+
+def test_boxes_are_erased_as_often_and_as_large_as_asked() -> None:
+    count = 20_000
+    columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 500), np.full(count, 375)
+    changes = AugmentDraws(0, CropConfig(erase=0.25), (224, 224)).at(*columns).changes
+    assert changes is not None and changes.boxes is not None
+    left, top, width, height = changes.boxes[changes.boxes[:, 2] > 0].T
+    assert abs(len(left) / count - 0.25) < 0.01
+    assert (left >= 0).all() and (top >= 0).all() and (left + width <= 224).all() and (top + height <= 224).all()
+    share = width * height / 224**2
+    assert 0.018 < share.min() < 0.03 and 0.31 < share.max() < 0.34
+    assert 0.28 < (height / width).min() < 0.35 and 2.9 < (height / width).max() < 3.5
 
 
 @pytest.mark.parametrize(
