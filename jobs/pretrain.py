@@ -34,6 +34,7 @@ from model.optimise import lr_at
 from pipeline.draws import AugmentDraws
 from pipeline.line import Slices
 from pipeline.loader import Batch, PretrainLoader
+from pipeline.mix import Mix, MixOrder
 from pipeline.order import SampleOrder
 from shards.dataset import Dataset
 
@@ -85,14 +86,21 @@ def schedule_of(recipe: Recipe, dataset_size: int) -> Schedule:
 
 def train(recipe: Recipe, folder: RunFolder, stop_at_step: int | None, ranks: Ranks) -> None:
     """Takes every step of the schedule that the run's newest checkpoint has not taken yet."""
-    dataset = Dataset.open(recipe.data.dataset)
+    dataset: Dataset | Mix
+    order: SampleOrder | MixOrder
+    if recipe.data.mix:
+        dataset = Mix.open(recipe.data.mix)
+        order = MixOrder(dataset, recipe.seed, recipe.data.shuffle)
+    else:
+        dataset = Dataset.open(recipe.data.dataset)
+        order = SampleOrder(len(dataset), recipe.seed, recipe.data.shuffle)
     schedule = schedule_of(recipe, len(dataset))
     end = schedule.total_steps if stop_at_step is None else min(schedule.total_steps, stop_at_step)
     share = math.ceil(recipe.optim.batch_size / ranks.world_size)
     slices = Slices(recipe.optim.batch_size, ranks.world_size, math.ceil(share / recipe.engine.micro_batch_size))
     loader = PretrainLoader(
         dataset,
-        SampleOrder(len(dataset), recipe.seed, recipe.data.shuffle),
+        order,
         AugmentDraws(recipe.seed, recipe.data.crop, recipe.model.image_size),
         recipe.model.image_size,
         slices,

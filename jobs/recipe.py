@@ -27,6 +27,8 @@ class RecipeError(MaelstreamError):
 class DataConfig:
     dataset: str = "data/imagenet-train"
     """Folder or URI that `maelstream pack` wrote."""
+    mix: dict[str, float] = field(default_factory=dict)
+    """Several of them instead, each with its weight."""
     crop: CropConfig = CropConfig()
     shuffle: Shuffle = "global"
     """Any sample may come at any place of an epoch; or blocks of consecutive samples, then samples in windows of 16

@@ -85,7 +85,7 @@ def main(args: list[str]) -> int:
     command = tyro.cli(Reconstruct, args=args, prog="maelstream reconstruct")
     folder = RunFolder(command.run)
     recipe, step = folder.recipe(), folder.last_step()
-    dataset = Dataset.open(command.dataset or recipe.data.dataset)
+    dataset = Dataset.open(command.dataset or next(iter(recipe.data.mix), recipe.data.dataset))
     if not 1 <= command.count <= len(dataset):
         raise MaelstreamError(f"--count {command.count}: {dataset.folder} has 1 to {len(dataset)} images to show")
     samples = np.linspace(0, len(dataset) - 1, command.count).astype(np.int64)

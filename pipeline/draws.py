@@ -130,8 +130,8 @@ class AugmentDraws:
 
 
 def erased_boxes(numbers: Float64[np.ndarray, "b tries 4"], image_size: tuple[int, int]) -> Int32[np.ndarray, "b 4"]:
-    """Boxes (left, top, width, height) of 2 % to a third of the image (Zhong et al., arXiv 1708.04896), height over width
-    0.3 to 1 / 0.3; no width where no try fits."""
+    """Boxes (left, top, width, height) of 2 % to a third of the image (Zhong et al., arXiv 1708.04896), height over
+    width 0.3 to 1 / 0.3; no width where no try fits."""
     image_height, image_width = image_size
     area = image_height * image_width * (0.02 + numbers[..., 0] * (1 / 3 - 0.02))  # (B, tries)
     aspect = np.exp(np.log(0.3) * (1 - 2 * numbers[..., 1]))

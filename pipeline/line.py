@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int64
 
 from pipeline.draws import AugmentDraws, Draws
 from pipeline.hashing import sample_keys, seed_word, uniforms
+from pipeline.mix import Mix, MixOrder
 from pipeline.order import SampleOrder
 from shards.dataset import Dataset
 from shards.errors import MaelstreamError
@@ -67,8 +68,8 @@ class MicroBatch:
 class Line:
     """The line of `dataset` as one rank sees it."""
 
-    dataset: Dataset
-    order: SampleOrder
+    dataset: Dataset | Mix
+    order: SampleOrder | MixOrder
     draws: AugmentDraws
     slices: Slices
     rank: int
@@ -79,11 +80,10 @@ class Line:
         step, micro_batch = divmod(number, self.slices.micro_batches)
         first, end = self.slices.bounds(self.rank, micro_batch)
         line = start + step * self.slices.batch_size + np.arange(first, end)
-        epochs, positions = np.divmod(line, len(self.dataset))
-        samples = self.order.at(epochs, positions)
+        epochs, positions, samples = self.order.of_line(line)
         for place, found in enumerate(zip(epochs.tolist(), samples.tolist(), strict=True)):
             if found in bad:
-                samples[place] = self._replacement(int(epochs[place]), int(positions[place]), bad)
+                samples[place] = self._replacement(*found, int(positions[place]), bad)
         widths, heights = self.dataset.width[samples], self.dataset.height[samples]
         return MicroBatch(samples, epochs, positions, self.draws.at(epochs, samples, widths, heights))
 
@@ -95,10 +95,10 @@ class Line:
         rank = np.searchsorted(edges, (line - start) % slices.batch_size, "right") // slices.micro_batches
         return (rank == self.rank) & (line >= start)
 
-    def _replacement(self, epoch: int, position: int, bad: Container[Place]) -> int:
-        key = sample_keys(seed_word(self.order.seed, "replace"), np.array([epoch]), np.array([position]))
-        tries = (uniforms(key, _TRIES)[0] * len(self.dataset)).astype(np.int64).tolist()
-        for sample in tries:
-            if (epoch, sample) not in bad:
-                return sample
+    def _replacement(self, epoch: int, sample: int, position: int, bad: Container[Place]) -> int:
+        first, end = self.dataset.siblings(sample)
+        key = sample_keys(seed_word(self.order.seed, "replace"), np.array([epoch]), np.array([first + position]))
+        for other in (first + uniforms(key, _TRIES)[0] * (end - first)).astype(np.int64).tolist():
+            if (epoch, other) not in bad:
+                return other
         raise MaelstreamError(f"{self.dataset.folder}: of {_TRIES} samples drawn, all were bad; restore the dataset")

@@ -23,6 +23,7 @@ from torch import Tensor
 from pipeline.decode import DECODERS, EncodedBatch, GpuDecode, Output
 from pipeline.draws import AugmentDraws
 from pipeline.line import Line, MicroBatch, Place, Slices
+from pipeline.mix import Mix, MixOrder, MixReader
 from pipeline.order import SampleOrder
 from pipeline.windows import WindowReader
 from shards.dataset import Dataset
@@ -76,8 +77,8 @@ class PretrainLoader:
 
     def __init__(
         self,
-        dataset: Dataset,
-        order: SampleOrder,
+        dataset: Dataset | Mix,
+        order: SampleOrder | MixOrder,
         draws: AugmentDraws,
         image_size: tuple[int, int],
         slices: Slices,
@@ -102,7 +103,8 @@ class PretrainLoader:
             )
         self._dataset, self._slices = dataset, slices
         self._line = Line(dataset, order, draws, slices, rank)
-        self._reader = ShardReader(dataset, check_crc=False)
+        self._reader: ShardReader | MixReader
+        self._reader = MixReader(dataset, False) if isinstance(dataset, Mix) else ShardReader(dataset, False)
         self._image_size, self._threads, self._prefetch = image_size, threads, prefetch
         self._output, self._gpu = output, gpu
         self._bad: dict[int, BadSample] = {}
@@ -166,10 +168,8 @@ class PretrainLoader:
         with self._bad_lock:  # threads read ahead side by side
             self._bad_places |= reasons.keys()
             new = {sample: reason for (_, sample), reason in reasons.items() if sample not in self._bad}
-            keys = self._dataset.keys(np.array(list(new), np.int64))
-            for key, (sample, reason) in zip(keys, new.items(), strict=True):
-                shard = self._dataset.shard_names[int(self._dataset.shard[sample])]
-                self._bad[sample] = BadSample(sample, f"{self._dataset.folder}/{shard}", key, reason)
+            for sample, reason in new.items():
+                self._bad[sample] = BadSample(sample, *self._dataset.path_and_key(sample), reason)
                 self._on_bad(self._bad[sample])
             if len(self._bad) > self._most_bad:
                 listed = "; ".join(map(str, list(self._bad.values())[:_LISTED]))
@@ -181,7 +181,10 @@ class PretrainLoader:
     def _produce(self, start: int, device: torch.device, batches: "Queue[Batch | Exception]") -> None:
         """Body of the producer thread: hands batches, or what went wrong, to the consumer."""
         handed_over = 0
-        windows = WindowReader(self._line, self._reader, start) if self._line.order.shuffle == "block" else None
+        windows = None
+        if self._line.order.shuffle == "block":
+            assert isinstance(self._reader, ShardReader)  # a mix is not shuffled by blocks
+            windows = WindowReader(self._line, self._reader, start)
         try:
             while not self._stop.is_set():
                 with _Feed(lambda number: self._read(start, number, windows), handed_over, self._prefetch) as feed:

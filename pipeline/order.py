@@ -42,6 +42,11 @@ class SampleOrder:
             samples[here] = _blocks_of(self.size, self.seed, int(epoch)).at(positions[here])
         return samples
 
+    def of_line(self, line: Int64[np.ndarray, "b"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Epoch, position in it and sample for places of the endless line of epochs."""
+        epochs, positions = np.divmod(line, self.size)
+        return epochs, positions, self.at(epochs, positions)
+
     def windows(self, epochs: Int64[np.ndarray, "b"], positions: Int64[np.ndarray, "b"]) -> Int64[np.ndarray, "b"]:
         """Number of the window in which each position of a block shuffle lies."""
         found = np.empty(len(positions), np.int64)

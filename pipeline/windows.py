@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from pipeline.line import Line, MicroBatch
+from pipeline.order import SampleOrder
+from shards.dataset import Dataset
 from shards.reader import ShardReader
 
 _KEPT = 3
@@ -24,6 +26,8 @@ class WindowReader:
 
     def __init__(self, line: Line, reader: ShardReader, start: int):
         """`start` samples of the line have been consumed, and will not be asked for."""
+        assert isinstance(line.order, SampleOrder) and isinstance(line.dataset, Dataset)
+        self._order, self._dataset = line.order, line.dataset
         self._line, self._reader, self._start = line, reader, start
         self._held: OrderedDict[Window, Future[dict[int, np.ndarray]]] = OrderedDict()
         self._lock = threading.Lock()
@@ -31,7 +35,7 @@ class WindowReader:
 
     def read(self, planned: MicroBatch) -> list[np.ndarray]:
         """Encoded bytes of each sample, uint8."""
-        numbers = self._line.order.windows(planned.epochs, planned.positions)
+        numbers = self._order.windows(planned.epochs, planned.positions)
         places = list(zip(planned.epochs.tolist(), numbers.tolist(), strict=True))
         windows = sorted(set(places))
         with self._lock:
@@ -58,14 +62,14 @@ class WindowReader:
 
     def _after(self, window: Window) -> Window:
         epoch, number = window
-        first, end = self._line.order.window(epoch, number + 1)
+        first, end = self._order.window(epoch, number + 1)
         return (epoch, number + 1) if first < end else (epoch + 1, 0)
 
     def _fetch(self, epoch: int, number: int) -> dict[int, np.ndarray]:
-        positions = np.arange(*self._line.order.window(epoch, number))
-        positions = positions[self._line.mine(self._start, epoch * len(self._line.dataset) + positions)]
-        samples = np.sort(self._line.order.at(np.full_like(positions, epoch), positions))
-        local = self._line.dataset.storage.local
+        positions = np.arange(*self._order.window(epoch, number))
+        positions = positions[self._line.mine(self._start, epoch * len(self._dataset) + positions)]
+        samples = np.sort(self._order.at(np.full_like(positions, epoch), positions))
+        local = self._dataset.storage.local
         return {
             sample: data.copy() if local else data
             for sample, data in zip(samples.tolist(), self._reader.read(samples), strict=True)

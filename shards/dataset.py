@@ -115,6 +115,14 @@ class Dataset:
     def _texts(self) -> pa.RecordBatch:
         return self._open_index(["key", "source"])
 
+    def siblings(self, sample: int) -> tuple[int, int]:
+        """First sample of the dataset that `sample` is in, and the one after its last."""
+        return 0, len(self)
+
+    def path_and_key(self, sample: int) -> tuple[str, str]:
+        """Shard and key of a sample."""
+        return f"{self.folder}/{self.shard_names[int(self.shard[sample])]}", self.keys(np.array([sample]))[0]
+
     def keys(self, samples: Int64[np.ndarray, "b"]) -> list[str]:
         """Keys of `samples` in their shards."""
         return self._texts.column("key").take(pa.array(samples)).to_pylist()

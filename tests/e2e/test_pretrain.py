@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -225,6 +226,20 @@ def test_a_damaged_sample_ends_the_run_with_its_name_or_is_replaced(
     assert done.returncode == 0, done.stderr
     (bad,) = {json.loads(line)["key"] for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()}
     assert bad == packed.keys(np.array([0]))[0]
+
+
+def test_a_mix_is_trained_on_and_reconstructed(recipe: Path, packed: Dataset, tmp_path: Path) -> None:
+    """Stopped and resumed, too, with colour jitter, RandAugment and erasing switched on from the command line."""
+    copy, folder = shutil.copytree(packed.folder, tmp_path / "copy"), str(tmp_path / "run")
+    mixed = [str(recipe), "--run", folder, "--data.mix", packed.folder, "3", str(copy), "1"]
+    changes = ["--data.crop.jitter", "0.4", "--data.crop.rand-augment", "9", "--data.crop.erase", "0.25"]
+    for more in (["--stop-at-step", "2"], ["--stop-at-step", "3"]):
+        done = alone(*mixed, *changes, *more)
+        assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in RunFolder(Path(folder)).read_metrics()] == [1, 2, 3]
+    assert run("reconstruct", [folder, "--count", "2"]) == 0
+    done = alone(str(recipe), "--run", folder, "--data.mix", packed.folder, "1", str(copy), "1", *changes)
+    assert done.returncode == 2 and "holds a run with another data.mix." in done.stderr
 
 
 def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path: Path, undisturbed: RunFolder) -> None:
