@@ -3,7 +3,7 @@
 The store is the local disk, asked through a wrapper that waits before each answer; requests run side by side as they
 would over a network. A global shuffle from the same store is shown for comparison.
 
-    python benchmarks/store.py --data ../shared/imagenet-sample
+    python -m benchmarks.store --data ../shared/imagenet-sample
 """
 
 import json

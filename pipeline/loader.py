@@ -120,9 +120,14 @@ class PretrainLoader:
         return {"epoch": epoch, "position": position}
 
     def load_state_dict(self, state: LoaderState) -> None:
-        """Goes on from `state`, in O(1); before the first batch is taken."""
+        """Goes on from `state`, in O(1); before the first batch is taken. MaelstreamError when it is not this data's."""
         if self._producer is not None:
             raise RuntimeError("the loader runs already")
+        if state["epoch"] < 0 or not 0 <= state["position"] < len(self._dataset):
+            raise MaelstreamError(
+                f"epoch {state['epoch']}, position {state['position']}: {self._dataset.folder} has positions 0 to "
+                f"{len(self._dataset) - 1:,}; the state is another dataset's"
+            )
         self._consumed = state["epoch"] * len(self._dataset) + state["position"]
 
     def __enter__(self) -> "PretrainLoader":

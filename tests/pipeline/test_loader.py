@@ -137,6 +137,12 @@ def test_the_state_stands_at_the_last_whole_global_batch(packed: Dataset) -> Non
     assert positions == [0, 8, 8, 16]
 
 
+@pytest.mark.parametrize("state", [{"epoch": 0, "position": 60}, {"epoch": -1, "position": 0}])
+def test_a_state_beyond_the_epoch_is_refused(packed: Dataset, state: LoaderState) -> None:
+    with pytest.raises(MaelstreamError, match="has positions 0 to 59; the state is another dataset's"):
+        take(packed, Slices(8, 1, 1), 1, state=state)
+
+
 def test_batch_size_and_ranks_may_change_in_the_middle_of_an_epoch(packed: Dataset) -> None:
     first = [batch for rank in range(2) for batch in take(packed, Slices(8, 2, 1), 3, rank)]  # 24 samples
     state: LoaderState = {"epoch": 0, "position": 24}
