@@ -120,7 +120,7 @@ class PretrainLoader:
         return {"epoch": epoch, "position": position}
 
     def load_state_dict(self, state: LoaderState) -> None:
-        """Goes on from `state`, in O(1); before the first batch is taken. MaelstreamError when it is not this data's."""
+        """Goes on from `state`, in O(1); before the first batch is taken. MaelstreamError for one of other data."""
         if self._producer is not None:
             raise RuntimeError("the loader runs already")
         if state["epoch"] < 0 or not 0 <= state["position"] < len(self._dataset):
