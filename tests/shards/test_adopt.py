@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nvidia.dali import Pipeline, fn
 
 from jobs.command import run
 from shards.dataset import Dataset
 from shards.reader import ShardReader
 from tests.conftest import encoded, photograph
+from tests.shards.test_pack import by_stock_dali
 from tests.shards.test_sources import IMAGES, quarantine, samples_of, webdataset_members, write_tar
 
 
@@ -46,19 +46,8 @@ def test_shards_are_indexed_in_place_and_nothing_of_them_is_rewritten(
 
 def test_stock_dali_reads_adopted_shards_through_our_idx(shards: Path) -> None:
     assert run("index", [str(shards), "--workers", "1"]) == 0
-    paths = sorted(shards.glob("*.tar"))
-    pipeline = Pipeline(8, 1, device_id=None)
-    with pipeline:
-        jpg, cls = fn.readers.webdataset(  # type: ignore[misc]
-            paths=[str(path) for path in paths],
-            index_paths=[str(path.with_suffix(".idx")) for path in paths],
-            ext=["jpg", "cls"],
-        )
-        pipeline.set_outputs(jpg, cls)
-    pipeline.build()
-    images, labels = pipeline.run()
-    assert [bytes(images.at(n)) for n in range(8)] == IMAGES[:8]
-    assert [bytes(labels.at(n)) for n in range(8)] == [str(n % 4).encode() for n in range(8)]
+    images, labels = by_stock_dali(shards, sorted(path.name for path in shards.glob("*.tar")), 8)
+    assert images == IMAGES[:8] and labels == [str(n % 4).encode() for n in range(8)]
 
 
 def test_timm_s_own_description_of_the_splits_stands(shards: Path) -> None:

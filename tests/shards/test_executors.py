@@ -14,26 +14,13 @@ import pytest
 from jobs.command import run
 from shards.executors import EXECUTORS, Local, Ray
 from shards.pack import pack
-from shards.plan import PackOptions
-from tests.conftest import encoded, photograph, write_images
+from tests.conftest import encoded, photograph
+from tests.shards.conftest import OPTIONS
 from tests.shards.test_pack import digests
 from tests.shards.test_sources import write_parquet, write_tar
 
-OPTIONS = PackOptions(name="tiny", split="train", shard_bytes=30_000, seed=3)
 PACK = ["-c", "import sys; from jobs.command import run; sys.exit(run('pack', sys.argv[1:]))"]
 SHARDED = ["--name", "tiny", "--shard-size", "30000", "--seed", "3", "--workers", "2"]
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"), classes=4, per_class=12)
-
-
-@pytest.fixture(scope="module")
-def built(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("built") / "tiny"
-    pack(str(images), str(folder), OPTIONS, Local(2), lambda _: None)
-    return folder
 
 
 def start(source: Path, destination: Path, *more: str) -> subprocess.Popen:

@@ -28,8 +28,7 @@ from shards.pack import PackResult, pack
 from shards.plan import PackOptions
 from shards.reader import ShardReader
 from tests.conftest import encoded, photograph, write_images
-
-OPTIONS = PackOptions(name="tiny", split="train", shard_bytes=30_000, seed=3)
+from tests.shards.conftest import OPTIONS
 
 
 def build(source: Path, destination: Path, workers: int = 1, options: PackOptions = OPTIONS) -> PackResult:
@@ -40,18 +39,6 @@ def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below `folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images"), classes=4, per_class=12)
-
-
-@pytest.fixture(scope="module")
-def built(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("built") / "tiny"
-    build(images, folder)
-    return folder
 
 
 def test_every_image_enters_once_with_its_own_bytes_label_size_and_checksum(images: Path, built: Path) -> None:
@@ -223,22 +210,27 @@ def test_webdataset_reads_the_same_samples(built: Path) -> None:
     assert [int(sample["cls"]) for sample in theirs] == dataset.label.tolist()
 
 
-def test_stock_dali_reads_the_same_samples_through_our_idx(built: Path) -> None:
-    dataset = Dataset.open(built)
-    paths = [built / name for name in dataset.shard_names]
-    pipeline = Pipeline(len(dataset), 1, device_id=None)
+def by_stock_dali(folder: Path, names: list[str], count: int) -> tuple[list[bytes], list[bytes]]:
+    """Images and labels of the first `count` samples, by DALI's own reader through our `.idx` files."""
+    pipeline = Pipeline(count, 1, device_id=None)
     with pipeline:
         jpg, cls = fn.readers.webdataset(  # type: ignore[misc]
-            paths=[str(path) for path in paths],
-            index_paths=[str(path.with_suffix(".idx")) for path in paths],
+            paths=[str(folder / name) for name in names],
+            index_paths=[str((folder / name).with_suffix(".idx")) for name in names],
             ext=["jpg", "cls"],
         )
         pipeline.set_outputs(jpg, cls)
     pipeline.build()
     images, labels = pipeline.run()
+    return [bytes(images.at(k)) for k in range(count)], [bytes(labels.at(k)) for k in range(count)]
+
+
+def test_stock_dali_reads_the_same_samples_through_our_idx(built: Path) -> None:
+    dataset = Dataset.open(built)
+    images, labels = by_stock_dali(built, dataset.shard_names, len(dataset))
     ours = ShardReader(dataset, check_crc=False).read(np.arange(len(dataset)))
-    assert [bytes(images.at(k)) for k in range(len(dataset))] == [data.tobytes() for data in ours]
-    assert [int(bytes(labels.at(k))) for k in range(len(dataset))] == dataset.label.tolist()
+    assert images == [data.tobytes() for data in ours]
+    assert list(map(int, labels)) == dataset.label.tolist()
 
 
 def test_timm_reads_the_folder_unchanged(built: Path) -> None:

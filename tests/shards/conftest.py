@@ -1,0 +1,26 @@
+"""What the tests of building stand on: images, and what an undisturbed build makes of them."""
+
+from pathlib import Path
+
+import pytest
+
+from shards.executors import Local
+from shards.pack import pack
+from shards.plan import PackOptions
+from tests.conftest import write_images
+
+OPTIONS = PackOptions(name="tiny", split="train", shard_bytes=30_000, seed=3)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 JPEGs of 4 classes."""
+    return write_images(tmp_path_factory.mktemp("images"), classes=4, per_class=12)
+
+
+@pytest.fixture(scope="module")
+def built(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packed by `OPTIONS`."""
+    folder = tmp_path_factory.mktemp("built") / "tiny"
+    pack(str(images), str(folder), OPTIONS, Local(2), lambda _: None)
+    return folder
