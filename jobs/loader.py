@@ -98,7 +98,7 @@ def measure(command: Loader, setting: Setting) -> dict[str, Any]:
     def read(number: int) -> EncodedBatch:
         planned = line.at(0, number, ())
         drawn = planned.draws
-        encoded = [data.copy() for data in reader.read(planned.samples)]
+        encoded = reader.read(planned.samples)
         return EncodedBatch(encoded, drawn.windows, drawn.resizes, drawn.flips, drawn.changes)
 
     figures: dict[str, Any] = {"draws": _rate(lambda n: line.at(0, n, ()), slices.largest, share)}

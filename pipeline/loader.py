@@ -152,14 +152,10 @@ class PretrainLoader:
             yield batch
 
     def _read(self, start: int, number: int, windows: WindowReader | None) -> tuple[MicroBatch, EncodedBatch]:
-        """A micro-batch whose bytes may be handed to DALI, copied off the memory map, so that no later stage waits on a
-        cold page."""
+        """A micro-batch whose bytes may be handed to DALI."""
         while True:
             planned = self._line.at(start, number, self._bad_places)
-            if windows is None:
-                encoded = [data.copy() for data in self._reader.read(planned.samples)]  # without holding Python's lock
-            else:
-                encoded = windows.read(planned)
+            encoded = self._reader.read(planned.samples) if windows is None else windows.read(planned)
             sizes = (column[planned.samples].tolist() for column in (self._dataset.width, self._dataset.height))
             refusals = [refusal(memoryview(data), *size) for data, *size in zip(encoded, *sizes, strict=True)]
             if not any(refusals):

@@ -48,8 +48,7 @@ class WindowReader:
         ]
         # a bad sample's replacement comes from anywhere
         return [
-            self._reader.read(planned.samples[n : n + 1])[0].copy() if data is None else data
-            for n, data in enumerate(found)
+            self._reader.read(planned.samples[n : n + 1])[0] if data is None else data for n, data in enumerate(found)
         ]
 
     def close(self) -> None:
@@ -69,8 +68,4 @@ class WindowReader:
         positions = np.arange(*self._order.window(epoch, number))
         positions = positions[self._line.mine(self._start, epoch * len(self._dataset) + positions)]
         samples = np.sort(self._order.at(np.full_like(positions, epoch), positions))
-        local = self._dataset.storage.local
-        return {
-            sample: data.copy() if local else data
-            for sample, data in zip(samples.tolist(), self._reader.read(samples), strict=True)
-        }
+        return dict(zip(samples.tolist(), self._reader.read(samples), strict=True))

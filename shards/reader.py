@@ -1,14 +1,16 @@
-"""Samples by number: their encoded bytes, as views of memory-mapped shards, or fetched from a store.
+"""Samples by number: their encoded bytes, from local shards or from a store.
 
-From a store, samples that lie close together in a shard come with one request, and requests run side by side.
+A local shard is read, not mapped: where a mapped one is cut while it is in use, the process dies of SIGBUS. From a
+store, samples that lie close together in a shard come with one request, and requests run side by side.
 """
 
 import contextlib
-import mmap
+import os
+import resource
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,12 +39,13 @@ class ShardReader:
         """`check_crc` compares each sample with its CRC32C, 1 GB/s a core at the least: no other check finds flipped
         bits, which decode to garbage without a word."""
         self._dataset, self._check_crc = dataset, check_crc
-        # a shard is opened when it is first needed
-        self._shard: Callable[[int], Read] = cache(self._mapped if dataset.storage.local else self._remote)
+        # A shard is opened when it is needed, and the least used one closed where there are too many.
+        open_shard = self._local if dataset.storage.local else self._remote
+        self._shard: Callable[[int], Read] = lru_cache(_open_shards())(open_shard)
         self._threads = None if dataset.storage.local else ThreadPoolExecutor(_REQUESTS, "requests")
 
     def read(self, samples: Int64[np.ndarray, "b"]) -> list[np.ndarray]:
-        """Encoded bytes of each sample, uint8, read-only views.
+        """Encoded bytes of each sample, uint8, read-only. Python's lock is not held meanwhile.
 
         Raises:
             DatasetError: a shard that is missing or cut, or a sample that is not what was packed.
@@ -83,14 +86,24 @@ class ShardReader:
     def _path(self, shard: int) -> str:
         return f"{self._dataset.folder}/{self._dataset.shard_names[shard]}"
 
-    def _mapped(self, shard: int) -> Read:
+    def _local(self, shard: int) -> Read:
+        path = Path(self._dataset.storage.path, self._dataset.shard_names[shard])
         try:
-            with Path(self._dataset.storage.path, self._dataset.shard_names[shard]).open("rb") as file:
-                mapped = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        except (OSError, ValueError) as error:
+            file = path.open("rb", buffering=0)  # closed when nobody reads from it any more
+        except OSError as error:
             raise DatasetError(f"{self._path(shard)} cannot be read ({error}); restore this shard") from None
-        self._check_size(shard, len(mapped))
-        return lambda offset, size: mapped[offset : offset + size]
+        self._check_size(shard, os.fstat(file.fileno()).st_size)
+
+        def read(offset: int, size: int) -> np.ndarray:
+            try:
+                data = os.pread(file.fileno(), size, offset)
+            except OSError as error:
+                raise StorageError(f"{self._path(shard)} cannot be read ({error.strerror})") from None
+            if len(data) < size:
+                raise DatasetError(f"{self._path(shard)} was cut while it was in use; restore this shard")
+            return np.frombuffer(data, np.uint8)
+
+        return lambda offset, size: _patiently(lambda: read(offset, size))
 
     def _remote(self, shard: int) -> Read:
         storage, name = self._dataset.storage, self._dataset.shard_names[shard]
@@ -107,6 +120,11 @@ class ShardReader:
         packed = self._dataset.manifest["shards"][shard]["bytes"]
         if held != packed:
             raise DatasetError(f"{self._path(shard)} has {held} bytes, {packed} were packed; restore this shard")
+
+
+def _open_shards() -> int:
+    """How many shards to keep open: half of the files that a process may have."""
+    return max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
 
 
 def _patiently(ask: Callable[[], T]) -> T:
