@@ -57,8 +57,6 @@ class Workers:
 
     def make(self) -> Executor:
         """The executor; DatasetError for less than one worker."""
-        if self.workers < 1:
-            raise DatasetError(f"--workers {self.workers}: at least one has to do it")
         return EXECUTORS[self.executor](self.workers)
 
 

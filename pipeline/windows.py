@@ -1,11 +1,11 @@
 """Long reads for a block shuffle: this rank's share of a window of the order is fetched at once, one window ahead.
 
 Samples of a window lie in a few blocks of consecutive samples, so that fetching its share takes a few long requests,
-however its samples are shuffled. At most `_KEPT` windows are held: of ImageNet 225 MB each, over the number of ranks.
+however its samples are shuffled. At most `_KEPT` windows are held, or those that a large micro-batch spans and the next:
+of ImageNet 225 MB each, over the number of ranks.
 """
 
 import threading
-from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -29,7 +29,7 @@ class WindowReader:
         assert isinstance(line.order, SampleOrder) and isinstance(line.dataset, Dataset)
         self._order, self._dataset = line.order, line.dataset
         self._line, self._reader, self._start = line, reader, start
-        self._held: OrderedDict[Window, Future[dict[int, np.ndarray]]] = OrderedDict()
+        self._held: dict[Window, Future[dict[int, np.ndarray]]] = {}
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(2, "windows")
 
@@ -41,8 +41,8 @@ class WindowReader:
         with self._lock:
             held = {window: self._future(window) for window in windows}
             self._future(self._after(windows[-1]))
-            while len(self._held) > _KEPT + len(windows):
-                self._held.popitem(last=False)
+            while len(self._held) > max(_KEPT, len(windows) + 1):
+                del self._held[min(self._held)]
         found = [
             held[place].result().get(sample) for place, sample in zip(places, planned.samples.tolist(), strict=True)
         ]

@@ -33,6 +33,9 @@ class Local:
 
     workers: int
 
+    def __post_init__(self) -> None:
+        _refuse_none(self.workers)
+
     def run(self, task: str, jobs: Iterable[Any]) -> Generator[Any, None, None]:
         # Spawned, not forked: the caller may hold threads.
         pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _begin_worker)
@@ -61,6 +64,9 @@ class Ray:
     """A Ray cluster: the one that RAY_ADDRESS names, or one on this machine. Lost workers' jobs are tried again."""
 
     workers: int
+
+    def __post_init__(self) -> None:
+        _refuse_none(self.workers)
 
     def run(self, task: str, jobs: Iterable[Any]) -> Generator[Any, None, None]:
         try:
@@ -98,6 +104,11 @@ def _ray_cluster(ray: Any, workers: int) -> Iterator[None]:
 
 
 EXECUTORS: dict[str, Callable[[int], Executor]] = {"local": Local, "ray": Ray}
+
+
+def _refuse_none(workers: int) -> None:
+    if workers < 1:
+        raise DatasetError(f"--workers {workers}: at least one has to do it")
 
 
 def _begin_worker() -> None:

@@ -24,7 +24,6 @@ PLAN = f"{WORK}/plan.arrow"
 _LARGEST_LABEL = 99_999  # without class names; ImageNet-22k has 21,841
 _HEADERS_BYTES = 1536  # two tar headers and the label's block
 
-SCANNED = ("file", "path", "offset", "size", "label", "label_offset", "label_size")
 ROWS = pa.schema(
     [
         ("file", pa.large_string()),
@@ -62,10 +61,9 @@ class Plan:
 
     @classmethod
     def open(cls, destination: Storage) -> "Plan":
-        name = PLAN
         if destination.local:
-            return cls(pa.ipc.open_file(pa.memory_map(f"{destination.path}/{name}")))
-        return cls(pa.ipc.open_file(destination.open(name)))
+            return cls(pa.ipc.open_file(pa.memory_map(f"{destination.path}/{PLAN}")))
+        return cls(pa.ipc.open_file(destination.open(PLAN)))
 
     def __len__(self) -> int:
         """Number of shards."""
@@ -158,11 +156,11 @@ def write_plan(
             unfit = pc.not_equal(table["reason"], "")
             lines = table.filter(unfit).select(["path", "reason"]).rename_columns(["source", "reason"])
             left_out.extend(lines.to_pylist())
-            yield table.filter(pc.invert(unfit)).select(SCANNED)
+            yield table.filter(pc.invert(unfit)).select(ROWS.names)
 
     with destination.scratch() as scratch:
         found = scratch / "found.arrow"
-        schema = pa.schema([ROWS.field(n) if n != "label" else pa.field(n, pa.large_string()) for n in SCANNED])
+        schema = pa.schema([ROWS.field(n) if n != "label" else pa.field(n, pa.large_string()) for n in ROWS.names])
         with found.open("wb") as file:
             write_one_batch(file, schema, fit(), scratch)
         rows = pa.ipc.open_file(pa.memory_map(str(found))).get_batch(0)

@@ -60,7 +60,7 @@ class ShardReader:
         if self._check_crc:
             for sample, data, crc32c in zip(samples, found, dataset.crc32c[samples].tolist(), strict=True):
                 if google_crc32c.value(data.tobytes()) != crc32c:
-                    path, key = self._path(int(dataset.shard[sample])), dataset.keys(np.array([sample]))[0]
+                    path, key = dataset.path_and_key(int(sample))
                     raise DatasetError(
                         f"{path}: sample {key} is not what was packed (CRC32C); `maelstream verify` tells what else is "
                         "damaged"

@@ -39,6 +39,11 @@ def test_a_fresh_dataset_has_no_fault(copy: Path, capsys: pytest.CaptureFixture[
     assert "60 samples in" in capsys.readouterr().out
 
 
+def test_no_workers_are_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("verify", [str(copy), "--workers", "0"]) == 2
+    assert "--workers 0: at least one has to do it" in capsys.readouterr().err
+
+
 def test_every_flipped_byte_of_every_file_is_found(copy: Path) -> None:
     """500 places, drawn over all files; each byte is flipped alone, then put back."""
     random = np.random.default_rng(0)
