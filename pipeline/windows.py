@@ -1,8 +1,8 @@
 """Long reads for a block shuffle: this rank's share of a window of the order is fetched at once, one window ahead.
 
 Samples of a window lie in a few blocks of consecutive samples, so that fetching its share takes a few long requests,
-however its samples are shuffled. At most `_KEPT` windows are held, or those that a large micro-batch spans and the next:
-of ImageNet 225 MB each, over the number of ranks.
+however its samples are shuffled. At most `_KEPT` windows are held, or those that a large micro-batch spans and one
+more: of ImageNet 225 MB each, over the number of ranks.
 """
 
 import threading
