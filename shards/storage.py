@@ -181,7 +181,12 @@ def _local_entries(where: str, shown: str) -> list[Entry]:
         if not is_text(item.name):
             raise DatasetError(f"{path!a}: the name is not UTF-8; rename it")
         with _explained(path, "be read", "; make it readable or remove it"):
-            status = item.stat()
+            try:
+                status = item.stat()
+            except FileNotFoundError:
+                if item.is_symlink():  # to nowhere
+                    raise
+                continue  # gone since it was listed: another part of the build has renamed it
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             raise DatasetError(f"{path} is neither a file nor a folder; remove it")
         found.append(Entry(item.name, stat.S_ISREG(status.st_mode), status.st_size))
