@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,15 +15,18 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from jobs.recipe import RecipeError, load_recipe
-from pipeline.decode import DECODERS, EncodedBatch
-from pipeline.draws import AugmentDraws, CropConfig
+from jobs.data import open_data
+from jobs.recipe import Recipe, RecipeError, StreamConfig, load_recipe
+from pipeline.decode import DECODERS, DecodeConfig
+from pipeline.draws import AugmentDraws
+from pipeline.feed import BadSamples
 from pipeline.line import Line, Slices
-from pipeline.loader import PretrainLoader
-from pipeline.order import SampleOrder, Shuffle
+from pipeline.loader import PretrainLoader, feed_of
+from pipeline.mix import Mix
+from pipeline.order import SampleOrder
+from pipeline.stream import Stream
 from shards.dataset import Dataset
 from shards.errors import MaelstreamError
-from shards.reader import ShardReader
 
 _WARM_UP = 4  # batches
 
@@ -33,7 +36,10 @@ class Loader:
     """Stream a packed dataset as pre-training would, and tell the rate and which stage holds it back."""
 
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
-    """A packed dataset; a folder, or a URI such as s3://bucket/folder."""
+    """A packed dataset; a folder, or a URI such as s3://bucket/folder. With --samples, WebDataset shards that are read
+    through: https://host/train-{0000..1023}.tar, pipe:..., a path."""
+    samples: int | None = None
+    """How many samples the shards hold, where they are read through."""
     recipe: Path | None = None
     """Take crop, shuffle, seed and image size from a pre-training recipe."""
     batch_size: int = 64
@@ -43,6 +49,7 @@ class Loader:
     """Threads that decode, and on a CPU as many that resize."""
     prefetch: int = 4
     """Batches read, and decoded, ahead."""
+    decode: DecodeConfig = DecodeConfig()
     seconds: float = 10.0
     """How long to stream."""
     save_grid: Path | None = None
@@ -53,27 +60,22 @@ class Loader:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a recipe, or its absence, says of the data path."""
+    """What is streamed, as a recipe, or its absence, says."""
 
-    dataset: Dataset
-    seed: int
-    crop: CropConfig
-    shuffle: Shuffle
-    image_size: tuple[int, int]
-
-    def parts(self) -> tuple[SampleOrder, AugmentDraws]:
-        """Order and draws."""
-        order = SampleOrder(len(self.dataset), self.seed, self.shuffle)
-        return order, AugmentDraws(self.seed, self.crop, self.image_size)
+    dataset: Dataset | Stream
+    order: SampleOrder
+    draws: AugmentDraws
 
 
 def setting_of(command: Loader) -> Setting:
     """From the recipe, if there is one."""
-    dataset, size = Dataset.open(command.dst), (command.image_size, command.image_size)
-    if command.recipe is None:
-        return Setting(dataset, 0, CropConfig(), "global", size)
-    recipe = load_recipe(command.recipe)
-    return Setting(dataset, recipe.seed, recipe.data.crop, recipe.data.shuffle, recipe.model.image_size)
+    recipe = Recipe() if command.recipe is None else load_recipe(command.recipe)
+    size = recipe.model.image_size if command.recipe is not None else (command.image_size, command.image_size)
+    stream = StreamConfig(command.dst, command.samples) if command.samples is not None else StreamConfig()
+    data = replace(recipe.data, dataset=command.dst, mix={}, stream=stream)
+    dataset, order = open_data(data, recipe.seed)
+    assert not isinstance(dataset, Mix) and isinstance(order, SampleOrder)
+    return Setting(dataset, order, AugmentDraws(recipe.seed, data.crop, size))
 
 
 def tiles(images: torch.Tensor, columns: int) -> np.ndarray:
@@ -89,40 +91,57 @@ def tiles(images: torch.Tensor, columns: int) -> np.ndarray:
 
 def measure(command: Loader, setting: Setting) -> dict[str, Any]:
     """Rates of the stages, each alone on batches of the same stream, and of the whole."""
-    dataset, (order, draws) = setting.dataset, setting.parts()
+    dataset, order, draws = setting.dataset, setting.order, setting.draws
     slices = Slices(min(command.batch_size, len(dataset)), 1, 1)
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = command.decode.device
     share = command.seconds / 4
-    line, reader = Line(dataset, order, draws, slices, 0), ShardReader(dataset, check_crc=False)
-
-    def read(number: int) -> EncodedBatch:
-        planned = line.at(0, number, ())
-        drawn = planned.draws
-        encoded = reader.read(planned.samples)
-        return EncodedBatch(encoded, drawn.windows, drawn.resizes, drawn.flips, drawn.changes)
-
-    figures: dict[str, Any] = {"draws": _rate(lambda n: line.at(0, n, ()), slices.largest, share)}
-    figures["read"] = _rate(read, slices.largest, share)
-    held = [read(number) for number in range(8)]
+    figures: dict[str, Any] = {}
+    if isinstance(dataset, Dataset):
+        line = Line(dataset, order, draws, slices, 0)
+        figures["draws"] = _rate(lambda number: line.at(0, number, ()), slices.largest, share)
+    feed = feed_of(dataset, order, draws, slices, 0, command.prefetch, BadSamples(1, len(dataset), lambda _: None), 0)
+    figures["read"] = _rate(feed.read, slices.largest, share)
+    feed.close()
+    feed = feed_of(dataset, order, draws, slices, 0, command.prefetch, BadSamples(1, len(dataset), lambda _: None), 0)
+    held = [feed.read(number)[1] for number in range(8)]
+    feed.close()
     bytes_an_image = float(np.mean([len(data) for batch in held for data in batch.encoded]))
     decoder = DECODERS[device.type](
-        lambda number: held[number % len(held)], slices.largest, setting.image_size, command.threads, device
+        lambda number: held[number % len(held)],
+        slices.largest,
+        draws.image_size,
+        command.threads,
+        device,
+        config=command.decode,
     )
     figures["decode and resize"] = _rate(lambda _: decoder.run(), slices.largest, share)
     del decoder
-    with PretrainLoader(
-        dataset, order, draws, setting.image_size, slices, 0, command.threads, command.prefetch
-    ) as loader:
+    with loader_of(command, setting, slices) as loader:
         batches = iter(loader)
         figures["whole"] = _rate(lambda _: next(batches), slices.largest, share)
-    stages = {name: figures[name] for name in ("draws", "read", "decode and resize")}
     return {
         "images_per_s": figures,
         "mb_per_s": figures["whole"] * bytes_an_image / 1e6,
         "threads": command.threads,
         "device": str(device),
-        "limit": min(stages, key=lambda name: stages[name]),
+        "limit": min(figures.keys() - {"whole"}, key=lambda name: figures[name]),
     }
+
+
+def loader_of(command: Loader, setting: Setting, slices: Slices) -> PretrainLoader:
+    """The loader that pre-training would use."""
+    return PretrainLoader(
+        setting.dataset,
+        setting.order,
+        setting.draws,
+        setting.draws.image_size,
+        slices,
+        0,
+        command.threads,
+        command.prefetch,
+        decode=command.decode,
+        max_bad_share=1.0,
+    )
 
 
 def _rate(run: Callable[[int], object], size: int, seconds: float) -> float:
@@ -143,9 +162,7 @@ def main(args: list[str]) -> int:
         raise RecipeError("--batch-size, --threads and --prefetch are at least 1, --seconds is more than 0")
     setting = setting_of(command)
     if command.save_grid is not None:
-        order, draws = setting.parts()
-        slices = Slices(min(64, len(setting.dataset)), 1, 1)
-        with PretrainLoader(setting.dataset, order, draws, setting.image_size, slices, 0, command.threads, 1) as loader:
+        with loader_of(command, setting, Slices(min(64, len(setting.dataset)), 1, 1)) as loader:
             images = next(iter(loader)).images.cpu()
         try:
             Image.fromarray(tiles(images, 8)).save(command.save_grid)

@@ -18,6 +18,7 @@ import tyro
 from torch import Tensor
 
 from jobs.command import run
+from jobs.data import open_data
 from jobs.engine import (
     Ranks,
     build_engine,
@@ -34,9 +35,6 @@ from model.optimise import lr_at
 from pipeline.draws import AugmentDraws
 from pipeline.line import Slices
 from pipeline.loader import Batch, PretrainLoader
-from pipeline.mix import Mix, MixOrder
-from pipeline.order import SampleOrder
-from shards.dataset import Dataset
 
 
 @dataclass(frozen=True)
@@ -86,14 +84,7 @@ def schedule_of(recipe: Recipe, dataset_size: int) -> Schedule:
 
 def train(recipe: Recipe, folder: RunFolder, stop_at_step: int | None, ranks: Ranks) -> None:
     """Takes every step of the schedule that the run's newest checkpoint has not taken yet."""
-    dataset: Dataset | Mix
-    order: SampleOrder | MixOrder
-    if recipe.data.mix:
-        dataset = Mix.open(recipe.data.mix)
-        order = MixOrder(dataset, recipe.seed, recipe.data.shuffle)
-    else:
-        dataset = Dataset.open(recipe.data.dataset)
-        order = SampleOrder(len(dataset), recipe.seed, recipe.data.shuffle)
+    dataset, order = open_data(recipe.data, recipe.seed)
     schedule = schedule_of(recipe, len(dataset))
     end = schedule.total_steps if stop_at_step is None else min(schedule.total_steps, stop_at_step)
     share = math.ceil(recipe.optim.batch_size / ranks.world_size)
@@ -107,7 +98,7 @@ def train(recipe: Recipe, folder: RunFolder, stop_at_step: int | None, ranks: Ra
         ranks.rank,
         threads=recipe.loader.threads or ranks.threads,
         prefetch=recipe.loader.prefetch,
-        gpu=recipe.loader.gpu,
+        decode=recipe.loader.decode,
         max_bad_share=recipe.loader.max_bad_share,
         on_bad=folder.quarantine,
     )

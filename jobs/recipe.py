@@ -13,9 +13,10 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from model.mae import MAEConfig
-from pipeline.decode import GpuDecode
+from pipeline.decode import DecodeConfig
 from pipeline.draws import CropConfig
 from pipeline.order import Shuffle
+from pipeline.stream import Stream
 from shards.errors import MaelstreamError
 
 
@@ -24,11 +25,29 @@ class RecipeError(MaelstreamError):
 
 
 @dataclass(frozen=True)
+class StreamConfig:
+    """WebDataset shards that are read through instead of indexed: weaker promises, see docs/pipeline.md."""
+
+    urls: str = ""
+    """`https://host/train-{0000..1023}.tar`, `pipe:...`, a path; none if empty."""
+    samples: int = 0
+    """How many the shards hold, all together: the length of an epoch."""
+    shuffle_buffer: int = 1000
+    """Samples that a rank holds and draws the next from."""
+
+    def opened(self) -> Stream:
+        """MaelstreamError as `Stream`."""
+        return Stream(self.urls, self.samples, self.shuffle_buffer)
+
+
+@dataclass(frozen=True)
 class DataConfig:
     dataset: str = "data/imagenet-train"
     """Folder or URI that `maelstream pack` wrote."""
     mix: dict[str, float] = field(default_factory=dict)
     """Several of them instead, each with its weight."""
+    stream: StreamConfig = StreamConfig()
+    """Or shards that cannot be read at random."""
     crop: CropConfig = CropConfig()
     shuffle: Shuffle = "global"
     """Any sample may come at any place of an epoch; or blocks of consecutive samples, then samples in windows of 16
@@ -74,7 +93,7 @@ class LoaderConfig:
     """Threads that decode in each rank; 0: the machine's cores shared by its ranks."""
     prefetch: int = 4
     """Micro-batches read, and as many decoded, ahead of the step."""
-    gpu: GpuDecode = GpuDecode()
+    decode: DecodeConfig = DecodeConfig()
     max_bad_share: float = 0.001
     """Share of the dataset's samples that may turn out bad and be replaced before the run is stopped."""
 

@@ -85,6 +85,10 @@ def main(args: list[str]) -> int:
     command = tyro.cli(Reconstruct, args=args, prog="maelstream reconstruct")
     folder = RunFolder(command.run)
     recipe, step = folder.recipe(), folder.last_step()
+    if recipe.data.stream.urls and command.dataset is None:
+        raise MaelstreamError(
+            "the run read a stream, of which no image can be chosen; name a packed dataset: --dataset"
+        )
     dataset = Dataset.open(command.dataset or next(iter(recipe.data.mix), recipe.data.dataset))
     if not 1 <= command.count <= len(dataset):
         raise MaelstreamError(f"--count {command.count}: {dataset.folder} has 1 to {len(dataset)} images to show")

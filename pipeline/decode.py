@@ -24,6 +24,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from pipeline.changes import Changes, changed
+from pipeline.draws import Draws
+from pipeline.scaled import STUB, reduction, window_of_scaled
+from shards.errors import MaelstreamError
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,11 @@ class EncodedBatch:
     resizes: Int32[np.ndarray, "b 4"]  # of the window: height, width; then to crop from it: top, left
     flips: Bool[np.ndarray, "b"]
     changes: Changes | None
+
+    @classmethod
+    def of(cls, encoded: list[np.ndarray], draws: Draws) -> "EncodedBatch":
+        """The bytes with what was drawn for them."""
+        return cls(encoded, draws.windows, draws.resizes, draws.flips, draws.changes)
 
 
 @dataclass(frozen=True)
@@ -87,16 +95,21 @@ def _shift_and_scale(
 
 
 @dataclass(frozen=True)
-class GpuDecode:
-    """How a GPU decodes; a CPU does not look at it."""
+class DecodeConfig:
+    """How images are decoded."""
 
+    on: Literal["auto", "cpu", "gpu"] = "auto"
+    """`auto` is the GPU where there is one."""
+    dct_scaling: bool = False
+    """On a CPU, decode JPEGs at a half, quarter or eighth of their size where that covers the crop: faster for images
+    twice as large as the model's, but other pixels, and not those of a run without it (docs/measured/pipeline.md)."""
     form: Literal["window", "full"] = "window"
-    """Decode nothing but the window, or all of the image, of which the window is then cut: another path through nvJPEG,
-    at hand because nvImageCodec issue 55 has window decoding crash on an H100."""
+    """On a GPU, decode nothing but the window, or all of the image, of which the window is then cut: another path
+    through nvJPEG, at hand because nvImageCodec issue 55 has window decoding crash on an H100."""
     hw_decoder_load: float = 0.65
-    """Share of the images that the chip's JPEG decoder gets, where it has one."""
+    """Share of the images that the GPU's JPEG decoder gets, where it has one."""
     preallocate: tuple[int, int] = (0, 0)
-    """Width and height in pixels to make room for at the start; larger images make decoding wait for more."""
+    """Width and height in pixels that a GPU makes room for at the start; larger images make decoding wait for more."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.hw_decoder_load <= 1 or min(self.preallocate) < 0:
@@ -104,8 +117,17 @@ class GpuDecode:
                 f"hw_decoder_load {self.hw_decoder_load} must be in 0..1, preallocate {self.preallocate} not negative"
             )
 
-    def arguments(self) -> dict[str, float]:
-        """Of DALI's decoders."""
+    @property
+    def device(self) -> torch.device:
+        """Where this process decodes. MaelstreamError for a GPU where there is none."""
+        if self.on == "gpu" and not torch.cuda.is_available():
+            raise MaelstreamError("decoding on a GPU was asked for, and torch finds none; take `on: auto` or `on: cpu`")
+        if self.on == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def of_gpu(self) -> dict[str, float]:
+        """Arguments of DALI's decoders on a GPU."""
         width, height = self.preallocate
         return {
             "hw_decoder_load": self.hw_decoder_load,
@@ -129,11 +151,11 @@ class CpuDecoder:
         threads: int,
         device: torch.device,
         output: Output = Output(),
-        gpu: GpuDecode = GpuDecode(),
+        config: DecodeConfig = DecodeConfig(),
     ):
         self._source, self._image_size, self._output, self._threads = source, image_size, output, threads
-        self._rooms = _Rooms()
-        self._taken: deque[EncodedBatch] = deque()  # by DALI, not yet handed out
+        self._rooms, self._dct_scaling = _Rooms(), config.dct_scaling
+        self._taken: deque[tuple[EncodedBatch, np.ndarray]] = deque()  # by DALI, not yet handed out
         self._resizers = ThreadPoolExecutor(threads, "resize")
         self._pipeline = Pipeline(max_batch_size, threads, device_id=None, prefetch_queue_depth=2)
         with self._pipeline:
@@ -143,20 +165,28 @@ class CpuDecoder:
 
     def _feed(self, iteration: int) -> tuple:
         batch = self._source(iteration)
-        self._taken.append(batch)
-        # copies, since DALI refuses strided arrays
-        return batch.encoded, batch.windows[:, :2].copy(), batch.windows[:, 2:].copy()
+        reductions = np.ones(len(batch.encoded), int)
+        encoded, windows = batch.encoded, batch.windows
+        if self._dct_scaling:
+            reductions = np.array([*map(reduction, encoded, windows, batch.resizes)])
+            encoded = [STUB if times > 1 else data for data, times in zip(encoded, reductions, strict=True)]
+            windows = np.where(reductions[:, None] > 1, np.array([0, 0, 1, 1], np.int32), windows)
+        self._taken.append((batch, reductions))
+        return encoded, windows[:, :2].copy(), windows[:, 2:].copy()  # copies, since DALI refuses strided arrays
 
     def run(self) -> Shaped[Tensor, "b 3 h w"]:
         """Images of the next iteration. RuntimeError when one cannot be decoded: the decoder is then of no use."""
         (windows,) = self._pipeline.run()
-        taken = self._taken.popleft()
+        taken, reductions = self._taken.popleft()
         images = self._output.empty(len(windows), self._image_size, self._rooms.take)  # (B, 3, H, W)
 
         def resize(number: int) -> None:
             # `windows.at` would copy. Where the axis of length 1 was added last, ATen would take its strides for those
             # of channels that come first, and answer so, which takes half as long again.
-            window = torch.from_numpy(np.asarray(windows[number]))[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
+            pixels = np.asarray(windows[number])
+            if reductions[number] > 1:
+                pixels = window_of_scaled(taken.encoded[number], taken.windows[number], reductions[number])
+            window = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
             height, width, top, left = taken.resizes[number].tolist()
             image = interpolate(window, size=(height, width), mode="bicubic", antialias=True)[0]
             image = image[:, top : top + self._image_size[0], left : left + self._image_size[1]]
@@ -208,14 +238,14 @@ class GpuDecoder:
         threads: int,
         device: torch.device,
         output: Output = Output(),
-        gpu: GpuDecode = GpuDecode(),
+        config: DecodeConfig = DecodeConfig(),
     ):
         self._source, self._image_size, self._device, self._output = source, image_size, device, output
         self._changes: deque[Changes | None] = deque()  # of the batches that DALI has taken but not yet handed out
         self._stream = torch.cuda.Stream(device)
         self._pipeline = Pipeline(max_batch_size, threads, device.index, prefetch_queue_depth=2)
         with self._pipeline:
-            self._pipeline.set_outputs(resized_windows(self._feed, image_size, "mixed", gpu.form, **gpu.arguments()))
+            self._pipeline.set_outputs(resized_windows(self._feed, image_size, "mixed", config.form, **config.of_gpu()))
         self._pipeline.build()
 
     def _feed(self, iteration: int) -> tuple:

@@ -12,7 +12,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int32, Int64
 
 from pipeline.draws import AugmentDraws, Draws
 from pipeline.hashing import sample_keys, seed_word, uniforms
@@ -61,7 +61,12 @@ class MicroBatch:
     epochs: Int64[np.ndarray, "b"]
     positions: Int64[np.ndarray, "b"]
     """In the epoch."""
+    labels: Int32[np.ndarray, "b"]
     draws: Draws
+
+    def places(self) -> list[Place]:
+        """Of each sample."""
+        return list(zip(self.epochs.tolist(), self.samples.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,8 @@ class Line:
             if found in bad:
                 samples[place] = self._replacement(*found, int(positions[place]), bad)
         widths, heights = self.dataset.width[samples], self.dataset.height[samples]
-        return MicroBatch(samples, epochs, positions, self.draws.at(epochs, samples, widths, heights))
+        draws = self.draws.at(epochs, samples, widths, heights)
+        return MicroBatch(samples, epochs, positions, self.dataset.label[samples], draws)
 
     def mine(self, start: int, line: Int64[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
         """Which places of the line this rank gets, where `start` samples had been consumed."""

@@ -6,12 +6,12 @@ made anew.
 """
 
 import contextlib
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from queue import Full, Queue
 from typing import TypedDict
 
@@ -20,19 +20,18 @@ import torch
 from jaxtyping import Int32, Int64, Shaped
 from torch import Tensor
 
-from pipeline.decode import DECODERS, EncodedBatch, GpuDecode, Output
+from pipeline.decode import DECODERS, DecodeConfig, EncodedBatch, Output
 from pipeline.draws import AugmentDraws
+from pipeline.feed import BadSample, BadSamples, Feed, LineFeed
 from pipeline.line import Line, MicroBatch, Place, Slices
-from pipeline.mix import Mix, MixOrder, MixReader
+from pipeline.mix import Mix, MixOrder
 from pipeline.order import SampleOrder
-from pipeline.windows import WindowReader
+from pipeline.stream import Stream, StreamFeed
 from shards.dataset import Dataset
-from shards.errors import DatasetError, MaelstreamError
-from shards.inspect import Unfit, inspect, refusal
-from shards.reader import ShardReader
+from shards.errors import MaelstreamError
+from shards.inspect import Unfit, inspect
 
 _POLL_S = 0.1  # how often a thread that waits on a queue looks whether the loader was closed
-_LISTED = 10  # bad samples in an error
 
 
 class LoaderState(TypedDict):
@@ -40,20 +39,6 @@ class LoaderState(TypedDict):
 
     epoch: int
     position: int
-
-
-@dataclass(frozen=True)
-class BadSample:
-    """One that was replaced."""
-
-    sample: int
-    shard: str
-    """File."""
-    key: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.shard}: sample {self.key}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -77,7 +62,7 @@ class PretrainLoader:
 
     def __init__(
         self,
-        dataset: Dataset | Mix,
+        dataset: Dataset | Mix | Stream,
         order: SampleOrder | MixOrder,
         draws: AugmentDraws,
         image_size: tuple[int, int],
@@ -86,11 +71,13 @@ class PretrainLoader:
         threads: int,
         prefetch: int,
         output: Output = Output(),
-        gpu: GpuDecode = GpuDecode(),
+        decode: DecodeConfig = DecodeConfig(),
         max_bad_share: float = 0.001,
         on_bad: Callable[[BadSample], None] = lambda _: None,
     ):
-        """`threads` decode and, on the CPU, as many resize; `prefetch` micro-batches are read, and decoded, ahead.
+        """`order` is that of the samples; of a stream, that of its shards.
+
+        `threads` decode and, on the CPU, as many resize; `prefetch` micro-batches are read, and decoded, ahead.
 
         `output` says what images are handed over as; our models take the default's bytes and normalise them.
         `on_bad` is told of each sample that cannot be decoded and is replaced; when this rank has met more of them than
@@ -102,15 +89,10 @@ class PretrainLoader:
                 f"{len(dataset)} samples; use a smaller batch_size"
             )
         self._dataset, self._slices = dataset, slices
-        self._line = Line(dataset, order, draws, slices, rank)
-        self._reader: ShardReader | MixReader
-        self._reader = MixReader(dataset, False) if isinstance(dataset, Mix) else ShardReader(dataset, False)
         self._image_size, self._threads, self._prefetch = image_size, threads, prefetch
-        self._output, self._gpu = output, gpu
-        self._bad: dict[int, BadSample] = {}
-        self._bad_places: set[Place] = set()
-        self._bad_lock = threading.Lock()
-        self._most_bad, self._on_bad = math.ceil(max_bad_share * len(dataset)), on_bad
+        self._output, self._config = output, decode
+        bad = BadSamples(max_bad_share, len(dataset), on_bad)
+        self._feed = partial(feed_of, dataset, order, draws, slices, rank, prefetch, bad)
         self._consumed = 0
         self._stop = threading.Event()
         self._producer: threading.Thread | None = None
@@ -139,10 +121,9 @@ class PretrainLoader:
             self._producer.join()
 
     def __iter__(self) -> Iterator[Batch]:
+        self._device = self._config.device  # not sooner: a launcher chooses a rank's GPU after the loader is made
         batches: Queue[Batch | Exception] = Queue(self._prefetch)
-        # The current device is a thread's own: the producer is told this thread's.
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        self._producer = threading.Thread(target=self._produce, args=(self._consumed, device, batches), name="loader")
+        self._producer = threading.Thread(target=self._produce, args=(self._consumed, batches), name="loader")
         self._producer.start()
         while True:
             for _ in range(self._slices.micro_batches - 1):
@@ -151,78 +132,43 @@ class PretrainLoader:
             self._consumed += self._slices.batch_size
             yield batch
 
-    def _read(self, start: int, number: int, windows: WindowReader | None) -> tuple[MicroBatch, EncodedBatch]:
-        """A micro-batch whose bytes may be handed to DALI."""
-        while True:
-            planned = self._line.at(start, number, self._bad_places)
-            encoded = self._reader.read(planned.samples) if windows is None else windows.read(planned)
-            sizes = (column[planned.samples].tolist() for column in (self._dataset.width, self._dataset.height))
-            refusals = [refusal(memoryview(data), *size) for data, *size in zip(encoded, *sizes, strict=True)]
-            if not any(refusals):
-                draws = planned.draws
-                return planned, EncodedBatch(encoded, draws.windows, draws.resizes, draws.flips, draws.changes)
-            places = zip(planned.epochs.tolist(), planned.samples.tolist(), strict=True)
-            self._replace({place: reason for place, reason in zip(places, refusals, strict=True) if reason is not None})
-
-    def _replace(self, reasons: dict[Place, str]) -> None:
-        """From now on others stand in these places; DatasetError when that would be too many samples."""
-        with self._bad_lock:  # threads read ahead side by side
-            self._bad_places |= reasons.keys()
-            new = {sample: reason for (_, sample), reason in reasons.items() if sample not in self._bad}
-            for sample, reason in new.items():
-                self._bad[sample] = BadSample(sample, *self._dataset.path_and_key(sample), reason)
-                self._on_bad(self._bad[sample])
-            if len(self._bad) > self._most_bad:
-                listed = "; ".join(map(str, list(self._bad.values())[:_LISTED]))
-                raise DatasetError(
-                    f"{len(self._bad)} bad samples, max_bad_share allows {self._most_bad}: {listed}; "
-                    "`maelstream verify` tells what else is damaged"
-                )
-
-    def _produce(self, start: int, device: torch.device, batches: "Queue[Batch | Exception]") -> None:
+    def _produce(self, start: int, batches: "Queue[Batch | Exception]") -> None:
         """Body of the producer thread: hands batches, or what went wrong, to the consumer."""
-        handed_over = 0
-        windows = None
-        if self._line.order.shuffle == "block":
-            assert isinstance(self._reader, ShardReader)  # a mix is not shuffled by blocks
-            windows = WindowReader(self._line, self._reader, start)
+        handed_over, feed = 0, self._feed(start)
         try:
             while not self._stop.is_set():
-                with _Feed(lambda number: self._read(start, number, windows), handed_over, self._prefetch) as feed:
-                    handed_over += self._decode(feed, device, batches)
+                with _ReadAhead(feed.read, handed_over, self._prefetch) as ahead:
+                    handed_over += self._decode(feed, ahead, batches)
         except Exception as error:
             self._offer(batches, error)
         finally:
-            if windows is not None:
-                windows.close()
+            feed.close()
 
-    def _decode(self, feed: "_Feed", device: torch.device, batches: "Queue[Batch | Exception]") -> int:
+    def _decode(self, feed: Feed, ahead: "_ReadAhead", batches: "Queue[Batch | Exception]") -> int:
         """Decodes until the loader is closed, or an image fails and is known for bad; how many were handed over."""
-        decoder = DECODERS[device.type](
-            feed, self._slices.largest, self._image_size, self._threads, device, self._output, self._gpu
+        decoder = DECODERS[self._device.type](
+            ahead, self._slices.largest, self._image_size, self._threads, self._device, self._output, self._config
         )
         handed_over = 0
         while not self._stop.is_set():
             try:
                 images = decoder.run()
             except RuntimeError as error:  # DALI's, which does not say which image it was
-                bad = self._undecodable(feed.decoding, device)
+                bad = self._undecodable(ahead.decoding)
                 if not bad:
                     raise error
-                self._replace(bad)
+                feed.replace(bad)
                 break
-            self._offer(batches, self._batch(feed.decoding.popleft()[0], images))
+            self._offer(batches, self._batch(ahead.decoding.popleft()[0], images))
             handed_over += 1
         return handed_over
 
-    def _undecodable(
-        self, decoding: Iterable[tuple[MicroBatch, EncodedBatch]], device: torch.device
-    ) -> dict[Place, str]:
+    def _undecodable(self, decoding: Iterable[tuple[MicroBatch, EncodedBatch]]) -> dict[Place, str]:
         """Where in these micro-batches stands what DALI cannot decode, and why."""
         reasons: dict[Place, str] = {}
         suspects: dict[Place, EncodedBatch] = {}
         for planned, batch in decoding:
-            for number, place in enumerate(zip(planned.epochs.tolist(), planned.samples.tolist(), strict=True)):
+            for number, place in enumerate(planned.places()):
                 one = slice(number, number + 1)
                 suspects[place] = EncodedBatch(
                     batch.encoded[one], batch.windows[one], batch.resizes[one], batch.flips[one], None
@@ -234,7 +180,9 @@ class PretrainLoader:
 
         def fails(place: Place) -> bool:
             try:
-                DECODERS[device.type](lambda _: suspects[place], 1, self._image_size, 1, device, gpu=self._gpu).run()
+                DECODERS[self._device.type](
+                    lambda _: suspects[place], 1, self._image_size, 1, self._device, config=self._config
+                ).run()
             except RuntimeError:
                 return True
             return False
@@ -250,7 +198,7 @@ class PretrainLoader:
             keys=torch.from_numpy(planned.draws.keys),
             samples=planned.samples,
             epochs=planned.epochs,
-            labels=self._dataset.label[planned.samples],
+            labels=planned.labels,
             weight=len(planned.samples) * slices.world_size * slices.micro_batches / slices.batch_size,
         )
 
@@ -261,6 +209,23 @@ class PretrainLoader:
                 break
 
 
+def feed_of(
+    dataset: Dataset | Mix | Stream,
+    order: SampleOrder | MixOrder,
+    draws: AugmentDraws,
+    slices: Slices,
+    rank: int,
+    prefetch: int,
+    bad: BadSamples,
+    start: int,
+) -> Feed:
+    """What a rank reads where `start` samples have been consumed."""
+    if not isinstance(dataset, Stream):
+        return LineFeed(Line(dataset, order, draws, slices, rank), start, bad)
+    assert isinstance(order, SampleOrder)
+    return StreamFeed(dataset, order, draws, slices, rank, start, prefetch, bad)
+
+
 def _take(batches: "Queue[Batch | Exception]") -> Batch:
     item = batches.get()
     if isinstance(item, Exception):
@@ -268,7 +233,7 @@ def _take(batches: "Queue[Batch | Exception]") -> Batch:
     return item
 
 
-class _Feed:
+class _ReadAhead:
     """What a decoder asks for, read ahead by threads; use it as a context manager, which stops them."""
 
     def __init__(self, read: Callable[[int], tuple[MicroBatch, EncodedBatch]], first: int, prefetch: int):
@@ -279,7 +244,7 @@ class _Feed:
         self.decoding: deque[tuple[MicroBatch, EncodedBatch]] = deque()
         """Taken by the decoder, not yet handed out."""
 
-    def __enter__(self) -> "_Feed":
+    def __enter__(self) -> "_ReadAhead":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from pipeline.order import SampleOrder
+from pipeline.order import SampleOrder, Shuffle
 from shards.dataset import Dataset
 from shards.errors import MaelstreamError
 from shards.reader import ShardReader
@@ -126,22 +126,31 @@ class MixOrder:
 
     mix: Mix
     seed: int
-    shuffle: str = "global"
+    shuffle: Shuffle = "global"
 
-    def __post_init__(self) -> None:
-        if self.shuffle == "block":
-            raise MaelstreamError("a mix cannot be shuffled by blocks; take shuffle: global or none, or one dataset")
+    def of(self, number: int) -> SampleOrder:
+        """The order of dataset `number` by itself."""
+        return SampleOrder(len(self.mix.datasets[number]), self.seed + number, self.shuffle)
 
     def of_line(self, line: Int64[np.ndarray, "b"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Epoch, position in it and sample for places of the endless line; epochs are each dataset's own."""
         epochs, positions, samples = (np.empty(len(line), np.int64) for _ in range(3))
         left, rest, parts_left = np.arange(len(line)), line.astype(np.int64), _PARTS
-        for number, (dataset, part) in enumerate(zip(self.mix.datasets, self.mix.parts, strict=True)):
+        for number, part in enumerate(self.mix.parts):
             before = rest * part // parts_left  # how many of the first `rest` places this dataset has
             mine = (rest + 1) * part // parts_left > before
-            order = SampleOrder(len(dataset), self.seed + number, self.shuffle)  # type: ignore[arg-type]
             places = left[mine]
-            epochs[places], positions[places], samples[places] = order.of_line(before[mine])
+            epochs[places], positions[places], samples[places] = self.of(number).of_line(before[mine])
             samples[places] += self.mix.starts[number]
             left, rest, parts_left = left[~mine], (rest - before)[~mine], parts_left - part
         return epochs, positions, samples
+
+    def line_of(self, number: int, own: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+        """Places of the mix's line at which stand these places of dataset `number`'s own line: `of_line` reversed."""
+        parts = self.mix.parts
+        parts_left = _PARTS - sum(parts[:number])
+        line = -(-(own + 1) * parts_left // parts[number]) - 1  # the first place by which it has had `own` + 1
+        for part in reversed(parts[:number]):  # those before it in the mix had taken their places out
+            line = line * (parts_left + part) // parts_left
+            parts_left += part
+        return line

@@ -38,7 +38,7 @@ def inspect(data: bytes) -> ImageInfo:
     Of a JPEG every coded bit is decoded, which is where damage shows; pixels, a step that cannot fail, are made at an
     eighth of the size. Where libjpeg has as much as a warning, PIL's decode at full size has the say.
     """
-    if (size := _jpeg_size(data)) is not None and size[0] * size[1] <= MAX_PIXELS and not refusal(data, *size):
+    if (size := jpeg_size(data)) is not None and size[0] * size[1] <= MAX_PIXELS and not refusal(data, *size):
         with contextlib.suppress(ValueError):  # a warning of libjpeg's, or colours that it does not convert
             simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=8, strict=True)
             return ImageInfo("jpg", *size)
@@ -94,7 +94,7 @@ def refusal(data: bytes | memoryview, width: int, height: int) -> str | None:
     """
     head = bytes(data[:32]).ljust(32, b"\0")
     if head[:2] == b"\xff\xd8":
-        if _jpeg_size(data) != (width, height):
+        if jpeg_size(data) != (width, height):
             return f"JPEG without a sound header of {width} x {height} pixels"
         # at the very end of most; some have kilobytes of something else behind
         ends = bytes(data[-64:]).find(b"\xff\xd9") >= 0 or bytes(data[2:]).find(b"\xff\xd9") >= 0
@@ -112,7 +112,7 @@ def refusal(data: bytes | memoryview, width: int, height: int) -> str | None:
     return "not a JPEG, PNG, WebP or BMP" if len(data) else "empty"
 
 
-def _jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
+def jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
     """Width and height of the frame header, when every segment up to the first scan is in its place (ITU T.81, B.1)."""
     size, place = None, 2 if data[:2] == b"\xff\xd8" else len(data)
     while place + 4 <= len(data) and data[place] == 0xFF:

@@ -213,7 +213,7 @@ def _sample_row(job: ScanJob, file: BinaryIO, key: str, parts: dict[str, Member]
             label = _read(file, parts["cls"]).decode().strip()
             return row._replace(label=label, label_offset=parts["cls"].offset, label_size=parts["cls"].size)
         if "json" in parts:
-            return row._replace(label=_json_label(json.loads(_read(file, parts["json"])), job.label_field))
+            return row._replace(label=json_label(json.loads(_read(file, parts["json"])), job.label_field))
         return row
     except ValueError as error:
         return row._replace(reason=f"its label cannot be read ({error})")
@@ -224,7 +224,7 @@ def _read(file: BinaryIO, member: Member) -> bytes:
     return file.read(member.size)
 
 
-def _json_label(values: Any, field: str | None) -> str:
+def json_label(values: Any, field: str | None) -> str:
     """The label in a sample's JSON, empty without one; ValueError when it is no label."""
     names = LABEL_FIELDS if field is None else [field]
     found = next((values[name] for name in names if name in values), "") if isinstance(values, dict) else values

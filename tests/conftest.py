@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from jobs.pack import main as pack
@@ -13,6 +14,10 @@ from shards.dataset import Dataset
 
 # Ranks that a test starts import jobs/ and tests/ alike; two of them share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes is the machine's affair.
+settings.register_profile("maelstream", deadline=None)
+settings.load_profile("maelstream")
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -14,8 +14,10 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
 from pipeline.changes import Changes
-from pipeline.decode import DECODERS, CpuDecoder, EncodedBatch, GpuDecode, Output, dali_inputs, resized_windows
+from pipeline.decode import DECODERS, CpuDecoder, DecodeConfig, EncodedBatch, Output, dali_inputs, resized_windows
 from pipeline.draws import AugmentDraws, CropConfig
+from pipeline.scaled import reduction
+from shards.errors import MaelstreamError
 from shards.inspect import refusal
 from tests.conftest import encoded, photograph
 
@@ -156,7 +158,7 @@ def test_the_gpu_graph_is_within_two_levels_of_pil(imagenet_sample: Path, form: 
     """nvJPEG's chroma upsampling and DALI's own bicubic stay near PIL; no antialias would be 2.6 levels off."""
     batch = drawn(imagenet_files(imagenet_sample, 256))
     device = torch.device("cuda", 0)
-    images = DECODERS["cuda"](lambda _: batch, 256, SIZE, 2, device, gpu=GpuDecode(form)).run().cpu()
+    images = DECODERS["cuda"](lambda _: batch, 256, SIZE, 2, device, config=DecodeConfig(form=form)).run().cpu()
     assert difference_from_pil(batch, images).mean() < 2
 
 
@@ -241,3 +243,48 @@ def test_jitter_is_torchvision_s() -> None:
         picture = change(picture, factor)
     by_pil = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
     assert (changed.int() - by_pil.int()).abs().float().mean() < 1  # level: PIL rounds between the changes, too
+
+
+@pytest.mark.parametrize(("side", "worst"), [(112, 5.0), (56, 5.0), (24, 5.0)])
+def test_decoding_at_a_dct_scale_costs_a_few_levels(imagenet_sample: Path, side: int, worst: float) -> None:
+    """Windows that are no larger than twice the crop are decoded as ever, to the bit."""
+    data = imagenet_files(imagenet_sample, 64)
+    sides = np.array([Image.open(io.BytesIO(item.tobytes())).size for item in data])
+    draws = AugmentDraws(0, CropConfig(), (side, side)).at(np.zeros(64, int), np.arange(64), sides[:, 0], sides[:, 1])
+    batch = EncodedBatch.of(data, draws)
+    plain, scaled = (
+        CpuDecoder(
+            lambda _: batch, 64, (side, side), 2, torch.device("cpu"), config=DecodeConfig(dct_scaling=scaling)
+        ).run()
+        for scaling in (False, True)
+    )
+    times = np.array([reduction(*row) for row in zip(data, draws.windows, draws.resizes, strict=True)])
+    differences = (plain.float() - scaled.float()).abs().mean(dim=(1, 2, 3)).numpy()
+    assert (differences[times == 1] == 0).all() and 0 < differences[times > 1].mean() < worst
+    assert (times > 1).mean() > 0.5
+
+
+def test_files_that_have_no_dct_scale_are_decoded_as_ever() -> None:
+    files = [encoded(photograph(), "PNG"), encoded(photograph().convert("CMYK"), "JPEG")]
+    window, resize = np.array([0, 0, 300, 200], np.int32), np.array([32, 32, 0, 0], np.int32)
+    assert [reduction(data, window, resize) for data in files] == [1, 1]
+    sizes = [np.array([0, 0, side, side], np.int32) for side in (63, 64, 127, 128, 256, 2000)]
+    jpeg = encoded(photograph().convert("L"), "JPEG")
+    assert [reduction(jpeg, size, resize) for size in sizes] == [1, 2, 2, 4, 8, 8]
+
+
+def test_a_damaged_file_at_a_dct_scale_fails_as_with_dali() -> None:
+    data = encoded(photograph(), "JPEG").tobytes()
+    table = data.index(b"\xff\xc4")
+    cut = np.frombuffer(data[:table] + b"\xff\xc4\x00\x1f" + b"\xff" * 20 + data[table + 24 :], np.uint8)
+    batch = whole([cut], np.array([[0, 0, 300, 200]], np.int32), NONE, (32, 32))
+    decoder = CpuDecoder(lambda _: batch, 1, (32, 32), 1, torch.device("cpu"), config=DecodeConfig(dct_scaling=True))
+    with pytest.raises(RuntimeError):
+        decoder.run()
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(MaelstreamError, match="decoding on a GPU was asked for, and torch finds none"):
+        _ = DecodeConfig(on="gpu").device
+    assert DecodeConfig().device == DecodeConfig(on="cpu").device == torch.device("cpu")

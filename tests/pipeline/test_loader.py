@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from benchmarks.store import SlowStorage
 from jobs.pack import main as pack
 from pipeline.draws import AugmentDraws, CropConfig
+from pipeline.feed import BadSample
 from pipeline.line import Slices
-from pipeline.loader import BadSample, Batch, LoaderState, PretrainLoader
+from pipeline.loader import Batch, LoaderState, PretrainLoader
 from pipeline.order import SampleOrder, Shuffle
 from shards.dataset import Dataset
 from shards.errors import DatasetError, MaelstreamError

@@ -1,6 +1,7 @@
 """Mixes: every dataset gets its share of any stretch of the stream, and the stream is exact like that of one."""
 
 import shutil
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.store import SlowStorage
 from pipeline.draws import AugmentDraws, CropConfig
+from pipeline.feed import BadSample
 from pipeline.line import Slices
-from pipeline.loader import BadSample, LoaderState, PretrainLoader
+from pipeline.loader import LoaderState, PretrainLoader
 from pipeline.mix import Mix, MixOrder, MixReader
+from pipeline.order import Shuffle
 from shards.dataset import Dataset
 from shards.errors import MaelstreamError
 from shards.reader import ShardReader
@@ -27,13 +31,29 @@ def mix(packed: Dataset, tmp_path: Path) -> Mix:
 
 
 def take(
-    mix: Mix, slices: Slices, count: int, rank: int = 0, state: LoaderState | None = None, **options: object
+    mix: Mix,
+    slices: Slices,
+    count: int,
+    rank: int = 0,
+    state: LoaderState | None = None,
+    shuffle: Shuffle = "global",
+    **options: object,
 ) -> list:
-    order, draws = MixOrder(mix, 5), AugmentDraws(5, CropConfig(), (32, 32))
+    order, draws = MixOrder(mix, 5, shuffle), AugmentDraws(5, CropConfig(), (32, 32))
     with PretrainLoader(mix, order, draws, (32, 32), slices, rank, 1, 2, **options) as loader:  # type: ignore[arg-type]
         if state is not None:
             loader.load_state_dict(state)
         return content(islice(loader, count))
+
+
+@dataclass(frozen=True)
+class Made:
+    """A dataset that is nothing but its size."""
+
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
 
 
 @given(
@@ -42,13 +62,6 @@ def take(
     length=st.integers(1, 500),
 )
 def test_every_dataset_has_its_share_of_any_stretch(weights: list[float], start: int, length: int) -> None:
-    class Made:
-        def __init__(self, size: int):
-            self.size = size
-
-        def __len__(self) -> int:
-            return self.size
-
     made = Mix(tuple(Made(100 + n) for n in range(len(weights))), tuple(weights))  # type: ignore[misc]
     line = np.arange(start, start + length)
     _, _, samples = MixOrder(made, 1).of_line(line)
@@ -97,6 +110,33 @@ def test_weights_that_leave_a_dataset_out_are_refused(packed: Dataset, weights: 
         Mix((packed, packed), weights)
 
 
-def test_a_mix_is_not_shuffled_by_blocks(mix: Mix) -> None:
-    with pytest.raises(MaelstreamError, match="cannot be shuffled by blocks"):
-        MixOrder(mix, 1, "block")
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_mix_shuffled_by_blocks_hands_over_its_order(mix: Mix, world_size: int) -> None:
+    """From windows of each dataset, fetched at once; the pictures are those of any other order."""
+    slices, order = Slices(8, world_size, 1), MixOrder(mix, 5, "block")
+    shares = [take(mix, slices, 15, rank, shuffle="block") for rank in range(world_size)]
+    rows = sorted(row for share in shares for row in share)
+    epochs, _, samples = order.of_line(np.arange(120))
+    assert [row[:2] for row in rows] == sorted(zip(samples.tolist(), epochs.tolist(), strict=True))
+    pictures = {row[:2]: row for row in take(mix, Slices(8, 1, 1), 40)}
+    assert all(pictures.get(row[:2], row) == row for row in rows) and len(pictures.keys() & {r[:2] for r in rows}) > 60
+    resumed = take(mix, Slices(8, 1, 1), 5, state={"epoch": 0, "position": 80}, shuffle="block")
+    assert sorted(resumed) == sorted(row for row in rows if row[:2] in {r[:2] for r in resumed}) and len(resumed) == 40
+
+
+def test_a_block_shuffle_of_a_mix_of_stores_is_that_of_disks(packed: Dataset) -> None:
+    stores = [SlowStorage.over(packed, delay_s=0) for _ in range(2)]
+    remote = Mix(tuple(map(Dataset.open_storage, stores)), (3.0, 1.0))
+    rows = take(remote, Slices(60, 1, 1), 3, shuffle="block")
+    assert rows == take(Mix((packed, packed), (3.0, 1.0)), Slices(60, 1, 1), 3, shuffle="block")
+    assert all(store.requests[0] for store in stores)
+
+
+@given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=5), start=st.integers(0, 10**11))
+def test_places_of_a_dataset_s_own_line_are_found_in_the_mix_s(weights: list[float], start: int) -> None:
+    mix = Mix(tuple(Made(100 + n) for n in range(len(weights))), tuple(weights))  # type: ignore[misc]
+    order, line = MixOrder(mix, 1), np.arange(start, start + 200)
+    epochs, positions, samples = order.of_line(line)
+    for number, (places, _) in enumerate(mix.split(samples)):
+        own = epochs[places] * (100 + number) + positions[places]
+        assert np.array_equal(order.line_of(number, own), line[places])
