@@ -1,8 +1,15 @@
-"""What the optimiser is told: which parameters decay, and the learning rate of a step (paper, appendix A.1)."""
+"""What the optimiser is told: which parameters decay, and the learning rate of a step and of a layer; and LARS.
+
+The paper's appendix A.1: AdamW for pre-training and fine-tuning, LARS for linear probing.
+"""
 
 import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -18,6 +25,35 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Parameter groups for fine-tuning a ViT: each layer's lr is `layer_decay` times that of the layer above it.
+
+    `model.blocks` are the layers in between; below them lie patch embedding, class token and position table, above them
+    norm and head. The lr of a group is `lr_at(...)` x its `lr_scale`, which is 1 at the top. 1-D tensors, class token and
+    position table do not decay; frozen parameters are left out.
+    """
+    top = len(model.blocks) + 1
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = _layer_of(name, top)
+        decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+        empty = {
+            "params": [],
+            "weight_decay": weight_decay if decays else 0.0,
+            "lr_scale": layer_decay ** (top - layer),
+        }
+        groups.setdefault((layer, decays), empty)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _layer_of(name: str, top: int) -> int:
+    if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+        return 0
+    return int(block[1]) + 1 if (block := re.match(r"blocks\.(\d+)\.", name)) else top
+
+
 def lr_at(step: int, *, peak: float, floor: float, warmup_steps: float, total_steps: int) -> float:
     """Learning rate of `step` (from 0): linear from 0 to `peak` in the warm-up, then half a cosine down to `floor`.
 
@@ -29,3 +65,45 @@ def lr_at(step: int, *, peak: float, floor: float, warmup_steps: float, total_st
         return peak * step / warmup_steps
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class LARS(torch.optim.Optimizer):
+    """Momentum SGD whose step on each matrix is scaled to the matrix's own norm (You et al. 2017, arXiv 1708.03888).
+
+    As the reference implementation has it for linear probing: tensors of two and more dimensions decay, and their
+    gradient is scaled by trust x |p| / |g| (by 1 where either norm is 0); 1-D tensors are neither decayed nor scaled.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust: float = 0.001,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step on every parameter that has a gradient; the loss of `closure`, if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                update = parameter.grad
+                if parameter.ndim > 1:
+                    update = update.add(parameter, alpha=group["weight_decay"])
+                    norms = parameter.norm(), update.norm()
+                    trust = group["trust"] * norms[0] / norms[1]
+                    update = update * torch.where((norms[0] > 0) & (norms[1] > 0), trust, 1.0)
+                state = self.state[parameter]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].mul_(group["momentum"]).add_(update)
+                parameter.sub_(state["momentum"], alpha=group["lr"])
+        return loss

@@ -5,8 +5,9 @@ cosines, at wavelengths from 2 pi to 10,000 x 2 pi in a geometric row.
 """
 
 import torch
-from jaxtyping import Float32, Float64
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def sincos_table(grid: tuple[int, int], dim: int) -> Float32[Tensor, "1 1+l dim"]:
@@ -23,6 +24,15 @@ def sincos_table(grid: tuple[int, int], dim: int) -> Float32[Tensor, "1 1+l dim"
     row, column = torch.meshgrid(rows, columns, indexing="ij")  # (gh, gw)
     patches = torch.cat([_waves(column.flatten(), dim // 2), _waves(row.flatten(), dim // 2)], dim=1)  # (L, D)
     return torch.cat([patches.new_zeros(1, dim), patches])[None].float()  # (1, 1+L, D)
+
+
+def interpolate_table(
+    table: Float[Tensor, "1 1+l d"], old_grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Float[Tensor, "1 1+m d"]:
+    """A table for another grid (rows, columns): bicubic between the patches' entries, the class token's as it is."""
+    rows = table[:, 1:].reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # (1, D, gh, gw)
+    rows = F.interpolate(rows, new_grid, mode="bicubic", align_corners=False)  # (1, D, new gh, new gw)
+    return torch.cat([table[:, :1], rows.flatten(2).transpose(1, 2)], dim=1)  # (1, 1+M, D)
 
 
 def _waves(positions: Float64[Tensor, "l"], dim: int) -> Float64[Tensor, "l dim"]:

@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -48,26 +49,33 @@ def choose_attention(model: nn.Module, kind: AttentionKind, device: torch.device
             module.fused_attn = fused
 
 
-@torch.no_grad()
-def initialise(model: nn.Module, seed: int) -> None:
-    """Draw every parameter of a ViT in place (paper, appendix A.1; the reference implementation).
+def draw_as_mae(name: str, weights: Tensor, generator: torch.Generator) -> None:
+    """Fill `weights` as the reference implementation's pre-training does (paper, appendix A.1).
 
     Matrices and patch kernels are Xavier uniform, with a kernel taken as the matrix (D, C*P*P); tokens are normal with
-    deviation 0.02; biases 0; LayerNorm scales 1. A parameter depends on `seed`, its name and its shape alone, drawn on
-    the CPU: every rank and device starts from the same weights, and two models that differ in their decoders share
-    their encoder.
+    deviation 0.02; biases 0; LayerNorm scales 1.
+    """
+    if name.endswith("_token"):
+        weights.normal_(std=0.02, generator=generator)
+    elif weights.ndim > 1:
+        fan_out, fan_in = weights.flatten(1).shape
+        bound = math.sqrt(6 / (fan_in + fan_out))
+        weights.uniform_(-bound, bound, generator=generator)
+    else:
+        weights.fill_(0 if name.endswith("bias") else 1)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int, draw: Callable[[str, Tensor, torch.Generator], None] = draw_as_mae) -> None:
+    """Draw every parameter of a ViT in place by the rule `draw` (name, float32 tensor to fill, generator).
+
+    A parameter depends on `seed`, its name and its shape alone, drawn on the CPU: every rank and device starts from the
+    same weights, and two models that differ in their decoders share their encoder.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             continue
         generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-        draw = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-        if name.endswith("_token"):
-            draw.normal_(std=0.02, generator=generator)
-        elif draw.ndim > 1:
-            fan_out, fan_in = draw.flatten(1).shape
-            bound = math.sqrt(6 / (fan_in + fan_out))
-            draw.uniform_(-bound, bound, generator=generator)
-        else:
-            draw.fill_(0 if name.endswith("bias") else 1)
-        parameter.copy_(draw)
+        weights = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        draw(name, weights, generator)
+        parameter.copy_(weights)

@@ -1,14 +1,18 @@
-"""Weight-decay groups and the learning rate, against the reference's."""
+"""Parameter groups, the learning rate and LARS, against the reference's."""
 
+import copy
 import json
+import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from model.classifier import ClassifierConfig, build_classifier
 from model.mae import MAE, MAEConfig
-from model.optimise import lr_at, weight_decay_groups
+from model.optimise import LARS, layer_decay_groups, lr_at, weight_decay_groups
 
 Golden = Callable[[str], Mapping[str, np.ndarray]]
 
@@ -84,3 +88,105 @@ def test_a_schedule_without_warm_up_starts_at_its_peak() -> None:
     assert lr_at(0, peak=1.0, floor=0.1, warmup_steps=0, total_steps=10) == 1.0
     assert lr_at(5, peak=1.0, floor=0.1, warmup_steps=0, total_steps=10) == pytest.approx(0.55)
     assert lr_at(10, peak=1.0, floor=0.1, warmup_steps=0, total_steps=10) == pytest.approx(0.1)
+
+
+VITS = {
+    "vit_base": ClassifierConfig(),
+    "vit_large": ClassifierConfig(dim=1024, depth=24, heads=16),
+    "vit_huge": ClassifierConfig(patch_size=14, dim=1280, depth=32, heads=16),
+}
+LAYERS = json.loads((Path(__file__).parents[1] / "golden" / "f64" / "lr_decay_groups.json").read_text())
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_layer_decay_groups_are_the_reference_s(case: str) -> None:
+    size, decay = case.rsplit("_", 1)
+    with torch.device("meta"):
+        model = build_classifier(VITS[size])
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = layer_decay_groups(model, 0.05, float(decay))
+    for group, expected in zip(groups, LAYERS[case], strict=True):
+        assert group["lr_scale"] == pytest.approx(expected["lr_scale"], rel=1e-14)
+        assert group["weight_decay"] == expected["weight_decay"]
+        assert len(group["params"]) == expected["n_params"]
+        assert sum(parameter.numel() for parameter in group["params"]) == expected["numel"]
+        assert set(expected["names"]) <= {names[parameter] for parameter in group["params"]}
+
+
+@pytest.mark.parametrize(("size", "decay"), [("vit_base", 0.65), ("vit_large", 0.75)])
+def test_every_parameter_has_the_reference_s_layer(golden: Golden, size: str, decay: float) -> None:
+    with torch.device("meta"):
+        model = build_classifier(VITS[size])
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {
+        names[parameter]: (group["lr_scale"], "yes" if group["weight_decay"] else "no")
+        for group in layer_decay_groups(model, 0.05, decay)
+        for parameter in group["params"]
+    }
+    lines = [line.split() for line in golden("optim")[f"layer_decay/{size}_patch16_224"]]
+    assert found.keys() == {name for name, *_ in lines}
+    for name, _, scale, decays in lines:
+        assert found[name] == (pytest.approx(float(scale.split("=")[1]), rel=1e-8), decays.split("=")[1]), name
+
+
+def test_frozen_layers_are_left_out_of_the_decayed_ones() -> None:
+    model = build_classifier(ClassifierConfig(classes=3, image_size=(32, 32), dim=32, depth=3, heads=2))
+    model.blocks[:2].requires_grad_(False)
+    assert [group["lr_scale"] for group in layer_decay_groups(model, 0.05, 0.5)] == [1 / 16, 1 / 16, 0.5, 0.5, 1, 1]
+
+
+def lars_inputs(shapes: dict[str, tuple[int, ...]], steps: int) -> tuple[dict[str, torch.nn.Parameter], list[dict]]:
+    """Start and gradients of the float64 vectors: `e` starts at zero, and the gradient of `w` is zero at step 2."""
+
+    def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.from_numpy(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape))
+
+    start = {name: draw(f"lars/{name}", shape) * (name != "e") for name, shape in shapes.items()}
+    gradients = [
+        {name: 0.1 * draw(f"lars/grad/{name}/{t}", shape) * ((name, t) != ("w", 2)) for name, shape in shapes.items()}
+        for t in range(steps)
+    ]
+    return {name: torch.nn.Parameter(tensor) for name, tensor in start.items()}, gradients
+
+
+@pytest.mark.parametrize("weight_decay", ["0.0", "0.001"])
+@pytest.mark.parametrize("resumed_at", [None, 3])
+def test_lars_is_the_reference_s_in_float64(golden: Golden, weight_decay: str, resumed_at: int | None) -> None:
+    """Also when another optimizer goes on from a `state_dict` that was copied in between."""
+    vectors = golden("f64/optim")
+    parameters, gradients = lars_inputs({"w": (4, 3), "b": (4,), "e": (2, 2)}, steps=5)
+    optimizer = LARS(parameters.values(), lr=0.0, weight_decay=float(weight_decay))
+    for step, gradient in enumerate(gradients):
+        if step == resumed_at:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = LARS(parameters.values(), lr=1.0, momentum=0.1)
+            optimizer.load_state_dict(state)
+        optimizer.param_groups[0]["lr"] = 6.4 * (step + 1) / 5
+        for name, parameter in parameters.items():
+            parameter.grad = gradient[name]
+        optimizer.step()
+        for name, parameter in parameters.items():
+            expected = vectors[f"lars_wd{weight_decay}_{name}"][step]
+            np.testing.assert_allclose(parameter.detach(), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight_decay", ["0.0", "0.05"])
+def test_lars_is_the_reference_s_in_float32(golden: Golden, weight_decay: str) -> None:
+    vectors = golden("optim")
+    parameters = {name: torch.nn.Parameter(torch.from_numpy(vectors[f"lars_{name}0"])) for name in "wb"}
+    optimizer = LARS(parameters.values(), lr=0.3, weight_decay=float(weight_decay))
+    for step in range(5):
+        for name, parameter in parameters.items():
+            parameter.grad = torch.from_numpy(vectors[f"lars_g{name}"][step])
+        optimizer.step()
+        for name, parameter in parameters.items():
+            expected = vectors[f"lars_wd{weight_decay}_{name}"][step]
+            np.testing.assert_allclose(parameter.detach(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_lars_leaves_gradients_alone_and_takes_a_closure() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.full((2, 2), 3.0)
+    optimizer = LARS([parameter], lr=0.1, weight_decay=0.5)
+    assert optimizer.step(lambda: torch.tensor(7.0)) == 7
+    assert torch.equal(parameter.grad, torch.full((2, 2), 3.0))

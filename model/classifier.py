@@ -1,0 +1,137 @@
+"""ViT classifiers for fine-tuning and linear probing (paper, section 4.1 and appendix A), on timm's VisionTransformer.
+
+Fine-tuning takes the mean of the patch tokens and a fresh LayerNorm, so the pre-trained final norm is dropped, or the
+class token behind that norm. Linear probing freezes everything but a BatchNorm without affine and a linear layer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from model.formats import encoder_of
+from model.position import interpolate_table
+from model.transformer import initialise, layer_norm
+
+Pool = Literal["mean", "class_token"]
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Shape of a ViT classifier; the defaults are the paper's ViT-B/16 for fine-tuning.
+
+    Raises:
+        ValueError: values that do not go together.
+    """
+
+    classes: int = 1000
+    image_size: tuple[int, int] = (224, 224)
+    """Height and width in pixels; may differ from the pre-training's."""
+    patch_size: int = 16
+    in_chans: int = 3
+    dim: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    pool: Pool = "mean"
+    """Mean of the patch tokens, then a fresh LayerNorm (`fc_norm`); or the class token behind the final norm."""
+    drop_path: float = 0.1
+    """Stochastic depth of the last block; linear from 0 at the first."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.classes, *self.image_size, self.patch_size, self.in_chans, self.dim, self.depth, self.heads)
+        if min(sizes) < 1:
+            raise ValueError(f"classes and every size, depth and number of heads must be at least 1: {self}")
+        if any(side % self.patch_size for side in self.image_size):
+            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
+        if self.dim % self.heads:
+            raise ValueError(f"heads {self.heads} does not divide dim {self.dim}")
+        if self.pool not in get_args(Pool):
+            raise ValueError(f"pool {self.pool!r} is none of {', '.join(get_args(Pool))}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path {self.drop_path} is not in [0, 1)")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+
+def build_classifier(config: ClassifierConfig, seed: int = 0) -> VisionTransformer:
+    """timm's ViT, freshly drawn: normalised float images (B, C, H, W) in, logits (B, classes) out.
+
+    Its position table is a parameter and is trained. The weights are a function of `seed` and their names, as MAE's:
+    normal with deviation 0.02 (cut at +-2, as the reference's truncated normal is), the head's 2e-5, so that the first
+    logits are nearly equal; biases 0, LayerNorm scales 1.
+    """
+    device = torch.get_default_device()
+    with torch.device("meta"):  # timm's own initialisation neither costs time nor moves torch's generator
+        model = VisionTransformer(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            in_chans=config.in_chans,
+            num_classes=config.classes,
+            global_pool="avg" if config.pool == "mean" else "token",
+            embed_dim=config.dim,
+            depth=config.depth,
+            num_heads=config.heads,
+            mlp_ratio=config.mlp_ratio,
+            drop_path_rate=config.drop_path,
+            norm_layer=layer_norm,
+            weight_init="skip",
+        )
+    model.to_empty(device=device)
+    initialise(model, seed, _draw)
+    return model
+
+
+def encoder_weights(mae: Mapping[str, Tensor], config: ClassifierConfig, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """What a classifier starts from: the encoder of MAE weights under the reference's names, trained on `grid`.
+
+    The position table is interpolated to the classifier's grid, and with the mean as pool the final norm is dropped.
+    """
+    weights = encoder_of(mae)
+    if config.pool == "mean":
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith("norm.")}
+    if grid != config.grid:
+        weights["pos_embed"] = interpolate_table(weights["pos_embed"], grid, config.grid)
+    return weights
+
+
+def fresh_parameters(config: ClassifierConfig) -> set[str]:
+    """Names of the parameters that MAE weights do not hold: the head's, and those of the norm behind the mean."""
+    fresh = {"head.weight", "head.bias"}
+    return fresh | {"fc_norm.weight", "fc_norm.bias"} if config.pool == "mean" else fresh
+
+
+def make_linear_probe(model: VisionTransformer, seed: int = 0) -> None:
+    """Freeze all of a classifier but a fresh head: BatchNorm without affine (eps 1e-6), then linear (normal 0.01).
+
+    Raises:
+        ValueError: a classifier with stochastic depth, which would blur the features that are probed.
+    """
+    if rate := drop_path_rates(model)[-1]:
+        raise ValueError(f"a linear probe reads exact features: build the classifier with drop_path 0, not {rate}")
+    model.requires_grad_(False)
+    linear = nn.Linear(model.head.in_features, model.head.out_features, device=model.head.weight.device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    with torch.no_grad():
+        linear.weight.copy_(torch.empty(linear.weight.shape, device="cpu").normal_(std=0.01, generator=generator))
+        linear.bias.zero_()
+    norm = nn.BatchNorm1d(linear.in_features, eps=1e-6, affine=False, device=linear.weight.device)
+    model.head = nn.Sequential(norm, linear)
+
+
+def drop_path_rates(model: VisionTransformer) -> list[float]:
+    """Probability that each block's residual branches are dropped in training."""
+    return [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
+
+
+def _draw(name: str, weights: Tensor, generator: torch.Generator) -> None:
+    if weights.ndim > 1:
+        nn.init.trunc_normal_(weights, std=2e-5 if name == "head.weight" else 0.02, generator=generator)
+    else:
+        weights.fill_(0 if name.endswith("bias") else 1)

@@ -1,0 +1,164 @@
+"""MAE weights under the names of others, exact both ways: tensors in, the same tensors out, no files.
+
+Ours are the reference implementation's names. timm's ViT has the same ones without the decoder. Hugging Face's ViTMAE
+renames everything and splits each `qkv` into query, key and value; its release 4 had other names than 5, and both are
+read (transformers' own `conversion_mapping.py`).
+"""
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+Weights = Mapping[str, Tensor]
+
+_DECODER = re.compile(r"decoder_|mask_token$")
+_BLOCK = re.compile(r"(blocks|decoder_blocks)\.(\d+)\.(.+)\.(weight|bias)")
+_HF_BLOCK = re.compile(r"(vit\.layers|decoder\.decoder_layers)\.(\d+)\.(.+)\.(weight|bias)")
+_STACKS = {"blocks": "vit.layers", "decoder_blocks": "decoder.decoder_layers"}
+_PARTS = {
+    "norm1": "layernorm_before",
+    "attn.proj": "attention.o_proj",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_SPLIT = [f"attention.{part}_proj" for part in "qkv"]
+_OUTSIDE = {  # of the blocks
+    "cls_token": "vit.embeddings.cls_token",
+    "pos_embed": "vit.embeddings.position_embeddings",
+    "patch_embed.proj.weight": "vit.embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "vit.embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "vit.layernorm.weight",
+    "norm.bias": "vit.layernorm.bias",
+    "mask_token": "decoder.mask_token",
+    "decoder_pos_embed": "decoder.decoder_pos_embed",
+    "decoder_embed.weight": "decoder.decoder_embed.weight",
+    "decoder_embed.bias": "decoder.decoder_embed.bias",
+    "decoder_norm.weight": "decoder.decoder_norm.weight",
+    "decoder_norm.bias": "decoder.decoder_norm.bias",
+    "decoder_pred.weight": "decoder.decoder_pred.weight",
+    "decoder_pred.bias": "decoder.decoder_pred.bias",
+}
+_HF4 = {
+    "vit.encoder.layer.": "vit.layers.",
+    "attention.attention.query.": "attention.q_proj.",
+    "attention.attention.key.": "attention.k_proj.",
+    "attention.attention.value.": "attention.v_proj.",
+    "attention.output.dense.": "attention.o_proj.",
+    "intermediate.dense.": "mlp.fc1.",
+    ".output.dense.": ".mlp.fc2.",
+}
+_SIZES = {(192, 12): "ViT-Ti", (384, 12): "ViT-S", (768, 12): "ViT-B", (1024, 24): "ViT-L", (1280, 32): "ViT-H"}
+
+
+def has_decoder(weights: Weights) -> bool:
+    """Whether weights under the reference's names hold any part of a decoder; the published `mae_pretrain_*` do not."""
+    return any(_DECODER.match(name) for name in weights)
+
+
+def encoder_of(weights: Weights) -> dict[str, Tensor]:
+    """The encoder alone, under the reference's names: what timm's ViT with `num_classes=0` takes, strictly."""
+    return {name: tensor for name, tensor in weights.items() if not _DECODER.match(name)}
+
+
+def to_hf(weights: Weights) -> dict[str, Tensor]:
+    """The reference's names as those of `ViTMAEForPreTraining` (transformers 5); each `qkv` in three copied parts."""
+    renamed = {}
+    for name, tensor in weights.items():
+        if (match := _BLOCK.fullmatch(name)) is None:
+            renamed[_OUTSIDE[name]] = tensor
+            continue
+        stack, number, part, kind = match.groups()
+        block = f"{_STACKS[stack]}.{number}"
+        if part == "attn.qkv":
+            for split, third in zip(_SPLIT, tensor.chunk(3), strict=True):
+                renamed[f"{block}.{split}.{kind}"] = third.clone()
+        else:
+            renamed[f"{block}.{_PARTS[part]}.{kind}"] = tensor
+    return renamed
+
+
+def from_hf(weights: Weights) -> dict[str, Tensor]:
+    """Inverse of `to_hf`; reads the names of `ViTMAEModel` and of transformers 4, too. Unknown names stay as they are."""
+    weights = {_hf5_name(name): tensor for name, tensor in weights.items()}
+    outside = {theirs: ours for ours, theirs in _OUTSIDE.items()}
+    stacks = {theirs: ours for ours, theirs in _STACKS.items()}
+    parts = {theirs: ours for ours, theirs in _PARTS.items()}
+    renamed = {}
+    for name, tensor in weights.items():
+        stack, number, part, kind = match.groups() if (match := _HF_BLOCK.fullmatch(name)) else ("", "", "", "")
+        thirds = [f"{stack}.{number}.{split}.{kind}" for split in _SPLIT]
+        if part in parts:
+            renamed[f"{stacks[stack]}.{number}.{parts[part]}.{kind}"] = tensor
+        elif part in _SPLIT and all(third in weights for third in thirds):
+            renamed[f"{stacks[stack]}.{number}.attn.qkv.{kind}"] = torch.cat([weights[third] for third in thirds])
+        else:
+            renamed[outside.get(name, name)] = tensor
+    return renamed
+
+
+def to_reference(weights: Weights) -> dict[str, Tensor]:
+    """Weights of any format under the reference's names.
+
+    Raises:
+        ValueError: names of none of the formats.
+    """
+    if "cls_token" in weights and "patch_embed.proj.weight" in weights:
+        return dict(weights)
+    if any(_hf5_name(name) == _OUTSIDE["cls_token"] for name in weights):
+        return from_hf(weights)
+    some = ", ".join(list(weights)[:3]) or "none"
+    raise ValueError(
+        f"names of no MAE (the first: {some}); known are the reference's, timm's and Hugging Face's ViTMAE"
+    )
+
+
+def mismatches(weights: Weights, expected: Weights) -> list[str]:
+    """A phrase for each tensor that is missing, of another shape, or not in `expected` (whose values do not matter)."""
+    phrases = [f"{name} is missing" for name in expected if name not in weights]
+    for name, tensor in weights.items():
+        if name not in expected:
+            phrases.append(f"{name} is not in the model")
+        elif tensor.shape != expected[name].shape:
+            phrases.append(f"{name} is {tuple(tensor.shape)} where the model has {tuple(expected[name].shape)}")
+    return phrases
+
+
+def not_finite(weights: Weights) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity."""
+    return [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+
+
+def square_grid(weights: Weights) -> tuple[int, int] | None:
+    """Rows and columns of patches if the position table is of a square grid, as far as its length tells."""
+    side = math.isqrt(weights["pos_embed"].shape[1] - 1)
+    return (side, side) if side**2 == weights["pos_embed"].shape[1] - 1 else None
+
+
+def likely_model(weights: Weights) -> str:
+    """What the shapes under the reference's names tell of a model, for a message: ViT-B/16 (768 x 12), 224 x 224 px."""
+    dim, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    depth = _depth(weights, "blocks")
+    text = f"{_SIZES.get((dim, depth), 'ViT')}/{patch} ({dim} x {depth})"
+    if "pos_embed" in weights and (grid := square_grid(weights)):
+        text += f", {grid[0] * patch} x {grid[1] * patch} px"
+    if "decoder_embed.weight" in weights:
+        return f"{text}, decoder {len(weights['decoder_embed.weight'])} x {_depth(weights, 'decoder_blocks')}"
+    return f"{text}, no decoder"
+
+
+def _depth(weights: Weights, stack: str) -> int:
+    return 1 + max(
+        (int(match[2]) for name in weights if (match := _BLOCK.match(name)) and match[1] == stack), default=-1
+    )
+
+
+def _hf5_name(name: str) -> str:
+    if not name.startswith(("vit.", "decoder.")):  # a ViTMAEModel that was saved alone
+        name = f"vit.{name}"
+    for old, new in _HF4.items():
+        name = name.replace(old, new)
+    return name

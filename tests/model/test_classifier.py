@@ -1,0 +1,141 @@
+"""Classifiers: logits, drop path and layer-wise lr decay of the reference; where their weights come from."""
+
+import json
+import zlib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pytest
+import torch
+
+from model.classifier import (
+    ClassifierConfig,
+    Pool,
+    build_classifier,
+    drop_path_rates,
+    encoder_weights,
+    fresh_parameters,
+    make_linear_probe,
+)
+from model.mae import MAE, MAEConfig
+from model.patches import normalise
+from model.position import interpolate_table
+
+Golden = Callable[[str], Mapping[str, np.ndarray]]
+
+SMALL = ClassifierConfig(classes=10, image_size=(64, 64), dim=64, depth=3, heads=4, drop_path=0.0)
+POOLS: dict[str, Pool] = {"gp0": "class_token", "gp1": "mean"}
+
+
+def drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+
+
+def small_mae(image_size: tuple[int, int] = (64, 64)) -> MAE:
+    return MAE(MAEConfig(image_size, dim=64, depth=3, heads=4, decoder_dim=32, decoder_depth=1, decoder_heads=4))
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_logits_and_names_are_the_reference_s(golden: Golden, pool: str) -> None:
+    vectors = golden("f64/vit_small")
+    model = build_classifier(ClassifierConfig(**(vars(SMALL) | {"pool": POOLS[pool]}))).double().eval()
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes == json.loads(str(vectors[f"vit_small_{pool}_keys"]))
+    for name, parameter in model.named_parameters():
+        scale = name.endswith(".weight") and parameter.ndim == 1
+        parameter.data.copy_(torch.from_numpy((0.05 * drawn(name, parameter.shape) + scale).astype(np.float32)))
+    images = torch.from_numpy(drawn("images", (3, 3, 64, 64)).astype(np.float32)).double()
+    np.testing.assert_allclose(model(images).detach(), vectors[f"vit_small_{pool}_logits_f64"], rtol=0, atol=1e-10)
+
+
+def test_drop_path_is_linear_from_0(golden: Golden) -> None:
+    with torch.device("meta"):
+        rates = drop_path_rates(build_classifier(ClassifierConfig(drop_path=0.1)))
+    np.testing.assert_allclose(rates, golden("f64/vit_small")["drop_path_base_0.1"], rtol=1e-6)
+
+
+def test_a_fresh_classifier_is_a_function_of_its_seed_and_starts_with_a_nearly_silent_head() -> None:
+    ours, same, other = build_classifier(SMALL, 1), build_classifier(SMALL, 1), build_classifier(SMALL, 2)
+    for (name, mine), again, different in zip(
+        ours.named_parameters(), same.parameters(), other.parameters(), strict=True
+    ):
+        assert torch.equal(mine, again)
+        if mine.ndim > 1:
+            assert not torch.equal(mine, different), name
+            assert mine.std().item() == pytest.approx(2e-5 if name == "head.weight" else 0.02, rel=0.15), name
+        else:
+            assert (mine == (0 if name.endswith("bias") else 1)).all(), name
+    assert ours.pos_embed.requires_grad
+
+
+@pytest.mark.parametrize("pool", ["mean", "class_token"])
+def test_it_starts_from_the_encoder_of_mae_weights(pool: Pool) -> None:
+    """All but the fresh parameters come from there, and the features are those of `MAE.encode`."""
+    mae, config = small_mae().double(), ClassifierConfig(**(vars(SMALL) | {"pool": pool}))
+    model = build_classifier(config).double()
+    result = model.load_state_dict(encoder_weights(mae.state_dict(), config, (4, 4)), strict=False)
+    assert set(result.missing_keys) == fresh_parameters(config) and not result.unexpected_keys
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        tokens = model.forward_features(normalise(images, mae.config.mean, mae.config.std).double())  # (B, 1+L, D)
+        if pool == "mean":
+            tokens = mae.norm(tokens)
+        assert (tokens - mae.encode(images)).abs().max() < 1e-12
+
+
+def test_another_image_size_gets_an_interpolated_table() -> None:
+    mae, config = small_mae(), ClassifierConfig(**(vars(SMALL) | {"image_size": (96, 128)}))
+    weights = encoder_weights(mae.state_dict(), config, (4, 4))
+    assert torch.equal(weights["pos_embed"], interpolate_table(mae.pos_embed, (4, 4), (6, 8)))
+    model = build_classifier(config)
+    assert set(model.load_state_dict(weights, strict=False).missing_keys) == fresh_parameters(config)
+    assert model(torch.zeros(1, 3, 96, 128)).shape == (1, 10)
+
+
+def test_tables_are_interpolated_as_the_reference_does(golden: Golden) -> None:
+    vectors = golden("f64/pos_embed")
+    small = torch.from_numpy(drawn("interp4_6", (1, 17, 64)).astype(np.float32))
+    np.testing.assert_allclose(interpolate_table(small, (4, 4), (6, 6)), vectors["interp_4_6_d64"], rtol=0, atol=1e-6)
+    large = torch.from_numpy(drawn("interp14_24", (1, 197, 192)).astype(np.float32))
+    rows = interpolate_table(large, (14, 14), (24, 24))[:, ::97]
+    np.testing.assert_allclose(rows, vectors["interp_14_24_d192"], rtol=0, atol=1e-6)
+
+
+def test_a_linear_probe_trains_a_linear_layer_behind_a_batch_norm_alone() -> None:
+    model = build_classifier(ClassifierConfig(**(vars(SMALL) | {"pool": "class_token"})))
+    make_linear_probe(model, seed=3)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
+        "head.1.weight",
+        "head.1.bias",
+    ]
+    norm, linear = model.head
+    assert norm.eps == 1e-6 and not norm.affine and norm.momentum == 0.1
+    assert linear.weight.std().item() == pytest.approx(0.01, rel=0.1) and not linear.bias.any()
+    images = torch.randn(8, 3, 64, 64)
+    features = model.forward_head(model.forward_features(images), pre_logits=True)  # (B, D)
+    logits = model.train()(images)
+    spread = features.var(0, correction=0, keepdim=True).add(1e-6).sqrt()
+    expected = linear((features - features.mean(0, keepdim=True)) / spread)
+    assert (logits - expected).abs().max() < 1e-5
+    logits.sum().backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_probe_with_stochastic_depth_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"drop_path 0, not 0\.1"):
+        make_linear_probe(build_classifier(ClassifierConfig(**(vars(SMALL) | {"drop_path": 0.1}))))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"image_size": (60, 64)}, r"image_size \(60, 64\) is not divisible"),
+        ({"heads": 5}, "heads 5 does not divide dim 64"),
+        ({"pool": "max"}, "pool 'max' is none of mean, class_token"),
+        ({"drop_path": 1.0}, "drop_path 1.0"),
+        ({"classes": 0}, "at least 1"),
+    ],
+)
+def test_values_that_do_not_go_together_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClassifierConfig(**(vars(SMALL) | values))
