@@ -1,8 +1,8 @@
 """MAE weights under the names of others, exact both ways: tensors in, the same tensors out, no files.
 
 Ours are the reference implementation's names. timm's ViT has the same ones without the decoder. Hugging Face's ViTMAE
-renames everything and splits each `qkv` into query, key and value; its release 4 had other names than 5, and both are
-read (transformers' own `conversion_mapping.py`).
+renames everything and splits each `qkv` into query, key and value. Its release 5 has other names than 4, whose names
+its `save_pretrained` still writes (transformers' `conversion_mapping.py`); all are read.
 """
 
 import math
@@ -44,6 +44,7 @@ _OUTSIDE = {  # of the blocks
 }
 _HF4 = {
     "vit.encoder.layer.": "vit.layers.",
+    "decoder.decoder_encoder.layer.": "decoder.decoder_layers.",  # written by transformers 5.23 alone
     "attention.attention.query.": "attention.q_proj.",
     "attention.attention.key.": "attention.k_proj.",
     "attention.attention.value.": "attention.v_proj.",
@@ -82,7 +83,7 @@ def to_hf(weights: Weights) -> dict[str, Tensor]:
 
 
 def from_hf(weights: Weights) -> dict[str, Tensor]:
-    """Inverse of `to_hf`; reads the names of `ViTMAEModel` and of transformers 4, too. Unknown names stay as they are."""
+    """Inverse of `to_hf`; also for `ViTMAEModel` and the names that files have. Unknown names stay as they are."""
     weights = {_hf5_name(name): tensor for name, tensor in weights.items()}
     outside = {theirs: ours for ours, theirs in _OUTSIDE.items()}
     stacks = {theirs: ours for ours, theirs in _STACKS.items()}

@@ -29,8 +29,8 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
     """Parameter groups for fine-tuning a ViT: each layer's lr is `layer_decay` times that of the layer above it.
 
     `model.blocks` are the layers in between; below them lie patch embedding, class token and position table, above them
-    norm and head. The lr of a group is `lr_at(...)` x its `lr_scale`, which is 1 at the top. 1-D tensors, class token and
-    position table do not decay; frozen parameters are left out.
+    norm and head. The lr of a group is `lr_at(...)` x its `lr_scale`, which is 1 at the top. 1-D tensors, class token
+    and position table do not decay; frozen parameters are left out.
     """
     top = len(model.blocks) + 1
     groups: dict[tuple[int, bool], dict] = {}

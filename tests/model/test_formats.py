@@ -1,0 +1,228 @@
+"""Weight formats: the same tensors under the names of others, and the same numbers out of their models."""
+
+import dataclasses
+import json
+import os
+import zlib
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before timm and transformers look
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
+
+from model.formats import (
+    encoder_of,
+    from_hf,
+    has_decoder,
+    likely_model,
+    mismatches,
+    not_finite,
+    square_grid,
+    to_hf,
+    to_reference,
+)
+from model.mae import MAE, MAEConfig, position_tables
+from model.masking import mask_by_score
+from model.patches import normalise
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "f64"
+TINY = MAEConfig((64, 64), dim=64, depth=2, heads=4, decoder_dim=32, decoder_depth=2, decoder_heads=4)
+CONFIGS = {"tiny": TINY, "base": MAEConfig()}
+
+
+def golden_weights(config: MAEConfig) -> dict[str, Tensor]:
+    """Weights by rule (tests/golden/README.md), the tables as they are."""
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in MAE(config).named_parameters()}
+    weights = {}
+    for name, shape in shapes.items():
+        draw = 0.05 * np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+        scale = name.endswith(".weight") and len(shape) == 1
+        weights[name] = torch.from_numpy((draw + scale).astype(np.float32))
+    return weights | position_tables(config)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def config(request: pytest.FixtureRequest) -> MAEConfig:
+    return CONFIGS[request.param]
+
+
+@pytest.fixture(scope="module")
+def weights(config: MAEConfig) -> dict[str, Tensor]:
+    return golden_weights(config)
+
+
+@pytest.fixture(scope="module")
+def model(config: MAEConfig, weights: dict[str, Tensor]) -> MAE:
+    model = MAE(config).double()
+    model.load_state_dict(weights)
+    return model
+
+
+@pytest.fixture(scope="module")
+def images(config: MAEConfig) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (1, 3, *config.image_size), dtype=torch.uint8, generator=generator)
+
+
+def hf_model(config: MAEConfig) -> ViTMAEForPreTraining:
+    with torch.device("meta"):
+        model = ViTMAEForPreTraining(
+            ViTMAEConfig(
+                hidden_size=config.dim,
+                num_hidden_layers=config.depth,
+                num_attention_heads=config.heads,
+                intermediate_size=int(config.dim * config.mlp_ratio),
+                decoder_hidden_size=config.decoder_dim,
+                decoder_num_hidden_layers=config.decoder_depth,
+                decoder_num_attention_heads=config.decoder_heads,
+                decoder_intermediate_size=int(config.decoder_dim * config.mlp_ratio),
+                image_size=config.image_size[0],
+                patch_size=config.patch_size,
+                layer_norm_eps=1e-6,
+                norm_pix_loss=config.target == "normalised_pixel",
+                mask_ratio=config.mask_ratio,
+            )
+        )
+    return model.to_empty(device="cpu").double()
+
+
+def hf4_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As transformers 4 wrote them."""
+    old = {}
+    for name, tensor in weights.items():
+        name = name.replace("vit.layers.", "vit.encoder.layer.").replace("attention.o_proj", "attention.output.dense")
+        for new, word in {"q": "query", "k": "key", "v": "value"}.items():
+            name = name.replace(f"attention.{new}_proj", f"attention.attention.{word}")
+        old[name.replace("mlp.fc1", "intermediate.dense").replace("mlp.fc2", "output.dense")] = tensor
+    return old
+
+
+def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_huggingface_and_back_is_the_same(weights: dict[str, Tensor]) -> None:
+    theirs = to_hf(weights)
+    assert_same(from_hf(theirs), weights)
+    assert_same(to_reference(theirs), weights)
+    assert_same(to_reference(hf4_names(theirs)), weights)
+    assert_same(to_reference(to_hf(encoder_of(weights))), encoder_of(weights))
+
+
+def test_huggingface_s_names_are_the_ones_of_its_model() -> None:
+    with torch.device("meta"):
+        ours = to_hf(MAE(MAEConfig()).state_dict())
+    expected = json.loads((GOLDEN / "hf_vitmae_keys.json").read_text())
+    assert {name: list(tensor.shape) for name, tensor in ours.items()} == expected
+
+
+def test_what_huggingface_writes_is_read(tmp_path: Path) -> None:
+    """Its release 5.23 writes the names of 4, but `decoder.decoder_encoder.layer`, which 4 never had."""
+    weights = golden_weights(TINY)
+    theirs = hf_model(TINY).float()
+    theirs.load_state_dict(to_hf(weights))
+    theirs.save_pretrained(tmp_path / "whole")
+    theirs.vit.save_pretrained(tmp_path / "encoder")
+    assert_same(to_reference(load_file(tmp_path / "whole" / "model.safetensors")), weights)
+    assert_same(to_reference(load_file(tmp_path / "encoder" / "model.safetensors")), encoder_of(weights))
+    assert isinstance(theirs.vit, ViTMAEModel)
+
+
+def both_losses(ours: MAE, weights: dict[str, Tensor], images: Tensor) -> tuple[float, float]:
+    config, theirs = ours.config, hf_model(ours.config)
+    theirs.load_state_dict(to_hf(weights))
+    noise = torch.from_numpy(np.random.RandomState(1).random_sample((len(images), config.num_patches)))
+    pixels = normalise(images, config.mean, config.std).double()
+    with torch.no_grad():
+        loss = ours.loss(pixels, mask_by_score(noise, config.keep))
+        return loss.item(), theirs(pixels, noise=noise).loss.item()
+
+
+def test_huggingface_s_loss_is_ours_on_the_same_mask(model: MAE, weights: dict[str, Tensor], images: Tensor) -> None:
+    ours, theirs = both_losses(model, weights, images)
+    assert ours == pytest.approx(theirs, rel=1e-12)
+
+
+def test_huggingface_s_loss_on_plain_pixels_is_ours_too() -> None:
+    ours, weights = MAE(dataclasses.replace(TINY, target="pixel")).double(), golden_weights(TINY)
+    ours.load_state_dict(weights)
+    loss, theirs = both_losses(ours, weights, torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8))
+    assert loss == pytest.approx(theirs, rel=1e-12)
+
+
+def test_timm_s_features_are_ours(config: MAEConfig, weights: dict[str, Tensor], model: MAE, images: Tensor) -> None:
+    options = {"img_size": config.image_size, "embed_dim": config.dim, "depth": config.depth, "num_heads": config.heads}
+    with torch.device("meta"):
+        theirs = timm.create_model("vit_base_patch16_224.mae", num_classes=0, **options)
+    theirs = theirs.to_empty(device="cpu").double().eval()
+    theirs.load_state_dict(encoder_of(weights), strict=True)
+    with torch.no_grad():
+        features = theirs.forward_features(normalise(images, config.mean, config.std).double())
+        assert (features - model.encode(images)).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("vit_base_patch16_224.mae", MAEConfig()),
+        ("vit_large_patch16_224.mae", MAEConfig(dim=1024, depth=24, heads=16)),
+        ("vit_huge_patch14_224.mae", MAEConfig(patch_size=14, dim=1280, depth=32, heads=16)),
+    ],
+)
+def test_timm_s_mae_models_have_the_encoder_s_names_and_shapes(name: str, size: MAEConfig) -> None:
+    with torch.device("meta"):
+        ours, theirs = MAE(size).state_dict(), timm.create_model(name).state_dict()
+    assert not mismatches(encoder_of(ours), theirs)
+    assert has_decoder(ours) and not has_decoder(encoder_of(ours))
+
+
+def test_names_of_no_mae_are_told() -> None:
+    with pytest.raises(ValueError, match=r"names of no MAE \(the first: conv1\.weight\)"):
+        to_reference({"conv1.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="the first: none"):
+        to_reference({})
+
+
+def test_a_part_of_a_query_key_and_value_is_not_lost_silently() -> None:
+    theirs = to_hf(golden_weights(TINY))
+    del theirs["vit.layers.1.attention.k_proj.bias"]
+    phrases = mismatches(to_reference(theirs), golden_weights(TINY))
+    assert phrases[0] == "blocks.1.attn.qkv.bias is missing"
+    assert "vit.layers.1.attention.q_proj.bias is not in the model" in phrases and len(phrases) == 3
+
+
+def test_another_size_is_told_tensor_by_tensor() -> None:
+    with torch.device("meta"):
+        base, large = MAE(MAEConfig()).state_dict(), MAE(MAEConfig(dim=1024, depth=24, heads=16)).state_dict()
+    phrases = mismatches(large, base)
+    assert "cls_token is (1, 1, 1024) where the model has (1, 1, 768)" in phrases
+    assert "blocks.12.norm1.weight is not in the model" in phrases
+    assert "blocks.12.norm1.weight is missing" in mismatches(base, large)
+    assert not mismatches(base, base)
+
+
+def test_the_likely_model_is_named() -> None:
+    with torch.device("meta"):
+        huge = MAE(MAEConfig(patch_size=14, dim=1280, depth=32, heads=16)).state_dict()
+        wide = MAE(dataclasses.replace(TINY, image_size=(32, 80))).state_dict()
+    assert likely_model(huge) == "ViT-H/14 (1280 x 32), 224 x 224 px, decoder 512 x 8"
+    assert likely_model(encoder_of(huge)) == "ViT-H/14 (1280 x 32), 224 x 224 px, no decoder"
+    assert likely_model(wide) == "ViT/16 (64 x 2), decoder 32 x 2"
+    assert square_grid(huge) == (16, 16) and square_grid(wide) is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_tensor_that_is_not_finite_is_named(value: float) -> None:
+    weights = golden_weights(TINY)
+    assert not not_finite(weights)
+    weights["blocks.1.mlp.fc1.weight"][3, 5] = value
+    assert not_finite(weights) == ["blocks.1.mlp.fc1.weight"]
