@@ -37,6 +37,9 @@ class CheckpointStore:
 
     folder: Path
 
+    def at(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
     def steps(self) -> list[int]:
         """Steps with a whole checkpoint, ascending."""
         if not self.folder.is_dir():
@@ -50,7 +53,7 @@ class CheckpointStore:
 
         `weights` are the merged float32 ones, on rank 0; `dataset` is the fingerprint of what `loader` counts through.
         """
-        final = self.folder / _name(step)
+        final = self.at(step)
         writing = final.with_name(final.name + ".writing")
         if dist.get_rank() == 0:
             for left_behind in self.folder.glob("*.writing"):  # by a process that died while it wrote
@@ -70,7 +73,7 @@ class CheckpointStore:
             writing.rename(final)
             sync(self.folder)
             for old in self.steps()[:-keep]:
-                shutil.rmtree(self.folder / _name(old))
+                shutil.rmtree(self.at(old))
         dist.barrier()
 
     def loader_state(self, step: int, dataset: str, world_size: int) -> LoaderState:
@@ -79,7 +82,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: written by other than `world_size` ranks, or over another dataset than `dataset`.
         """
-        folder = self.folder / _name(step)
+        folder = self.at(step)
         state = json.loads((folder / _STATE).read_text())
         if state["world_size"] != world_size:
             raise CheckpointError(
@@ -96,12 +99,8 @@ class CheckpointStore:
     def load(self, engine: Any, step: int) -> None:
         """Puts weights and optimizer state of `step` into `engine`."""
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints a line of its own debugging a rank
-            engine.load_checkpoint(str(self.folder / _name(step)), tag=_ENGINE)
+            engine.load_checkpoint(str(self.at(step)), tag=_ENGINE)
 
     def weights(self, step: int) -> dict[str, Tensor]:
         """The float32 weights under the reference's names, whatever number of ranks wrote them."""
-        return load_file(self.folder / _name(step) / _WEIGHTS)
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
+        return load_file(self.at(step) / _WEIGHTS)

@@ -16,6 +16,7 @@ COMMANDS = {
     "loader": "how fast a packed dataset streams, what is the limit, what the model will see",
     "pretrain": "train a masked autoencoder from a recipe, or go on with a run",
     "reconstruct": "original, masked and reconstructed images of a run, side by side",
+    "export": "a run's weights for the reference's code, for timm or for Hugging Face, with a model card",
     "report": "one HTML page of a run: curves, reconstructions, recipe",
     "demo": "all of it on a small scale: pack, pre-train on two ranks, resume, look",
 }

@@ -37,8 +37,10 @@ class Reconstruct:
     """A packed dataset to take images from; the run's own if not given."""
     count: int = 8
     """Number of images, evenly spaced in the dataset."""
+    weights: Path | None = None
+    """Other weights of the same size than the run's own: an export, Hugging Face's folder, a `.pth` with a decoder."""
     out: Path | None = None
-    """The PNG; RUN/reconstructions/step-XXXXXXXX.png if not given."""
+    """The PNG; RUN/reconstructions/step-XXXXXXXX.png, or by the name of --weights, if not given."""
 
 
 def trained_model(folder: RunFolder, step: int) -> MAE:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 Weights = Mapping[str, Tensor]
 
-_DECODER = re.compile(r"decoder_|mask_token$")
+_DECODER = re.compile(r"decoder_|(encoder_)?mask_token$")
 _BLOCK = re.compile(r"(blocks|decoder_blocks)\.(\d+)\.(.+)\.(weight|bias)")
 _HF_BLOCK = re.compile(r"(vit\.layers|decoder\.decoder_layers)\.(\d+)\.(.+)\.(weight|bias)")
 _STACKS = {"blocks": "vit.layers", "decoder_blocks": "decoder.decoder_layers"}
@@ -61,15 +61,21 @@ def has_decoder(weights: Weights) -> bool:
 
 
 def encoder_of(weights: Weights) -> dict[str, Tensor]:
-    """The encoder alone, under the reference's names: what timm's ViT with `num_classes=0` takes, strictly."""
+    """The encoder alone, without a mask token: what timm's ViT with `num_classes=0` takes, strictly."""
     return {name: tensor for name, tensor in weights.items() if not _DECODER.match(name)}
 
 
 def to_hf(weights: Weights) -> dict[str, Tensor]:
-    """The reference's names as those of `ViTMAEForPreTraining` (transformers 5); each `qkv` in three copied parts."""
+    """The reference's names as those of `ViTMAEForPreTraining` (transformers 5); each `qkv` in three copied parts.
+
+    Raises:
+        ValueError: a tensor that ViTMAE does not have.
+    """
     renamed = {}
     for name, tensor in weights.items():
         if (match := _BLOCK.fullmatch(name)) is None:
+            if name not in _OUTSIDE:
+                raise ValueError(f"Hugging Face's ViTMAE has no {name}")
             renamed[_OUTSIDE[name]] = tensor
             continue
         stack, number, part, kind = match.groups()
@@ -118,13 +124,14 @@ def to_reference(weights: Weights) -> dict[str, Tensor]:
 
 
 def mismatches(weights: Weights, expected: Weights) -> list[str]:
-    """A phrase for each tensor that is missing, of another shape, or not in `expected` (whose values do not matter)."""
-    phrases = [f"{name} is missing" for name in expected if name not in weights]
-    for name, tensor in weights.items():
-        if name not in expected:
-            phrases.append(f"{name} is not in the model")
-        elif tensor.shape != expected[name].shape:
-            phrases.append(f"{name} is {tuple(tensor.shape)} where the model has {tuple(expected[name].shape)}")
+    """A phrase for each tensor that is missing, of another shape, or not in `expected`, whose values do not matter."""
+    phrases = []
+    for name, tensor in expected.items():
+        if name not in weights:
+            phrases.append(f"{name} is missing")
+        elif weights[name].shape != tensor.shape:
+            phrases.append(f"{name} is {tuple(weights[name].shape)} where the model has {tuple(tensor.shape)}")
+    phrases += [f"{name} is not in the model" for name in weights if name not in expected]
     return phrases
 
 

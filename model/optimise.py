@@ -32,7 +32,7 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
     norm and head. The lr of a group is `lr_at(...)` x its `lr_scale`, which is 1 at the top. 1-D tensors, class token
     and position table do not decay; frozen parameters are left out.
     """
-    top = len(model.blocks) + 1
+    top = len(list(model.get_submodule("blocks").children())) + 1
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

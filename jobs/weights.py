@@ -1,0 +1,165 @@
+"""Weights from wherever they lie: a run, a checkpoint, an export, a folder of Hugging Face's, one file.
+
+They come back under the reference's names, finite, and in the shapes of the model that asks for them. A `.pth` is read
+as tensors alone: what it may hold of code is never run.
+"""
+
+import argparse
+import json
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from jobs.runfolder import RunFolder
+from model.classifier import ClassifierConfig, build_classifier, encoder_weights, fresh_parameters
+from model.formats import Weights, has_decoder, likely_model, mismatches, not_finite, square_grid, to_reference
+from model.mae import MAE, MAEConfig, position_tables
+from shards.errors import MaelstreamError
+
+EXPORT_NAME = "export.json"
+"""In each folder that `maelstream export` wrote: the format, the step and the model's configuration."""
+_IN_A_FOLDER = ("weights.safetensors", "model.safetensors", "pytorch_model.bin")
+_SHOWN = 3  # tensors that a message names
+
+
+class WeightsError(MaelstreamError):
+    """Weights that cannot be read, or that do not fit the model that asks for them."""
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    file: Path
+    tensors: dict[str, Tensor]
+    """Under the reference's names, on the CPU, in the dtype of the file."""
+    grid: tuple[int, int] | None
+    """Rows and columns of patches of the position table; None where neither a configuration nor a square tells."""
+
+
+def read_weights(path: Path) -> StoredWeights:
+    """The weights of `path`, the newest ones of a run.
+
+    Raises:
+        WeightsError: nothing to read there, names of no MAE, code in a `.pth`, or a tensor with a NaN or an infinity.
+    """
+    file = _file_of(path)
+    config = _config_of(file)
+    try:
+        tensors = to_reference(_load(file))
+    except ValueError as error:
+        raise WeightsError(f"{file}: {error}") from None
+    if "pos_embed" not in tensors:  # a checkpoint of ours leaves out what does not change
+        if config is None:
+            raise WeightsError(
+                f"{file} has no position table, and nothing beside it tells of one; give the run's folder"
+            )
+        tensors = position_tables(config) | tensors
+    refuse_not_finite(tensors, file)
+    return StoredWeights(file, tensors, square_grid(tensors) if config is None else config.grid)
+
+
+def mae_weights(stored: StoredWeights, config: MAEConfig) -> dict[str, Tensor]:
+    """What `MAE(config).load_state_dict` takes; WeightsError for an encoder alone, or for a model of another size."""
+    if not has_decoder(stored.tensors):
+        raise WeightsError(
+            f"{stored.file} holds an encoder alone ({likely_model(stored.tensors)}), as the published mae_pretrain_* "
+            "do: fine-tuning can start from it, but without a decoder nothing is reconstructed; give a full checkpoint"
+        )
+    with torch.device("meta"):
+        expected = MAE(config).state_dict()
+    _refuse_mismatches(stored, expected)
+    return stored.tensors
+
+
+def classifier_from(stored: StoredWeights, config: ClassifierConfig, seed: int = 0) -> VisionTransformer:
+    """A classifier that starts from the encoder of `stored`; its head, and the norm behind the mean, are fresh.
+
+    Raises:
+        WeightsError: an encoder of another size, or a position table of which nothing tells the grid.
+    """
+    if stored.grid is None:
+        raise WeightsError(
+            f"{stored.file}: its position table is of no square grid, and nothing beside it tells of which; give the "
+            "run's folder, or what `maelstream export` made of it"
+        )
+    model = build_classifier(config, seed)
+    weights = encoder_weights(stored.tensors, config, stored.grid)
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in fresh_parameters(config)}
+    _refuse_mismatches(StoredWeights(stored.file, weights, stored.grid), expected)
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def refuse_not_finite(weights: Weights, where: Path) -> None:
+    """WeightsError when a tensor holds a NaN or an infinity."""
+    if names := not_finite(weights):
+        raise WeightsError(f"{where}: NaN or infinity in {_some(names, ', ')}; take weights of an earlier step")
+
+
+def _refuse_mismatches(stored: StoredWeights, expected: Weights) -> None:
+    if phrases := mismatches(stored.tensors, expected):
+        raise WeightsError(
+            f"{stored.file} looks like {likely_model(stored.tensors)}, and the model is {likely_model(expected)}: "
+            f"{_some(phrases, '; ')}"
+        )
+
+
+def _some(phrases: list[str], separator: str) -> str:
+    more = f" and {len(phrases) - _SHOWN} more" if len(phrases) > _SHOWN else ""
+    return separator.join(phrases[:_SHOWN]) + more
+
+
+def _file_of(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    if (folder := RunFolder(path)).config.exists():
+        path = folder.checkpoints.at(folder.last_step())
+    for name in _IN_A_FOLDER:
+        if (path / name).exists():
+            return path / name
+    raise WeightsError(
+        f"{path} holds no weights: it is not a run, and has none of {', '.join(_IN_A_FOLDER)}; give a run or a file"
+    )
+
+
+def _config_of(file: Path) -> MAEConfig | None:
+    """The model's configuration, where a run or an export lies around its weights."""
+    if (export := file.parent / EXPORT_NAME).exists():
+        return TypeAdapter(MAEConfig).validate_python(json.loads(export.read_text())["model"])
+    folder = RunFolder(file.parent.parent.parent)
+    is_checkpoint = file.parent.parent == folder.checkpoints.folder
+    return folder.recipe().model if is_checkpoint and folder.config.exists() else None
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a file, under the names that it has there."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        # Checkpoints of the reference's own training hold their command line besides: plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(f"{file} cannot be read ({error.strerror or 'not found'}); give a run or a file") from None
+    except pickle.UnpicklingError as error:
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise WeightsError(
+                f"{file} holds code ({code[1]}) beside its tensors, which is not run; ask its maker for tensors alone"
+            ) from None
+        raise WeightsError(f"{file} is not a file of weights that torch can read as tensors alone") from None
+    except (SafetensorError, RuntimeError, EOFError, LookupError, ValueError):
+        raise WeightsError(f"{file} is cut or is not a file of weights; fetch it again") from None
+    for key in ("model", "state_dict"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict):
+        raise WeightsError(f"{file} holds a {type(found).__name__}, not tensors by name")
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}

@@ -1,0 +1,264 @@
+"""`maelstream export`: what it writes is loaded by the libraries that it is for, offline, by the lines of its card."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before timm and transformers look
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import ViTImageProcessor, ViTMAEForPreTraining, ViTMAEModel
+
+from jobs.command import run
+from jobs.recipe import DataConfig, Recipe, dump_recipe
+from jobs.weights import mae_weights, read_weights
+from model.formats import encoder_of
+from model.mae import MAE, MAEConfig
+from model.masking import mask_by_score
+from model.patches import normalise
+
+TINY = MAEConfig(
+    (32, 32),
+    patch_size=8,
+    dim=32,
+    depth=2,
+    heads=2,
+    mlp_ratio=3.0,
+    decoder_dim=16,
+    decoder_depth=1,
+    decoder_heads=2,
+    mask_ratio=0.6,
+    target="pixel",
+    mean=(0.5, 0.4, 0.3),
+    std=(0.2, 0.3, 0.4),
+)
+
+
+def run_folder(path: Path, config: MAEConfig, steps: tuple[int, ...] = (12,)) -> Path:
+    """A run as `maelstream pretrain` leaves it, without the training: a checkpoint holds parameters alone."""
+    recipe = Recipe(model=config, data=DataConfig(dataset="/home/somebody/data/photographs"))
+    for step in steps:
+        checkpoint = path / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        save_file(dict(MAE(config, seed=step).named_parameters()), checkpoint / "weights.safetensors")
+    (path / "config.yaml").write_text(dump_recipe(recipe))
+    lines = [{"step": step, "loss": 1 / step} for step in range(2, 21, 2)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_folder(tmp_path_factory.mktemp("tiny") / "run", TINY, steps=(8, 12))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_folder(tmp_path_factory.mktemp("base") / "run", MAEConfig())
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def lines_of_the_card(folder: Path) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    return code
+
+
+def loaded_by_the_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """What the card's Python leaves behind, run in the export's folder."""
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(lines_of_the_card(folder), names)
+    return names
+
+
+def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_the_reference_s_format_holds_everything_exactly(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert run("export", [str(tiny), "--format", "reference", "--out", str(out)]) == 0
+    expected = MAE(TINY, seed=12).state_dict()
+    assert_same(loaded_by_the_card(out, monkeypatch)["weights"], expected)
+    assert_same(load_file(out / "weights.safetensors"), expected)
+    for path in (out, out / "weights.pth"):
+        assert_same(mae_weights(read_weights(path), TINY), expected)
+
+
+def test_an_encoder_alone_is_what_the_authors_publish_for_fine_tuning(tiny: Path, tmp_path: Path) -> None:
+    options = ["--format", "reference", "--encoder-only", "--step", "8", "--out", str(tmp_path / "out")]
+    assert run("export", [str(tiny), *options]) == 0
+    found = torch.load(tmp_path / "out" / "weights.pth", weights_only=True)
+    assert_same(found["model"], encoder_of(MAE(TINY, seed=8).state_dict()))
+
+
+def test_timm_loads_a_model_of_any_size_strictly(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Tensor
+) -> None:
+    out = tmp_path / "out"
+    assert run("export", [str(tiny), "--format", "timm", "--out", str(out)]) == 0
+    ours = MAE(TINY, seed=12)
+    theirs = loaded_by_the_card(out, monkeypatch)["model"].eval()
+    assert_same(theirs.state_dict(), encoder_of(ours.state_dict()))
+    pixels = normalise(images, TINY.mean, TINY.std)
+    with torch.no_grad():
+        assert (theirs.forward_features(pixels) - ours.encode(images)).abs().max() < 1e-5
+        assert (theirs.double().forward_features(pixels.double()) - ours.double().encode(images)).abs().max() < 1e-12
+    data = timm.data.resolve_model_data_config(theirs)
+    assert (tuple(data["mean"]), tuple(data["std"]), data["input_size"]) == (TINY.mean, TINY.std, (3, 32, 32))
+    assert timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=7)(pixels).shape == (2, 7)
+    assert_same(read_weights(out).tensors, encoder_of(ours.state_dict()))
+
+
+def test_timm_does_not_load_weights_that_lack_a_tensor(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("export", [str(tiny), "--format", "timm", "--out", str(out)]) == 0
+    weights = load_file(out / "model.safetensors")
+    del weights["norm.bias"]
+    save_file(weights, out / "model.safetensors")
+    with pytest.raises(RuntimeError, match=r"Missing key.*norm\.bias"):
+        timm.create_model(f"local-dir:{out}", pretrained=True)
+
+
+def test_vit_base_is_timm_s_own_mae_model(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    assert run("export", [str(base), "--format", "timm", "--out", str(out)]) == 0
+    assert 'timm.create_model(\n    "vit_base_patch16_224.mae", pretrained=True' in lines_of_the_card(out)
+    model = loaded_by_the_card(out, monkeypatch)["model"]
+    assert_same(model.state_dict(), load_file(out / "model.safetensors"))
+    assert model.pretrained_cfg["tag"] == "mae" and model.norm.eps == 1e-6
+
+
+def test_huggingface_s_model_has_our_loss_on_the_same_mask(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Tensor
+) -> None:
+    out = tmp_path / "out"
+    assert run("export", [str(tiny), "--format", "hf", "--out", str(out)]) == 0
+    theirs, told = ViTMAEForPreTraining.from_pretrained(out, output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.config.layer_norm_eps == 1e-6 and theirs.vit.layernorm.eps == 1e-6
+    assert theirs.config.mask_ratio == 0.6 and not theirs.config.norm_pix_loss
+    ours = MAE(TINY, seed=12).double()
+    noise = torch.from_numpy(np.random.RandomState(0).random_sample((2, 16)))
+    pixels = normalise(images, TINY.mean, TINY.std).double()
+    with torch.no_grad():
+        loss = ours.loss(pixels, mask_by_score(noise, TINY.keep)).item()
+        assert theirs.double()(pixels, noise=noise).loss.item() == pytest.approx(loss, rel=1e-12)
+    processor = loaded_by_the_card(out, monkeypatch)["processor"]
+    seen = processor(list(images), return_tensors="pt")["pixel_values"]
+    assert (seen - pixels).abs().max() < 1e-5
+    assert_same(mae_weights(read_weights(out), TINY), MAE(TINY, seed=12).state_dict())
+
+
+def test_huggingface_s_encoder_alone_has_our_features(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Tensor
+) -> None:
+    """With the mask ratio of 0 and the rising noise of the card; otherwise its model masks and shuffles."""
+    out = tmp_path / "out"
+    assert run("export", [str(tiny), "--format", "hf", "--encoder-only", "--out", str(out)]) == 0
+    _, told = ViTMAEModel.from_pretrained(out, output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    names = loaded_by_the_card(out, monkeypatch) | {"pixels": normalise(images, TINY.mean, TINY.std), "torch": torch}
+    comment = "\n".join(line.partition("# ")[2] for line in lines_of_the_card(out).splitlines() if "# " in line)
+    with torch.no_grad():
+        exec(comment.partition(": ")[2], names)
+        assert (names["features"] - MAE(TINY, seed=12).encode(images)).abs().max() < 1e-5
+
+
+def test_nothing_of_transformers_is_needed_to_export_for_it(tiny: Path, tmp_path: Path) -> None:
+    hidden = "import sys; sys.modules['transformers'] = None; from jobs.command import run; sys.exit(run('export', {}))"
+    args = [str(tiny), "--format", "hf", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", hidden.format(args)], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_card_tells_the_step_the_loss_and_the_recipe_and_no_path_of_the_machine(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("export", [str(tiny), "--format", "hf", "--step", "8", "--out", str(out)]) == 0
+    card = (out / "README.md").read_text()
+    assert "# ViT/8 (32 x 2), 32 x 32 px, decoder 16 x 1" in card
+    assert "step 8, loss 0.1250 on removed patches at step 8 (target pixel, 60% removed), on photographs." in card
+    assert "base_lr: 0.00015" in card and "/home" not in card and str(tiny) not in card
+    listed = set(re.findall(r"^\| `(.*?)`", card, re.MULTILINE))
+    assert listed | {"README.md", "export.json"} == {path.name for path in out.iterdir()}
+
+
+def test_an_export_goes_into_the_run_unless_told_otherwise_and_may_be_made_again(tiny: Path) -> None:
+    for _ in range(2):
+        assert run("export", [str(tiny), "--format", "timm"]) == 0
+    assert [path.name for path in (tiny / "export").iterdir()] == ["timm-step-00000012"]
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    for out in (tmp_path, tmp_path / "thesis.tex", tiny):
+        assert run("export", [str(tiny), "--format", "timm", "--out", str(out)]) == 2
+        assert f"--out {out} holds something that is no export" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_failing_export_leaves_the_older_one_as_it_was(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [str(tiny), "--format", "timm", "--out", str(tmp_path / "out")]
+    assert run("export", options) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jobs.export.model_card", full)
+    assert run("export", [*options, "--step", "8"]) == 2
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("export", [str(tmp_path), "--format", "hf"]) == 2
+    assert "is not a run" in capsys.readouterr().err
+    wide = run_folder(tmp_path / "wide", dataclasses.replace(TINY, image_size=(16, 32)), steps=(4, 8))
+    assert run("export", [str(wide), "--format", "hf"]) == 2
+    assert "takes square images, not (16, 32); export to timm instead" in capsys.readouterr().err
+    assert run("export", [str(wide), "--format", "timm", "--step", "6"]) == 2
+    assert "has no checkpoint of step 6; it has 4, 8" in capsys.readouterr().err
+    assert run("export", [str(wide), "--format", "timm"]) == 0
+    model = timm.create_model(f"local-dir:{wide / 'export' / 'timm-step-00000008'}", pretrained=True)
+    assert model.patch_embed.grid_size == (2, 4)
+    assert read_weights(wide / "export" / "timm-step-00000008").grid == (2, 4)
+    file = wide / "checkpoints" / "step-00000008" / "weights.safetensors"
+    weights = load_file(file)
+    weights["norm.bias"][3] = torch.nan
+    save_file(weights, file)
+    assert run("export", [str(wide), "--format", "reference"]) == 2
+    assert "step-00000008: NaN or infinity in norm.bias; take weights of an earlier step" in capsys.readouterr().err
+
+
+def test_the_processor_is_the_one_that_the_model_expects(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("export", [str(tiny), "--format", "hf", "--out", str(out)]) == 0
+    processor = ViTImageProcessor.from_pretrained(out)
+    assert tuple(processor.image_mean) == TINY.mean and tuple(processor.image_std) == TINY.std
+    image = np.zeros((50, 70, 3), np.uint8)
+    assert processor(image, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
