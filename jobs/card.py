@@ -26,12 +26,12 @@ class Card:
 def model_card(folder: RunFolder, step: int, model: str, card: Card) -> str:
     """README.md of an export of `step`, in the form that model hubs read; `model` says what it is in a few words."""
     recipe = folder.recipe()
-    recipe = replace(recipe, data=_without_paths(recipe.data))
+    recipe = replace(recipe, data=without_paths(recipe.data))
     config, logged = recipe.model, [line for line in folder.read_metrics() if line["step"] <= step]
     loss = (
         f"loss {logged[-1]['loss']:.4f} on removed patches at step {logged[-1]['step']}" if logged else "no loss logged"
     )
-    datasets = ", ".join(recipe.data.mix) or recipe.data.dataset
+    datasets = ", ".join(recipe.data.mix or [recipe.data.dataset])
     files = "\n".join(f"| `{name}` | {what} |" for name, what in card.files.items())
     return f"""\
 ---
@@ -68,7 +68,10 @@ Pixels are RGB scaled to 0..1, less {list(config.mean)}, over {list(config.std)}
 """
 
 
-def _without_paths(data: DataConfig) -> DataConfig:
+def without_paths(data: DataConfig) -> DataConfig:
     """Datasets by their last name: where they lie on a machine is nobody's business."""
-    mix = {PurePosixPath(name).name: weight for name, weight in data.mix.items()}
+    mix: dict[str, float] = {}
+    for path, weight in data.mix.items():
+        name = PurePosixPath(path).name
+        mix[f"{name} ({len(mix) + 1})" if name in mix else name] = weight
     return replace(data, dataset=PurePosixPath(data.dataset).name, mix=mix)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from jobs.recipe import Recipe
 from jobs.runfolder import RunFolder
-from model.mae import MAE, Reconstruction, position_tables
+from jobs.weights import mae_weights, read_weights
+from model.mae import MAE, MAEConfig, Reconstruction
 from pipeline.decode import CpuDecoder, EncodedBatch
 from pipeline.draws import AugmentDraws, CropConfig
 from shards.dataset import Dataset
@@ -38,17 +39,15 @@ class Reconstruct:
     count: int = 8
     """Number of images, evenly spaced in the dataset."""
     weights: Path | None = None
-    """Other weights of the same size than the run's own: an export, Hugging Face's folder, a `.pth` with a decoder."""
+    """Other weights for the run's model, with a decoder: an export, a folder of Hugging Face's, a `.pth`."""
     out: Path | None = None
     """The PNG; RUN/reconstructions/step-XXXXXXXX.png, or by the name of --weights, if not given."""
 
 
-def trained_model(folder: RunFolder, step: int) -> MAE:
-    """The float32 model of a checkpoint, on the CPU."""
-    config = folder.recipe().model
+def trained_model(config: MAEConfig, path: Path) -> MAE:
+    """The float32 model of a checkpoint or of any weights with a decoder, on the CPU."""
     model = MAE(config)
-    # bf16 training rounds the fixed tables; the exact ones are known.
-    model.load_state_dict(folder.checkpoints.weights(step) | position_tables(config))
+    model.load_state_dict(mae_weights(read_weights(path), config))
     return model.eval()
 
 
@@ -65,8 +64,8 @@ def central_images(
     return decoder.run()
 
 
-def draw(result: Reconstruction, recipe: Recipe, step: int, path: Path) -> None:
-    """Writes the picture: a row an image, a column each of `COLUMNS`."""
+def draw(result: Reconstruction, recipe: Recipe, name: str, path: Path) -> None:
+    """Writes the picture: a row an image, a column each of `COLUMNS`; `name` is that of the weights."""
     pictures = (result.original, result.masked, result.reconstructed, result.reconstructed_with_visible)
     rows = len(result.original)
     figure, axes = plt.subplots(rows, len(COLUMNS), figsize=(2 * len(COLUMNS), 2 * rows + 0.4), squeeze=False)
@@ -75,7 +74,7 @@ def draw(result: Reconstruction, recipe: Recipe, step: int, path: Path) -> None:
         for row in range(rows):
             axes[row, column].imshow(images[row].permute(1, 2, 0).numpy())
             axes[row, column].axis("off")
-    figure.text(0.01, 0.004, f"step {step}, {recipe.model.mask_ratio:.0%} removed, loss {result.loss:.3f}", fontsize=8)
+    figure.text(0.01, 0.004, f"{name}, {recipe.model.mask_ratio:.0%} removed, loss {result.loss:.3f}", fontsize=8)
     figure.tight_layout(pad=0.4, rect=(0, 0.4 / (2 * rows + 0.4) / 2, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -86,7 +85,9 @@ def main(args: list[str]) -> int:
     """`maelstream reconstruct`; 0 when the picture is written."""
     command = tyro.cli(Reconstruct, args=args, prog="maelstream reconstruct")
     folder = RunFolder(command.run)
-    recipe, step = folder.recipe(), folder.last_step()
+    recipe = folder.recipe()
+    weights = command.weights or folder.checkpoints.at(folder.last_step())
+    name = weights.stem if weights.is_file() else weights.resolve().name
     if recipe.data.stream.urls and command.dataset is None:
         raise MaelstreamError(
             "the run read a stream, of which no image can be chosen; name a packed dataset: --dataset"
@@ -102,8 +103,8 @@ def main(args: list[str]) -> int:
         .at(np.zeros_like(samples), samples, widths, heights)
         .keys
     )
-    result = trained_model(folder, step).reconstruct(images, torch.from_numpy(keys))
-    out = command.out or folder.path / "reconstructions" / f"step-{step:08d}.png"
-    draw(result, recipe, step, out)
-    print(f"{out}: {command.count} images of {dataset.folder}, step {step}, loss on removed patches {result.loss:.4f}")
+    result = trained_model(recipe.model, weights).reconstruct(images, torch.from_numpy(keys))
+    out = command.out or folder.path / "reconstructions" / f"{name}.png"
+    draw(result, recipe, name, out)
+    print(f"{out}: {command.count} images of {dataset.folder}, {name}, loss on removed patches {result.loss:.4f}")
     return 0

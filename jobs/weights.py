@@ -134,9 +134,10 @@ def _config_of(file: Path) -> MAEConfig | None:
     """The model's configuration, where a run or an export lies around its weights."""
     if (export := file.parent / EXPORT_NAME).exists():
         return TypeAdapter(MAEConfig).validate_python(json.loads(export.read_text())["model"])
-    folder = RunFolder(file.parent.parent.parent)
-    is_checkpoint = file.parent.parent == folder.checkpoints.folder
-    return folder.recipe().model if is_checkpoint and folder.config.exists() else None
+    checkpoints = file.resolve().parents[1]
+    folder = RunFolder(checkpoints.parent)
+    is_of_run = checkpoints == folder.checkpoints.folder and folder.config.exists()
+    return folder.recipe().model if is_of_run else None
 
 
 def _load(file: Path) -> dict[str, Tensor]:

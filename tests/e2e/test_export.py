@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ViTImageProcessor, ViTMAEForPreTraining, ViTMAEModel
 
+from jobs.card import without_paths
 from jobs.command import run
 from jobs.recipe import DataConfig, Recipe, dump_recipe
 from jobs.weights import mae_weights, read_weights
@@ -25,6 +26,7 @@ from model.formats import encoder_of
 from model.mae import MAE, MAEConfig
 from model.masking import mask_by_score
 from model.patches import normalise
+from shards.dataset import Dataset
 
 TINY = MAEConfig(
     (32, 32),
@@ -182,6 +184,25 @@ def test_huggingface_s_encoder_alone_has_our_features(
         assert (names["features"] - MAE(TINY, seed=12).encode(images)).abs().max() < 1e-5
 
 
+def test_an_export_is_reconstructed_from_like_the_run_itself_but_not_an_encoder_alone(
+    tiny: Path, packed: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [str(tiny), "--dataset", packed.folder, "--count", "2", "--out", str(tmp_path / "x.png")]
+    assert run("reconstruct", options) == 0
+    expected = capsys.readouterr().out.partition("loss on removed patches ")[2]
+    for name, more in {"hf": [], "reference": [], "alone": ["--encoder-only"]}.items():
+        format = "hf" if name == "alone" else name
+        assert run("export", [str(tiny), "--format", format, "--out", str(tmp_path / name), *more]) == 0
+    for weights in (tmp_path / "hf", tmp_path / "reference" / "weights.pth"):
+        capsys.readouterr()
+        assert run("reconstruct", [*options, "--weights", str(weights)]) == 0
+        assert capsys.readouterr().out.partition("loss on removed patches ")[2] == expected
+    assert run("reconstruct", [*options, "--weights", str(tmp_path / "alone")]) == 2
+    assert (
+        "model.safetensors holds an encoder alone (ViT/8 (32 x 2), 32 x 32 px, no decoder)" in capsys.readouterr().err
+    )
+
+
 def test_nothing_of_transformers_is_needed_to_export_for_it(tiny: Path, tmp_path: Path) -> None:
     hidden = "import sys; sys.modules['transformers'] = None; from jobs.command import run; sys.exit(run('export', {}))"
     args = [str(tiny), "--format", "hf", "--out", str(tmp_path / "out")]
@@ -253,6 +274,11 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.Capt
     save_file(weights, file)
     assert run("export", [str(wide), "--format", "reference"]) == 2
     assert "step-00000008: NaN or infinity in norm.bias; take weights of an earlier step" in capsys.readouterr().err
+
+
+def test_datasets_of_one_name_stay_apart_in_the_card() -> None:
+    mix = DataConfig(mix={"/a/train": 3.0, "s3://b/train/": 1.0, "/c/val": 2.0})
+    assert without_paths(mix).mix == {"train": 3.0, "train (2)": 1.0, "val": 2.0}
 
 
 def test_the_processor_is_the_one_that_the_model_expects(tiny: Path, tmp_path: Path) -> None:
