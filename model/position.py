@@ -1,4 +1,6 @@
-"""Fixed 2-D sine-cosine position tables (paper, appendix A.1; Vaswani et al. 2017, section 3.5, in two dimensions).
+"""Position tables: the fixed 2-D sine-cosine ones, and a trained one for another grid.
+
+Sine and cosine are the paper's (appendix A.1; Vaswani et al. 2017, section 3.5, in two dimensions).
 
 The first half of the channels encodes the column of a patch, the second half its row. Each half is all sines, then all
 cosines, at wavelengths from 2 pi to 10,000 x 2 pi in a geometric row.
@@ -28,11 +30,25 @@ def sincos_table(grid: tuple[int, int], dim: int) -> Float32[Tensor, "1 1+l dim"
 
 def interpolate_table(
     table: Float[Tensor, "1 1+l d"], old_grid: tuple[int, int], new_grid: tuple[int, int]
-) -> Float[Tensor, "1 1+m d"]:
-    """A table for another grid (rows, columns): bicubic between the patches' entries, the class token's as it is."""
-    rows = table[:, 1:].reshape(1, *old_grid, -1).permute(0, 3, 1, 2)  # (1, D, gh, gw)
-    rows = F.interpolate(rows, new_grid, mode="bicubic", align_corners=False)  # (1, D, new gh, new gw)
-    return torch.cat([table[:, :1], rows.flatten(2).transpose(1, 2)], dim=1)  # (1, 1+M, D)
+) -> Float[Tensor, "1 1+l2 d"]:
+    """A table of `old_grid` (rows, columns) for `new_grid`: bicubic, corners not aligned, class row as it is.
+
+    For trained tables, as the reference does before fine-tuning at another size; a sine-cosine table of any grid is
+    better computed. In the dtype of `table`; equal grids give `table` itself.
+
+    Raises:
+        ValueError: `table` is not one of `old_grid`.
+    """
+    rows, columns = old_grid
+    if table.ndim != 3 or table.shape[:2] != (1, 1 + rows * columns):
+        raise ValueError(
+            f"position table of shape {tuple(table.shape)} is not one of {rows} x {columns} patches and a class token"
+        )
+    if old_grid == new_grid:
+        return table
+    patches = table[:, 1:].unflatten(1, old_grid).permute(0, 3, 1, 2)  # (1, D, gh, gw)
+    resized = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)  # (1, D, gh2, gw2)
+    return torch.cat([table[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)  # (1, 1+L2, D)
 
 
 def _waves(positions: Float64[Tensor, "l"], dim: int) -> Float64[Tensor, "l dim"]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from model.mae import MAEConfig, position_tables
-from model.position import sincos_table
+from model.position import interpolate_table, sincos_table
 
 Golden = Callable[[str], Mapping[str, np.ndarray]]
 
@@ -68,3 +69,34 @@ def test_both_tables_of_a_model_come_under_their_checkpoint_keys() -> None:
 def test_a_width_without_room_for_four_waves_is_refused() -> None:
     with pytest.raises(ValueError, match="30 is not divisible by 4"):
         sincos_table((4, 4), 30)
+
+
+@pytest.mark.parametrize(("old", "new", "dim", "every"), [(4, 6, 64, 1), (14, 24, 192, 97)])
+def test_an_interpolated_table_is_the_reference_s(golden: Golden, old: int, new: int, dim: int, every: int) -> None:
+    drawn = np.random.RandomState(zlib.crc32(f"interp{old}_{new}".encode())).standard_normal((1, 1 + old * old, dim))
+    table = torch.from_numpy(drawn.astype(np.float32))
+    ours = interpolate_table(table, (old, old), (new, new))
+    expected = golden("f64/pos_embed")[f"interp_{old}_{new}_d{dim}"]
+    assert ours.shape == (1, 1 + new * new, dim)
+    assert np.array_equal(ours[:, ::every], expected)
+    assert torch.equal(ours[:, 0], table[:, 0])
+
+
+def test_a_table_is_interpolated_along_each_side_of_its_own() -> None:
+    rows, columns = torch.arange(8.0), torch.arange(6.0)
+    patches = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=2).reshape(1, 48, 2)  # (row, column)
+    table = torch.cat([torch.full((1, 1, 2), 7.0), patches], dim=1)
+    taller = interpolate_table(table, (8, 6), (16, 6))
+    assert torch.equal(taller[0, 0], table[0, 0])
+    grid = taller[0, 1:].reshape(16, 6, 2)
+    assert torch.allclose(grid[..., 1], columns.expand(16, 6), atol=1e-6)
+    # Two new rows lie as far before each old one as after it.
+    middle = grid[4:12, :, 0].unflatten(0, (4, 2)).mean(1)
+    assert torch.allclose(middle, rows[2:6, None].expand(4, 6), atol=1e-5)
+
+
+def test_a_table_for_its_own_grid_is_itself_and_of_another_grid_is_refused() -> None:
+    table = sincos_table((4, 6), 8)
+    assert interpolate_table(table, (4, 6), (4, 6)) is table
+    with pytest.raises(ValueError, match=r"shape \(1, 25, 8\) is not one of 5 x 5 patches"):
+        interpolate_table(table, (5, 5), (8, 8))
