@@ -3,7 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
-from jobs.recipe import DataConfig, dump_recipe
+import yaml
+
+from jobs.recipe import EXPERIMENT, DataConfig, dump_recipe
 from jobs.runfolder import RunFolder
 
 _LICENCE = """\
@@ -32,6 +34,8 @@ def model_card(folder: RunFolder, step: int, model: str, card: Card) -> str:
         f"loss {logged[-1]['loss']:.4f} on removed patches at step {logged[-1]['step']}" if logged else "no loss logged"
     )
     datasets = ", ".join(recipe.data.mix or [recipe.data.dataset])
+    values = yaml.safe_load(dump_recipe(recipe))
+    experiment = yaml.safe_dump({name: values[name] for name in EXPERIMENT}, sort_keys=False)
     files = "\n".join(f"| `{name}` | {what} |" for name, what in card.files.items())
     return f"""\
 ---
@@ -60,7 +64,7 @@ Pixels are RGB scaled to 0..1, less {list(config.mean)}, over {list(config.std)}
 ## Recipe
 
 ```yaml
-{dump_recipe(recipe)}```
+{experiment}```
 
 ## Licence
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from jobs.recipe import Recipe
 from jobs.runfolder import RunFolder
 from jobs.weights import mae_weights, read_weights
-from model.mae import MAE, MAEConfig, Reconstruction
+from model.mae import MAE, Reconstruction
 from pipeline.decode import CpuDecoder, EncodedBatch
 from pipeline.draws import AugmentDraws, CropConfig
 from shards.dataset import Dataset
@@ -44,10 +44,11 @@ class Reconstruct:
     """The PNG; RUN/reconstructions/step-XXXXXXXX.png, or by the name of --weights, if not given."""
 
 
-def trained_model(config: MAEConfig, path: Path) -> MAE:
-    """The float32 model of a checkpoint or of any weights with a decoder, on the CPU."""
+def trained_model(folder: RunFolder, weights: Path) -> MAE:
+    """The run's float32 model with the weights of a checkpoint, or of others of its size, on the CPU."""
+    config = folder.recipe().model
     model = MAE(config)
-    model.load_state_dict(mae_weights(read_weights(path), config))
+    model.load_state_dict(mae_weights(read_weights(weights), config))
     return model.eval()
 
 
@@ -103,7 +104,7 @@ def main(args: list[str]) -> int:
         .at(np.zeros_like(samples), samples, widths, heights)
         .keys
     )
-    result = trained_model(recipe.model, weights).reconstruct(images, torch.from_numpy(keys))
+    result = trained_model(folder, weights).reconstruct(images, torch.from_numpy(keys))
     out = command.out or folder.path / "reconstructions" / f"{name}.png"
     draw(result, recipe, name, out)
     print(f"{out}: {command.count} images of {dataset.folder}, {name}, loss on removed patches {result.loss:.4f}")
