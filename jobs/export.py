@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jobs.card import Card, model_card
 from jobs.runfolder import RunFolder
-from jobs.weights import EXPORT_NAME, refuse_not_finite
+from jobs.weights import EXPORT_NAME, mae_weights, read_weights
 from model.formats import encoder_of, has_decoder, likely_model, to_hf
 from model.mae import MAEConfig, position_tables
 from shards.durable import sync
@@ -81,7 +81,7 @@ def write_timm(folder: Path, weights: dict[str, Tensor], config: MAEConfig) -> C
         library="timm",
         files={
             "model.safetensors": "the encoder, float32; timm's ViT has no decoder",
-            "config.json": "timm's: architecture, arguments, mean and deviation of the pixels",
+            "config.json": "of timm: architecture, arguments, mean and deviation of the pixels",
         },
         load=load,
     )
@@ -119,8 +119,8 @@ def write_hf(folder: Path, weights: dict[str, Tensor], config: MAEConfig) -> Car
         library="transformers",
         files={
             "model.safetensors": f"the weights of `{architecture}`, float32, under the names of transformers 5",
-            "config.json": "transformers': sizes, mask ratio, target, epsilon",
-            "preprocessor_config.json": "transformers': image size, mean and deviation of the pixels",
+            "config.json": "of transformers: sizes, mask ratio, target, epsilon",
+            "preprocessor_config.json": "of transformers: image size, mean and deviation of the pixels",
         },
         load=load,
     )
@@ -213,10 +213,10 @@ def export(folder: RunFolder, step: int, format: Format, encoder_only: bool, out
     if out.exists() and not (out / EXPORT_NAME).exists() and (not out.is_dir() or any(out.iterdir())):
         raise MaelstreamError(f"--out {out} holds something that is no export; choose another folder")
     recipe = folder.recipe()
-    weights = folder.checkpoints.weights(step) | position_tables(recipe.model)
+    stored = read_weights(folder.checkpoints.at(step))
+    weights = mae_weights(stored, recipe.model) | position_tables(recipe.model)
     if encoder_only or format == "timm":
         weights = encoder_of(weights)
-    refuse_not_finite(weights, folder.checkpoints.at(step))
     aside, replaced = out.with_name(out.name + ".writing"), out.with_name(out.name + ".replaced")
     try:
         for left_behind in (aside, replaced):

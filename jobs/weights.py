@@ -62,7 +62,8 @@ def read_weights(path: Path) -> StoredWeights:
                 f"{file} has no position table, and nothing beside it tells of one; give the run's folder"
             )
         tensors = position_tables(config) | tensors
-    refuse_not_finite(tensors, file)
+    if names := not_finite(tensors):
+        raise WeightsError(f"{file}: NaN or infinity in {_some(names, ', ')}; take weights of an earlier step")
     return StoredWeights(file, tensors, square_grid(tensors) if config is None else config.grid)
 
 
@@ -91,17 +92,14 @@ def classifier_from(stored: StoredWeights, config: ClassifierConfig, seed: int =
             "run's folder, or what `maelstream export` made of it"
         )
     model = build_classifier(config, seed)
-    weights = encoder_weights(stored.tensors, config, stored.grid)
+    try:
+        weights = encoder_weights(stored.tensors, config, stored.grid)
+    except ValueError as error:  # a table that is not of the grid that is told
+        raise WeightsError(f"{stored.file}: {error}") from None
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in fresh_parameters(config)}
     _refuse_mismatches(StoredWeights(stored.file, weights, stored.grid), expected)
     model.load_state_dict(weights, strict=False)
     return model
-
-
-def refuse_not_finite(weights: Weights, where: Path) -> None:
-    """WeightsError when a tensor holds a NaN or an infinity."""
-    if names := not_finite(weights):
-        raise WeightsError(f"{where}: NaN or infinity in {_some(names, ', ')}; take weights of an earlier step")
 
 
 def _refuse_mismatches(stored: StoredWeights, expected: Weights) -> None:
@@ -133,8 +131,11 @@ def _file_of(path: Path) -> Path:
 def _config_of(file: Path) -> MAEConfig | None:
     """The model's configuration, where a run or an export lies around its weights."""
     if (export := file.parent / EXPORT_NAME).exists():
-        return TypeAdapter(MAEConfig).validate_python(json.loads(export.read_text())["model"])
-    checkpoints = file.resolve().parents[1]
+        try:
+            return TypeAdapter(MAEConfig).validate_python(json.loads(export.read_text())["model"])
+        except (ValueError, LookupError, TypeError):
+            raise WeightsError(f"{export} is damaged, or of another version; export the run again") from None
+    checkpoints = file.resolve().parent.parent
     folder = RunFolder(checkpoints.parent)
     is_of_run = checkpoints == folder.checkpoints.folder and folder.config.exists()
     return folder.recipe().model if is_of_run else None

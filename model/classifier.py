@@ -92,13 +92,14 @@ def encoder_weights(mae: Mapping[str, Tensor], config: ClassifierConfig, grid: t
     """What a classifier starts from: the encoder of MAE weights under the reference's names, trained on `grid`.
 
     The position table is interpolated to the classifier's grid, and with the mean as pool the final norm is dropped.
+
+    Raises:
+        ValueError: a position table that is not of `grid`.
     """
     weights = encoder_of(mae)
     if config.pool == "mean":
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("norm.")}
-    if grid != config.grid:
-        weights["pos_embed"] = interpolate_table(weights["pos_embed"], grid, config.grid)
-    return weights
+    return weights | {"pos_embed": interpolate_table(weights["pos_embed"], grid, config.grid)}
 
 
 def fresh_parameters(config: ClassifierConfig) -> set[str]:

@@ -111,16 +111,21 @@ def to_reference(weights: Weights) -> dict[str, Tensor]:
     """Weights of any format under the reference's names.
 
     Raises:
-        ValueError: names of none of the formats.
+        ValueError: names of none of the formats, or a patch kernel or position table that is no ViT's.
     """
-    if "cls_token" in weights and "patch_embed.proj.weight" in weights:
-        return dict(weights)
-    if any(_hf5_name(name) == _OUTSIDE["cls_token"] for name in weights):
-        return from_hf(weights)
-    some = ", ".join(list(weights)[:3]) or "none"
-    raise ValueError(
-        f"names of no MAE (the first: {some}); known are the reference's, timm's and Hugging Face's ViTMAE"
-    )
+    if "cls_token" in weights:
+        renamed = dict(weights)
+    elif any(_hf5_name(name) == _OUTSIDE["cls_token"] for name in weights):
+        renamed = from_hf(weights)
+    else:
+        some = ", ".join(list(weights)[:3]) or "none"
+        raise ValueError(f"names of no MAE (the first: {some}); known are the reference's, timm's and Hugging Face's")
+    if "patch_embed.proj.weight" not in renamed:
+        raise ValueError("patch_embed.proj.weight is missing")
+    for name, dimensions in {"patch_embed.proj.weight": 4, "pos_embed": 3}.items():
+        if name in renamed and renamed[name].ndim != dimensions:
+            raise ValueError(f"{name} is {tuple(renamed[name].shape)}, which is no ViT's")
+    return renamed
 
 
 def mismatches(weights: Weights, expected: Weights) -> list[str]:

@@ -273,7 +273,12 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.Capt
     weights["norm.bias"][3] = torch.nan
     save_file(weights, file)
     assert run("export", [str(wide), "--format", "reference"]) == 2
-    assert "step-00000008: NaN or infinity in norm.bias; take weights of an earlier step" in capsys.readouterr().err
+    assert (
+        "weights.safetensors: NaN or infinity in norm.bias; take weights of an earlier step" in capsys.readouterr().err
+    )
+    file.write_bytes(file.read_bytes()[:5000])
+    assert run("export", [str(wide), "--format", "reference"]) == 2
+    assert "weights.safetensors is cut or is not a file of weights" in capsys.readouterr().err
 
 
 def test_datasets_of_one_name_stay_apart_in_the_card() -> None:

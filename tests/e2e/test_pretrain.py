@@ -105,6 +105,13 @@ def test_weights_have_the_reference_s_names_and_are_float32(undisturbed: RunFold
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
+def test_a_trained_run_is_exported_as_it_was_saved(undisturbed: RunFolder, tmp_path: Path) -> None:
+    assert run("export", [str(undisturbed.path), "--format", "reference", "--out", str(tmp_path / "out")]) == 0
+    exported, trained = load_file(tmp_path / "out" / "weights.safetensors"), undisturbed.checkpoints.weights(STEPS)
+    assert exported.keys() - trained.keys() <= {"pos_embed", "decoder_pos_embed"}
+    assert all(torch.equal(exported[name], trained[name]) for name in trained)
+
+
 def test_a_finished_run_that_is_started_again_does_nothing(undisturbed: RunFolder, recipe: Path) -> None:
     before = undisturbed.metrics.read_bytes()
     assert launch(2, str(recipe), "--run", str(undisturbed.path)).returncode == 0

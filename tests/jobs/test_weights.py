@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -78,10 +79,11 @@ def test_code_in_a_checkpoint_is_named_and_not_run(tmp_path: Path, weights: dict
         def __reduce__(self) -> tuple:
             return os.mkdir, (str(tmp_path / "was-run"),)
 
-    torch.save({"model": weights, "args": Code()}, tmp_path / "evil.pth")
-    with pytest.raises(WeightsError, match=r"evil\.pth holds code \(posix\.mkdir\) beside its tensors") as caught:
-        read_weights(tmp_path / "evil.pth")
-    assert "\n" not in str(caught.value) and not (tmp_path / "was-run").exists()
+    for content, name in ((Code(), r"posix\.mkdir"), (Fraction(1, 3), r"fractions\.Fraction")):
+        torch.save({"model": weights, "args": content}, tmp_path / "evil.pth")
+        with pytest.raises(WeightsError, match=rf"evil\.pth holds code \({name}\) beside its tensors") as caught:
+            read_weights(tmp_path / "evil.pth")
+        assert "\n" not in str(caught.value) and not (tmp_path / "was-run").exists()
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -162,6 +164,30 @@ def test_a_checkpoint_away_from_its_run_is_told_to_lack_its_table(folder: Path, 
     file.rename(tmp_path / "alone.safetensors")
     with pytest.raises(WeightsError, match=r"alone\.safetensors has no position table.*give the run's folder"):
         read_weights(tmp_path / "alone.safetensors")
+
+
+def test_tensors_of_no_vit_are_one_line(tmp_path: Path, weights: dict[str, Tensor]) -> None:
+    for name, tensor in {"patch_embed.proj.weight": torch.zeros(32, 192), "pos_embed": torch.zeros(17, 32)}.items():
+        save_file(weights | {name: tensor}, tmp_path / "x.safetensors")
+        with pytest.raises(WeightsError, match=rf"{name} is \(\d+, \d+\), which is no ViT's"):
+            read_weights(tmp_path / "x.safetensors")
+    save_file({"cls_token": weights["cls_token"]}, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match=r"patch_embed\.proj\.weight is missing"):
+        read_weights(tmp_path / "x.safetensors")
+
+
+def test_an_export_whose_description_is_damaged_or_of_other_weights_is_one_line(
+    tmp_path: Path, weights: dict[str, Tensor]
+) -> None:
+    save_file(weights, tmp_path / "weights.safetensors")
+    for text in ("{", "{}", '{"model": {"dim": 7}}'):
+        (tmp_path / EXPORT_NAME).write_text(text)
+        with pytest.raises(WeightsError, match=rf"{EXPORT_NAME} is damaged, or of another version"):
+            read_weights(tmp_path)
+    other = dataclasses.replace(TINY, image_size=(48, 48))
+    (tmp_path / EXPORT_NAME).write_text(json.dumps({"model": dataclasses.asdict(other)}))
+    with pytest.raises(WeightsError, match="is not one of 6 x 6 patches"):
+        classifier_from(read_weights(tmp_path), CLASSES)
 
 
 def test_half_precision_weights_widen_into_the_classifier(weights: dict[str, Tensor]) -> None:
