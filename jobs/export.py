@@ -19,7 +19,7 @@ from torch import Tensor
 from jobs.card import Card, model_card
 from jobs.runfolder import RunFolder
 from jobs.weights import EXPORT_NAME, mae_weights, read_weights
-from model.formats import encoder_of, has_decoder, likely_model, to_hf
+from model.formats import encoder_of, has_decoder, likely_model, to_hf_file
 from model.mae import MAEConfig, position_tables
 from shards.durable import sync
 from shards.errors import MaelstreamError
@@ -97,7 +97,7 @@ def write_hf(folder: Path, weights: dict[str, Tensor], config: MAEConfig) -> Car
     if has_decoder(weights) and config.target not in ("pixel", "normalised_pixel"):
         raise MaelstreamError(f"Hugging Face's ViTMAE predicts pixels, not target {config.target}; add --encoder-only")
     try:
-        renamed = to_hf(weights)
+        renamed = to_hf_file(weights)
     except ValueError as error:
         raise MaelstreamError(f"{error}; add --encoder-only") from None
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
@@ -118,7 +118,7 @@ def write_hf(folder: Path, weights: dict[str, Tensor], config: MAEConfig) -> Car
     return Card(
         library="transformers",
         files={
-            "model.safetensors": f"the weights of `{architecture}`, float32, under the names of transformers 5",
+            "model.safetensors": f"the weights of `{architecture}`, float32, named as transformers' published ones",
             "config.json": "of transformers: sizes, mask ratio, target, epsilon",
             "preprocessor_config.json": "of transformers: image size, mean and deviation of the pixels",
         },

@@ -1,8 +1,8 @@
 """MAE weights under the names of others, exact both ways: tensors in, the same tensors out, no files.
 
 Ours are the reference implementation's names. timm's ViT has the same ones without the decoder. Hugging Face's ViTMAE
-renames everything and splits each `qkv` into query, key and value. Its release 5 has other names than 4, whose names
-its `save_pretrained` still writes (transformers' `conversion_mapping.py`); all are read.
+renames everything and splits each `qkv` into query, key and value. Its modules were renamed between transformers 5.6
+and 5.10; files keep the older names, which every release loads (`conversion_mapping.py` there). Both are read.
 """
 
 import math
@@ -42,15 +42,14 @@ _OUTSIDE = {  # of the blocks
     "decoder_pred.weight": "decoder.decoder_pred.weight",
     "decoder_pred.bias": "decoder.decoder_pred.bias",
 }
-_HF4 = {
-    "vit.encoder.layer.": "vit.layers.",
-    "decoder.decoder_encoder.layer.": "decoder.decoder_layers.",  # written by transformers 5.23 alone
-    "attention.attention.query.": "attention.q_proj.",
-    "attention.attention.key.": "attention.k_proj.",
-    "attention.attention.value.": "attention.v_proj.",
-    "attention.output.dense.": "attention.o_proj.",
-    "intermediate.dense.": "mlp.fc1.",
-    ".output.dense.": ".mlp.fc2.",
+_HF_FILE = {  # what files have where transformers' modules since 5.10 have other names
+    "vit.layers.": "vit.encoder.layer.",
+    "attention.q_proj.": "attention.attention.query.",
+    "attention.k_proj.": "attention.attention.key.",
+    "attention.v_proj.": "attention.attention.value.",
+    "attention.o_proj.": "attention.output.dense.",
+    ".mlp.fc1.": ".intermediate.dense.",
+    ".mlp.fc2.": ".output.dense.",
 }
 _SIZES = {(192, 12): "ViT-Ti", (384, 12): "ViT-S", (768, 12): "ViT-B", (1024, 24): "ViT-L", (1280, 32): "ViT-H"}
 
@@ -66,7 +65,7 @@ def encoder_of(weights: Weights) -> dict[str, Tensor]:
 
 
 def to_hf(weights: Weights) -> dict[str, Tensor]:
-    """The reference's names as those of `ViTMAEForPreTraining` (transformers 5); each `qkv` in three copied parts.
+    """The reference's names as those of `ViTMAEForPreTraining`'s modules; each `qkv` in three copied parts.
 
     Raises:
         ValueError: a tensor that ViTMAE does not have.
@@ -88,9 +87,19 @@ def to_hf(weights: Weights) -> dict[str, Tensor]:
     return renamed
 
 
+def to_hf_file(weights: Weights) -> dict[str, Tensor]:
+    """As `to_hf`, under the names of files, those of the published `facebook/vit-mae-base`."""
+    renamed = {}
+    for name, tensor in to_hf(weights).items():
+        for module, file in _HF_FILE.items():
+            name = name.replace(module, file)
+        renamed[name] = tensor
+    return renamed
+
+
 def from_hf(weights: Weights) -> dict[str, Tensor]:
-    """Inverse of `to_hf`; also for `ViTMAEModel` and the names that files have. Unknown names stay as they are."""
-    weights = {_hf5_name(name): tensor for name, tensor in weights.items()}
+    """Inverse of `to_hf` and `to_hf_file`; reads `ViTMAEModel`'s names, too. Unknown names stay as they are."""
+    weights = {_hf_module_name(name): tensor for name, tensor in weights.items()}
     outside = {theirs: ours for ours, theirs in _OUTSIDE.items()}
     stacks = {theirs: ours for ours, theirs in _STACKS.items()}
     parts = {theirs: ours for ours, theirs in _PARTS.items()}
@@ -115,7 +124,7 @@ def to_reference(weights: Weights) -> dict[str, Tensor]:
     """
     if "cls_token" in weights:
         renamed = dict(weights)
-    elif any(_hf5_name(name) == _OUTSIDE["cls_token"] for name in weights):
+    elif any(_hf_module_name(name) == _OUTSIDE["cls_token"] for name in weights):
         renamed = from_hf(weights)
     else:
         some = ", ".join(list(weights)[:3]) or "none"
@@ -169,9 +178,11 @@ def _depth(weights: Weights, stack: str) -> int:
     )
 
 
-def _hf5_name(name: str) -> str:
+def _hf_module_name(name: str) -> str:
     if not name.startswith(("vit.", "decoder.")):  # a ViTMAEModel that was saved alone
         name = f"vit.{name}"
-    for old, new in _HF4.items():
-        name = name.replace(old, new)
+    # transformers 5.23 applies its rule for `vit.layers.` to `decoder_layers.`, too, when it saves.
+    name = name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers.")
+    for module, file in _HF_FILE.items():
+        name = name.replace(file, module)
     return name

@@ -25,6 +25,7 @@ from model.formats import (
     not_finite,
     square_grid,
     to_hf,
+    to_hf_file,
     to_reference,
 )
 from model.mae import MAE, MAEConfig, position_tables
@@ -93,17 +94,6 @@ def hf_model(config: MAEConfig) -> ViTMAEForPreTraining:
     return model.to_empty(device="cpu").double()
 
 
-def hf4_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As transformers 4 wrote them."""
-    old = {}
-    for name, tensor in weights.items():
-        name = name.replace("vit.layers.", "vit.encoder.layer.").replace("attention.o_proj", "attention.output.dense")
-        for new, word in {"q": "query", "k": "key", "v": "value"}.items():
-            name = name.replace(f"attention.{new}_proj", f"attention.attention.{word}")
-        old[name.replace("mlp.fc1", "intermediate.dense").replace("mlp.fc2", "output.dense")] = tensor
-    return old
-
-
 def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert ours.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -114,7 +104,7 @@ def test_huggingface_and_back_is_the_same(weights: dict[str, Tensor]) -> None:
     theirs = to_hf(weights)
     assert_same(from_hf(theirs), weights)
     assert_same(to_reference(theirs), weights)
-    assert_same(to_reference(hf4_names(theirs)), weights)
+    assert_same(to_reference(to_hf_file(weights)), weights)
     assert_same(to_reference(to_hf(encoder_of(weights))), encoder_of(weights))
 
 
@@ -125,8 +115,26 @@ def test_huggingface_s_names_are_the_ones_of_its_model() -> None:
     assert {name: list(tensor.shape) for name, tensor in ours.items()} == expected
 
 
+def test_files_have_the_names_of_the_published_ones() -> None:
+    """Of `facebook/vit-mae-base`, which every release loads; the modules' names are those of late releases alone."""
+    block = (
+        "layernorm_before layernorm_after attention.attention.query attention.attention.key attention.attention.value"
+    )
+    block += " attention.output.dense intermediate.dense output.dense"
+    expected = {
+        f"{stack}.1.{part}.{kind}"
+        for stack in ("vit.encoder.layer", "decoder.decoder_layers")
+        for part in block.split()
+        for kind in ("weight", "bias")
+    }
+    ours = to_hf_file(golden_weights(TINY))
+    assert {name for name in ours if ".1." in name} == expected
+    outside = {name for name in to_hf(golden_weights(TINY)) if "layers." not in name}
+    assert outside == {name for name in ours if "layer." not in name and "layers." not in name}
+
+
 def test_what_huggingface_writes_is_read(tmp_path: Path) -> None:
-    """Its release 5.23 writes the names of 4, but `decoder.decoder_encoder.layer`, which 4 never had."""
+    """Its release 5.23 writes files' names, but `decoder.decoder_encoder.layer`, which no other release has."""
     weights = golden_weights(TINY)
     theirs = hf_model(TINY).float()
     theirs.load_state_dict(to_hf(weights))
