@@ -8,14 +8,14 @@ from model.mae import MAEConfig
 
 
 def forward_flops(config: MAEConfig) -> int:
-    """One image through encoder, decoder and head."""
+    """One image through encoder, decoder and head; what a target costs on its own is `targets`' to tell."""
     visible, everything, removed = 1 + config.keep, 1 + config.num_patches, config.num_patches - config.keep
     return (
         _embed_flops(config)
         + config.depth * _block_flops(visible, config.dim, config.mlp_ratio)
         + 2 * visible * config.dim * config.decoder_dim
         + config.decoder_depth * _block_flops(everything, config.decoder_dim, config.mlp_ratio)
-        + 2 * removed * config.decoder_dim * config.patch_dim
+        + 2 * removed * config.decoder_dim * config.target_dim
     )
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.masking import Mask, keep_count, random_mask, take
-from model.patches import Target, denormalise, normalise, patchify, pixels_of, target_of, unpatchify
+from model.patches import Target, denormalise, normalise, patchify, unpatchify
 from model.position import sincos_table
+from model.targets import PCATarget, PixelTarget, ReconstructionTarget, TokenTarget
 from model.transformer import AttentionKind, PatchProjection, blocks, choose_attention, initialise, layer_norm
 
 
@@ -42,6 +43,10 @@ class MAEConfig:
     mask_ratio: float = 0.75
     """Share of patches that is removed; 0 is an autoencoder without a loss, for `MAE.encode` alone."""
     target: Target = "normalised_pixel"
+    components: int = 96
+    """Coefficients that the target "pca" asks for."""
+    codes: int = 8192
+    """Codes that the target "token" tells apart."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     attention: AttentionKind = "auto"
@@ -66,6 +71,10 @@ class MAEConfig:
             raise ValueError(f"attention {self.attention!r} is none of {', '.join(get_args(AttentionKind))}")
         if self.target == "normalised_pixel" and self.patch_dim == 1:
             raise ValueError("a patch of one number has no spread to be normalised by; take target pixel")
+        if self.target == "pca" and not 1 <= self.components <= self.patch_dim:
+            raise ValueError(f"components {self.components} is not in 1..{self.patch_dim}, the numbers in a patch")
+        if self.target == "token" and self.codes < 2:
+            raise ValueError(f"codes {self.codes} must be at least 2")
         if not 0 <= self.mask_ratio < 1:
             raise ValueError(f"mask_ratio {self.mask_ratio} is not in [0, 1)")
         if not self.keep:
@@ -88,6 +97,11 @@ class MAEConfig:
     def patch_dim(self) -> int:
         """Numbers in one patch."""
         return self.patch_size**2 * self.in_chans
+
+    @property
+    def target_dim(self) -> int:
+        """Numbers that the decoder predicts for a patch."""
+        return {"pca": self.components, "token": self.codes}.get(self.target, self.patch_dim)
 
     @property
     def keep(self) -> int:
@@ -123,13 +137,17 @@ class MAE(nn.Module):
     """Encoder, decoder and loss; `state_dict` has the keys and shapes of the published `*_full.pth` checkpoints.
 
     The weights are a function of `seed` alone, drawn on the CPU whatever the default device is; on the meta device
-    nothing is drawn.
+    nothing is drawn. The targets "pca" and "token" are given as a frozen `target`; without it there is no loss, only
+    `encode`.
+
+    Raises:
+        ValueError: a `target` of another kind or size than the configuration's.
     """
 
     pos_embed: Float[Tensor, "1 1+l d"]
     decoder_pos_embed: Float[Tensor, "1 1+l d2"]
 
-    def __init__(self, config: MAEConfig, seed: int = 0) -> None:
+    def __init__(self, config: MAEConfig, seed: int = 0, target: PCATarget | TokenTarget | None = None) -> None:
         super().__init__()
         self.config = config
         device = torch.get_default_device()
@@ -146,15 +164,18 @@ class MAE(nn.Module):
                 config.decoder_dim, config.decoder_depth, config.decoder_heads, config.mlp_ratio
             )
             self.decoder_norm = layer_norm(config.decoder_dim)
-            self.decoder_pred = nn.Linear(config.decoder_dim, config.patch_dim)
+            self.decoder_pred = nn.Linear(config.decoder_dim, config.target_dim)
         self.to_empty(device=device)
         initialise(self, seed)
         # Buffers, not frozen parameters: DDP complains of parameters without a gradient (lightly#1775).
         for name, table in position_tables(config).items():
             self.register_buffer(name, table.to(device))
+        self.target = _checked(config, target)
+        if self.target is not None:
+            self.target.to(device)
 
     def forward(self, images: UInt8[Tensor, "b c h w"], keys: Int64[Tensor, "b"]) -> Float[Tensor, ""]:
-        """Mean squared error over the removed patches of the whole batch, in float32 (float64 for a float64 model).
+        """Error over the removed patches of the whole batch, in float32 (float64 for a float64 model).
 
         Raises:
             ValueError: images of another shape or dtype than the configuration's, or a mask that removes no patch.
@@ -167,8 +188,8 @@ class MAE(nn.Module):
         patches = patchify(images, self.config.patch_size)  # (B, L, P*P*C)
         latent = self.encode_patches(take(patches, mask.kept), mask.kept)  # (B, 1+K, D)
         decoded = self.decode(latent, mask.restore)  # (B, L, D')
-        prediction = self.predict(take(decoded, mask.removed))  # (B, R, P*P*C)
-        return self._error(prediction, take(patches, mask.removed))
+        prediction = self.predict(take(decoded, mask.removed))  # (B, R, T)
+        return self._error(prediction, images, take(patches, mask.removed), mask.removed)
 
     def encode(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b 1+l d"]:
         """Features of whole images, nothing masked: class token first, then the patches in row-major order.
@@ -185,17 +206,19 @@ class MAE(nn.Module):
     def reconstruct(self, images: UInt8[Tensor, "b c h w"], keys: Int64[Tensor, "b"]) -> Reconstruction:
         """What the model makes of `images` under the masks of `keys`: figures 2 to 4 of the paper.
 
-        Under the normalised target each patch is shown with the mean and spread of the true one (see `pixels_of`).
+        Under the normalised target each patch is shown with the mean and spread of the true one (see `pixels_of` in
+        model/patches.py), coefficients and tokens as the pixels that they stand for.
 
         Raises:
-            ValueError: as `forward`.
+            ValueError: as `forward`, or tokens of a tokenizer without a decoder.
         """
         self._check(images)
         config, mask = self.config, self._mask(keys)
-        patches = patchify(normalise(images, config.mean, config.std), config.patch_size)  # (B, L, P*P*C)
+        normalised = normalise(images, config.mean, config.std)  # (B, C, H, W)
+        patches = patchify(normalised, config.patch_size)  # (B, L, P*P*C)
         latent = self.encode_patches(take(patches, mask.kept), mask.kept)  # (B, 1+K, D)
-        prediction = self.predict(self.decode(latent, mask.restore))  # (B, L, P*P*C)
-        pixels = pixels_of(prediction.to(patches.dtype), patches, config.target)
+        prediction = self.predict(self.decode(latent, mask.restore))  # (B, L, T)
+        pixels = self._target().pixels(prediction.to(patches.dtype), patches)  # (B, L, P*P*C)
         reconstructed = denormalise(unpatchify(pixels, config.patch_size, config.grid), config.mean, config.std)
         removed = (mask.restore >= config.keep)[:, :, None].expand_as(patches)  # (B, L, P*P*C)
         hidden = unpatchify(removed, config.patch_size, config.grid)  # (B, C, H, W)
@@ -205,7 +228,7 @@ class MAE(nn.Module):
             masked=torch.where(hidden, 0.5, original),
             reconstructed=reconstructed,
             reconstructed_with_visible=torch.where(hidden, reconstructed, original),
-            loss=self._error(take(prediction, mask.removed), take(patches, mask.removed)),
+            loss=self._error(take(prediction, mask.removed), normalised, take(patches, mask.removed), mask.removed),
         )
 
     def encode_patches(
@@ -228,13 +251,22 @@ class MAE(nn.Module):
         tokens = torch.cat([embedded[:, :1], patches], dim=1) + table  # (B, 1+L, D')
         return self.decoder_blocks(tokens)[:, 1:]  # (B, L, D')
 
-    def predict(self, decoded: Float[Tensor, "b n d2"]) -> Float[Tensor, "b n ppc"]:
+    def predict(self, decoded: Float[Tensor, "b n d2"]) -> Float[Tensor, "b n t"]:
         """Predicted target of each patch from its decoder features."""
-        return self.decoder_pred(self.decoder_norm(decoded))  # (B, N, P*P*C)
+        return self.decoder_pred(self.decoder_norm(decoded))  # (B, N, T)
 
-    def _error(self, prediction: Tensor, patches: Tensor) -> Tensor:
-        """Mean squared error against the target of `patches`, in their dtype: a bf16 model's loss is float32."""
-        return F.mse_loss(prediction.to(patches.dtype), target_of(patches, self.config.target))
+    def _error(self, prediction: Tensor, images: Tensor, patches: Tensor, numbers: Tensor) -> Tensor:
+        """Error against the target of `patches`, which stand at `numbers` of the grid of normalised `images`.
+
+        In the dtype of the patches: a bf16 model's loss is float32.
+        """
+        target = self._target()
+        return target.error(prediction.to(patches.dtype), target.of(images, patches, numbers))
+
+    def _target(self) -> ReconstructionTarget:
+        if self.target is None:
+            raise ValueError(f"target {self.config.target} has no loss without its tensors; give MAE its `target`")
+        return self.target
 
     def _mask(self, keys: Tensor) -> Mask:
         if self.config.keep == self.config.num_patches:
@@ -257,3 +289,17 @@ class MAE(nn.Module):
         super()._apply(fn, recurse)
         choose_attention(self, self.config.attention, self.cls_token.device)
         return self
+
+
+def _checked(config: MAEConfig, target: PCATarget | TokenTarget | None) -> ReconstructionTarget | None:
+    """The target of `config`, which is `target` unless it is one of pixels; ValueError when they do not go together."""
+    kind = {"pca": PCATarget, "token": TokenTarget}.get(config.target)
+    if kind is None and target is None:
+        return PixelTarget(config.target)
+    if target is None:
+        return None
+    if kind is None or not isinstance(target, kind) or target.dim != config.target_dim:
+        raise ValueError(
+            f"{type(target).__name__} of {target.dim} numbers is not the target {config.target} of {config.target_dim}"
+        )
+    return target

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Float32, Shaped, UInt8
 from torch import Tensor
 
-Target = Literal["pixel", "normalised_pixel"]
+Target = Literal["pixel", "normalised_pixel", "pca", "token"]
+"""The first two follow from a patch alone and are computed here; `model.targets` has all."""
 
 _EPS = 1e-6
 
@@ -73,7 +74,7 @@ _TARGETS: dict[Target, Callable[[Tensor], Tensor]] = {
 
 
 def target_of(patches: Float[Tensor, "b l ppc"], target: Target) -> Float[Tensor, "b l ppc"]:
-    """What the decoder has to predict for `patches` (of a normalised image), in their dtype."""
+    """What the decoder has to predict for `patches` (of a normalised image) under a pixel target, in their dtype."""
     return _TARGETS[target](patches)
 
 

@@ -1,0 +1,174 @@
+"""`maelstream fit-tokenizer DST --out FILE`: a discrete VAE on a dataset's images, for the target "token".
+
+Trained as DALL-E's was (arXiv 2102.12092, appendix A.2), on a smaller scale: its schedules are taken as shares of the
+steps.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import tyro
+from jaxtyping import Int64, UInt8
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from jobs.recipe import RecipeError
+from jobs.stream import compute_device, image_stream, recipe_with
+from jobs.targetfile import tokenizer_file
+from model.optimise import lr_at
+from model.tokenizer import Decoder, Encoder, TokenizerConfig, fitted, initialise, loss_of
+from shards.dataset import Dataset
+from shards.errors import MaelstreamError
+
+_DIVERGENCE_WEIGHT, _COLDEST = 6.6, 1 / 16
+_WARM_UP, _DIVERGENCE_SHARE, _COOLING_SHARE = 0.01, 0.1, 0.75  # of the steps
+
+
+@dataclass(frozen=True)
+class FitTokenizer:
+    """Train the discrete VAE whose codes the target "token" asks for."""
+
+    dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
+    """A packed dataset; a folder, or a URI such as s3://bucket/folder."""
+    out: Path
+    """The file to write: FILE.safetensors."""
+    recipe: Path | None = None
+    """Take crop, shuffle, seed and sizes from a pre-training recipe; the paper's pre-training if not given."""
+    codes: int | None = None
+    """How many; the recipe's (8192) if not given."""
+    hidden: int = 64
+    """Channels of the first group; DALL-E's tokenizer has 256."""
+    steps: int = 20_000
+    batch_size: int = 64
+    lr: float = 1e-3
+    """The highest, after the warm-up."""
+    log_every: int = 100
+    """Steps between two lines."""
+    threads: int = len(os.sched_getaffinity(0))
+    """Threads that decode."""
+
+
+class Progressed(NamedTuple):
+    """Means since the last line."""
+
+    step: int
+    reconstruction: float
+    divergence: float
+    perplexity: float
+    used: int
+    """Codes that were the most likely one anywhere."""
+
+
+def perplexity(counts: Int64[Tensor, "codes"]) -> float:
+    """How many codes, equally used, would be as varied as these."""
+    shares = counts.double() / counts.sum()
+    return math.exp(-torch.special.xlogy(shares, shares).sum().item())
+
+
+def collapsed(value: float, codes: int) -> bool:
+    """Whether a perplexity is that of a tokenizer that says next to nothing: a fifth of a percent of its codes."""
+    return value < max(2.0, 0.002 * codes)
+
+
+def anneal(step: int, steps: int) -> tuple[float, float]:
+    """Temperature and divergence weight of `step` (from 0): half a cosine from 1 to 1/16, and from 0 to 6.6."""
+    cooled = min(1.0, step / (_COOLING_SHARE * steps))
+    temperature = _COLDEST + (1 - _COLDEST) * (1 + math.cos(math.pi * cooled)) / 2
+    weighed = min(1.0, step / (_DIVERGENCE_SHARE * steps))
+    return temperature, _DIVERGENCE_WEIGHT * (1 - math.cos(math.pi * weighed)) / 2
+
+
+def train(
+    command: FitTokenizer,
+    encoder: Encoder,
+    decoder: Decoder,
+    grid: tuple[int, int],
+    seed: int,
+    images: Iterator[Tensor],
+) -> Iterator[Progressed]:
+    """Trains both in place; yields every `log_every` steps, and at the last."""
+    device = next(encoder.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    parameters = [*encoder.parameters(), *decoder.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=1e-4, fused=True)
+    counts = torch.zeros(encoder.config.codes, dtype=torch.int64, device=device)
+    sums, since = torch.zeros(2, device=device), 0
+    for step in range(command.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(
+                step,
+                peak=command.lr,
+                floor=command.lr / 80,
+                warmup_steps=_WARM_UP * command.steps,
+                total_steps=command.steps,
+            )
+        batch: UInt8[Tensor, "b 3 h w"] = next(images)
+        loss = loss_of(encoder, decoder, fitted(batch.float() / 255, grid), *anneal(step, command.steps), generator)
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        counts += loss.codes.flatten().bincount(minlength=len(counts))
+        sums += torch.stack([loss.reconstruction, loss.divergence]).detach()
+        since += 1
+        if (step + 1) % command.log_every == 0 or step + 1 == command.steps:
+            reconstruction, divergence = (sums / since).tolist()
+            yield Progressed(step + 1, reconstruction, divergence, perplexity(counts), int((counts > 0).sum()))
+            counts.zero_()
+            sums, since = torch.zeros_like(sums), 0
+
+
+def main(args: list[str]) -> int:
+    """`maelstream fit-tokenizer`."""
+    command = tyro.cli(FitTokenizer, args=args, prog="maelstream fit-tokenizer")
+    if min(command.steps, command.batch_size, command.log_every, command.threads) < 1 or command.lr <= 0:
+        raise RecipeError("--steps, --batch-size, --log-every and --threads are at least 1, --lr is more than 0")
+    if command.out.suffix != ".safetensors":
+        raise RecipeError(f"--out {command.out}: the file's name ends in .safetensors")
+    dataset, recipe = Dataset.open(command.dst), recipe_with(command.recipe, target="token", codes=command.codes)
+    config, device = recipe.model, compute_device()
+    try:
+        shape = TokenizerConfig(config.codes, command.hidden, config.in_chans)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+    with torch.device(device):
+        encoder, decoder = Encoder(shape), Decoder(shape)
+    initialise(encoder, recipe.seed)
+    initialise(decoder, recipe.seed)
+    console = Console()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with (
+        image_stream(dataset, recipe, command.batch_size, command.threads) as images,
+        Progress(*columns, console=console, disable=not console.is_terminal) as bar,
+    ):
+        task = bar.add_task("fit-tokenizer", total=command.steps)
+        for now in train(command, encoder, decoder, config.grid, recipe.seed, images):
+            text = (
+                f"reconstruction {now.reconstruction:.4f}  divergence {now.divergence:.2f} nats  "
+                f"{now.used:,} of {shape.codes:,} codes used, perplexity {now.perplexity:,.1f}"
+            )
+            bar.update(task, completed=now.step, description=text)
+            if not console.is_terminal:
+                print(f"step {now.step}/{command.steps}  {text}", flush=True)
+            if now.step > _DIVERGENCE_SHARE * command.steps and collapsed(now.perplexity, shape.codes):
+                raise MaelstreamError(
+                    f"the codes collapsed: at step {now.step} a perplexity of {now.perplexity:.1f} of {shape.codes:,} "
+                    "codes; nothing was written; another --lr, more --hidden, fewer --codes or more varied images help"
+                )
+    settings = {
+        "codes": shape.codes,
+        "hidden": shape.hidden,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "dataset": dataset.fingerprint,
+        "images": command.steps * command.batch_size,
+        "seed": recipe.seed,
+    }
+    tokenizer_file(command.out, encoder, decoder, settings).write(command.out)
+    console.print(f"{command.out}: {shape.codes:,} codes, encoder and decoder", soft_wrap=True)
+    return 0

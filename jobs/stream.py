@@ -1,0 +1,54 @@
+"""The images of a recipe on one process, in its order and with its augmentation: for what is fitted before training."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from jobs.recipe import Recipe, RecipeError, load_recipe
+from pipeline.draws import AugmentDraws
+from pipeline.line import Slices
+from pipeline.loader import PretrainLoader
+from pipeline.order import SampleOrder
+from shards.dataset import Dataset
+
+
+def recipe_with(path: Path | None, **model: object) -> Recipe:
+    """The recipe of `path`, or the paper's, with what is not None of `model` in place of its values."""
+    recipe = Recipe() if path is None else load_recipe(path)
+    given: dict = {name: value for name, value in model.items() if value is not None}
+    try:
+        return replace(recipe, model=replace(recipe.model, **given))
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
+def compute_device() -> torch.device:
+    """Where the loader's images lie."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def image_stream(
+    dataset: Dataset, recipe: Recipe, batch_size: int, threads: int
+) -> Iterator[Iterator[UInt8[Tensor, "b 3 h w"]]]:
+    """Batches without end from the recipe's first step on, as `maelstream pretrain` would see them."""
+    size = recipe.model.image_size
+    loader = PretrainLoader(
+        dataset,
+        SampleOrder(len(dataset), recipe.seed, recipe.data.shuffle),
+        AugmentDraws(recipe.seed, recipe.data.crop, size),
+        size,
+        Slices(batch_size, 1, 1),
+        0,
+        threads=threads,
+        prefetch=recipe.loader.prefetch,
+        gpu=recipe.loader.gpu,
+        max_bad_share=recipe.loader.max_bad_share,
+    )
+    with loader:
+        yield (batch.images for batch in loader)

@@ -1,0 +1,215 @@
+"""A discrete VAE: an image to a grid of codes, and back (DALL-E: Ramesh et al. 2021, arXiv 2102.12092, appendix A).
+
+Architecture, names and shapes are those of the published DALL-E encoder and decoder: four groups of residual
+bottlenecks, halved or doubled in size between them, so that a code stands for 8 x 8 pixels. Pixels are mapped from 0..1
+to 0.1..0.9, where the logit-Laplace likelihood of the reconstruction is finite.
+"""
+
+import math
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+DOWNSAMPLE = 8
+_GROUPS = 4
+_EPS = 0.1  # of the logit-Laplace mapping
+_INPUT, _OUTPUT = "blocks.input.w", "blocks.output.conv.w"
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Shape of the encoder and of the decoder that belongs to it; the defaults are DALL-E's.
+
+    Raises:
+        ValueError: values that make no tokenizer.
+    """
+
+    codes: int = 8192
+    hidden: int = 256
+    """Channels of the first group; each further one has twice as many."""
+    in_chans: int = 3
+    blocks: int = 2
+    """Of each group."""
+
+    def __post_init__(self) -> None:
+        if self.codes < 2 or min(self.in_chans, self.blocks) < 1:
+            raise ValueError(f"a tokenizer has at least 2 codes, 1 channel and 1 block: {self}")
+        if self.hidden < 4 or self.hidden % 4:
+            raise ValueError(f"hidden {self.hidden} is not a multiple of 4 (bottlenecks have a quarter of it)")
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor]) -> "TokenizerConfig":
+        """Of the encoder that has these weights; ValueError when they are no such encoder's."""
+        if missing := [name for name in (_INPUT, _OUTPUT) if name not in weights]:
+            raise ValueError(f"no DALL-E encoder: it has no {' and no '.join(missing)}")
+        (hidden, in_chans), codes = weights[_INPUT].shape[:2], weights[_OUTPUT].shape[0]
+        blocks = len({name.split(".")[2] for name in weights if name.startswith("blocks.group_1.block_")})
+        return cls(codes, hidden, in_chans, blocks)
+
+
+class Conv(nn.Module):
+    """A convolution that keeps height and width."""
+
+    def __init__(self, inputs: int, outputs: int, size: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.empty(outputs, inputs, size, size))
+        self.b = nn.Parameter(torch.empty(outputs))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images, self.w, self.b, padding=self.w.shape[-1] // 2)
+
+
+class Block(nn.Module):
+    """A residual bottleneck of four convolutions, whose part in the sum is 1 / layers^2."""
+
+    def __init__(self, inputs: int, outputs: int, sizes: tuple[int, int, int, int], layers: int) -> None:
+        super().__init__()
+        self.gain = 1 / layers**2
+        self.id_path = Conv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        widths = (inputs, *[outputs // 4] * 3, outputs)
+        path: OrderedDict[str, nn.Module] = OrderedDict()
+        for number, size in enumerate(sizes, 1):
+            path[f"relu_{number}"] = nn.ReLU()
+            path[f"conv_{number}"] = Conv(widths[number - 1], widths[number], size)
+        self.res_path = nn.Sequential(path)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.id_path(images) + self.gain * self.res_path(images)
+
+
+class Encoder(nn.Module):
+    """Mapped images to the logits of the code at each place of the grid; its `state_dict` is DALL-E's."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.hidden * 2**group for group in range(_GROUPS)]
+        layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv(config.in_chans, config.hidden, 7))
+        layers |= _groups(config.hidden, widths, config.blocks, (3, 3, 3, 1), "pool", lambda: nn.MaxPool2d(2))
+        layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv(widths[-1], config.codes, 1)))
+        self.blocks = nn.Sequential(layers)
+
+    def forward(self, mapped: Float[Tensor, "b c h w"]) -> Float[Tensor, "b codes h/8 w/8"]:
+        """`mapped` are images by `map_pixels`; height and width are multiples of 8."""
+        return self.blocks(mapped)
+
+    def flops(self, height: int, width: int) -> int:
+        """Floating-point operations of one image, as `model.flops` counts them."""
+        total, area = 0, height * width
+        for group in self.blocks.children():
+            total += 2 * area * sum(conv.w.numel() for conv in group.modules() if isinstance(conv, Conv))
+            if any(isinstance(layer, nn.MaxPool2d) for layer in group.modules()):
+                area //= 4
+        return total
+
+
+class Decoder(nn.Module):
+    """Codes, one-hot or relaxed, to place and logarithm of the scale of a Laplace distribution over each pixel."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.hidden * 2**group for group in reversed(range(_GROUPS))]
+        first = config.hidden // 2
+        layers: OrderedDict[str, nn.Module] = OrderedDict(input=Conv(config.codes, first, 1))
+        layers |= _groups(
+            first, widths, config.blocks, (1, 3, 3, 3), "upsample", lambda: nn.Upsample(scale_factor=2, mode="nearest")
+        )
+        layers["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv(widths[-1], 2 * config.in_chans, 1)))
+        self.blocks = nn.Sequential(layers)
+
+    def forward(self, codes: Float[Tensor, "b codes gh gw"]) -> Float[Tensor, "b 2*c 8*gh 8*gw"]:
+        return self.blocks(codes)
+
+
+def _groups(
+    inputs: int,
+    widths: list[int],
+    blocks: int,
+    sizes: tuple[int, int, int, int],
+    between_name: str,
+    between: Callable[[], nn.Module],
+) -> OrderedDict[str, nn.Module]:
+    """Groups of `blocks` blocks each, with a change of size after every one but the last."""
+    groups: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, width in enumerate(widths, 1):
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for block in range(1, blocks + 1):
+            layers[f"block_{block}"] = Block(inputs, width, sizes, len(widths) * blocks)
+            inputs = width
+        if number < len(widths):
+            layers[between_name] = between()
+        groups[f"group_{number}"] = nn.Sequential(layers)
+    return groups
+
+
+def map_pixels(levels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """0..1 to 0.1..0.9."""
+    return (1 - 2 * _EPS) * levels + _EPS
+
+
+def likeliest_pixels(statistics: Float[Tensor, "b 2*c h w"]) -> Float[Tensor, "b c h w"]:
+    """What a decoder shows: the medians of its distributions, as pixels in 0..1."""
+    places = statistics.chunk(2, dim=1)[0].sigmoid()  # (B, C, H, W)
+    return ((places - _EPS) / (1 - 2 * _EPS)).clamp(0, 1)
+
+
+def fitted(levels: Float[Tensor, "b c h w"], grid: tuple[int, int]) -> Float[Tensor, "b c 8*gh 8*gw"]:
+    """Images in 0..1 resized so that there is a code for each place of `grid` (rows, columns)."""
+    size = (grid[0] * DOWNSAMPLE, grid[1] * DOWNSAMPLE)
+    return F.interpolate(levels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> None:
+    """Draw weights in place, normal with deviation 1 / sqrt(inputs), each from `seed` and its name; biases are 0."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.zero_()
+            continue
+        generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+        draw = torch.empty(parameter.shape, device="cpu").normal_(generator=generator)
+        parameter.copy_(draw / math.sqrt(parameter[0].numel()))
+
+
+class Loss(NamedTuple):
+    """Of a discrete VAE, each a mean over the batch."""
+
+    total: Float32[Tensor, ""]
+    reconstruction: Float32[Tensor, ""]
+    """Negative logarithm of the logit-Laplace likelihood, a pixel and channel."""
+    divergence: Float32[Tensor, ""]
+    """Of the codes' distribution from the uniform one, in nats a code."""
+    codes: Int64[Tensor, "b gh*gw"]
+    """The most likely ones."""
+
+
+def loss_of(
+    encoder: Encoder,
+    decoder: Decoder,
+    levels: Float32[Tensor, "b c h w"],
+    temperature: float,
+    divergence_weight: float,
+    generator: torch.Generator,
+) -> Loss:
+    """Loss of images in 0..1, with codes drawn from their Gumbel-softmax relaxation (Jang et al. 2016).
+
+    `divergence_weight` is DALL-E's beta: reconstruction + beta x divergence of an image, over its number of pixels.
+    """
+    mapped = map_pixels(levels)
+    log_shares = encoder(mapped).log_softmax(1)  # (B, V, gh, gw)
+    noise = -torch.empty_like(log_shares).exponential_(generator=generator).log()
+    statistics = decoder(((log_shares + noise) / temperature).softmax(1))  # (B, 2C, H, W)
+    place, log_scale = statistics.chunk(2, dim=1)
+    distance = (mapped.logit() - place).abs() * (-log_scale).exp()
+    reconstruction = (distance + log_scale + math.log(2) + mapped.log() + (1 - mapped).log()).mean()
+    divergence = math.log(encoder.config.codes) + (log_shares.exp() * log_shares).sum(1).mean()
+    weight = divergence_weight / (encoder.config.in_chans * DOWNSAMPLE**2)
+    codes = log_shares.detach().argmax(1).flatten(1)
+    return Loss(reconstruction + weight * divergence, reconstruction, divergence, codes)
