@@ -14,6 +14,8 @@ COMMANDS = {
     "info": "what a packed dataset holds",
     "verify": "every fault of a packed dataset, by shard and sample",
     "loader": "how fast a packed dataset streams, what is the limit, what the model will see",
+    "fit-pca": 'the components of the target "pca", from a dataset\'s patches',
+    "fit-tokenizer": 'train the discrete VAE whose codes the target "token" asks for',
     "pretrain": "train a masked autoencoder from a recipe, or go on with a run",
     "reconstruct": "original, masked and reconstructed images of a run, side by side",
     "export": "a run's weights for the reference's code, for timm or for Hugging Face, with a model card",
@@ -25,7 +27,7 @@ COMMANDS = {
 def run(command: str, args: list[str]) -> int:
     """Exit code of `command`: its own, or 2 with one line on stderr for a `MaelstreamError`."""
     try:
-        return importlib.import_module(f"jobs.{command}").main(args)
+        return importlib.import_module(f"jobs.{command.replace('-', '_')}").main(args)
     except MaelstreamError as error:
         if os.environ.get("RANK", "0") == "0" or not error.found_by_all:
             print(f"maelstream {command}: {error}", file=sys.stderr)
@@ -37,7 +39,7 @@ def main() -> None:
     command, *args = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
         sys.exit(run(command, args))
-    listing = "\n".join(f"  {name:<12} {line}" for name, line in COMMANDS.items())
+    listing = "\n".join(f"  {name:<14} {line}" for name, line in COMMANDS.items())
     usage = f"usage: maelstream COMMAND ...\n\n{listing}\n\n`maelstream COMMAND --help` tells its options."
     if command in ("-h", "--help"):
         print(usage)

@@ -26,6 +26,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from jobs.recipe import Recipe
 from model.mae import MAE
 from model.optimise import weight_decay_groups
+from model.targets import PCATarget, TokenTarget
 from pipeline.line import Slices
 from shards.errors import MaelstreamError
 
@@ -86,11 +87,11 @@ class Float32Arithmetic(MAE):
         return functional_call(self, widened, (images, keys))
 
 
-def build_engine(recipe: Recipe, slices: Slices) -> Any:
+def build_engine(recipe: Recipe, slices: Slices, target: PCATarget | TokenTarget | None) -> Any:
     """A DeepSpeed engine around a freshly initialised MAE; the same weights on every rank and device."""
     cpu_lacks_bf16 = not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     widen = recipe.engine.precision == "bf16" and cpu_lacks_bf16
-    model = (Float32Arithmetic if widen else MAE)(recipe.model, recipe.seed)
+    model = (Float32Arithmetic if widen else MAE)(recipe.model, recipe.seed, target)
     optimizer = torch.optim.AdamW(
         weight_decay_groups(model, recipe.optim.weight_decay), lr=0.0, betas=recipe.optim.betas, fused=True
     )

@@ -1,4 +1,4 @@
-"""`maelstream fit-pca DST --out FILE`: the components of the target "pca", from a dataset's patches (paper, table 1d)."""
+"""`maelstream fit-pca DST --out FILE`: the components of the target "pca", from a dataset's patches (table 1d)."""
 
 import os
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class FitPca:
     out: Path
     """The file to write: FILE.safetensors."""
     recipe: Path | None = None
-    """Take crop, shuffle, seed, sizes, mean and std from a pre-training recipe; the paper's pre-training if not given."""
+    """Take crop, shuffle, seed, sizes, mean and std from a recipe; the paper's pre-training if not given."""
     components: int | None = None
     """How many of the largest; the recipe's (96) if not given."""
     patch_size: int | None = None

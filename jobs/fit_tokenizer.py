@@ -27,7 +27,7 @@ from shards.dataset import Dataset
 from shards.errors import MaelstreamError
 
 _DIVERGENCE_WEIGHT, _COLDEST = 6.6, 1 / 16
-_WARM_UP, _DIVERGENCE_SHARE, _COOLING_SHARE = 0.01, 0.1, 0.75  # of the steps
+_WARM_UP, _DIVERGENCE_SHARE, _COOLING_SHARE, _JUDGED_FROM = 0.01, 0.1, 0.75, 0.5  # of the steps
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class FitTokenizer:
     out: Path
     """The file to write: FILE.safetensors."""
     recipe: Path | None = None
-    """Take crop, shuffle, seed and sizes from a pre-training recipe; the paper's pre-training if not given."""
+    """Take crop, shuffle, seed and sizes from a recipe; the paper's pre-training if not given."""
     codes: int | None = None
     """How many; the recipe's (8192) if not given."""
     hidden: int = 64
@@ -155,7 +155,7 @@ def main(args: list[str]) -> int:
             bar.update(task, completed=now.step, description=text)
             if not console.is_terminal:
                 print(f"step {now.step}/{command.steps}  {text}", flush=True)
-            if now.step > _DIVERGENCE_SHARE * command.steps and collapsed(now.perplexity, shape.codes):
+            if now.step >= _JUDGED_FROM * command.steps and collapsed(now.perplexity, shape.codes):
                 raise MaelstreamError(
                     f"the codes collapsed: at step {now.step} a perplexity of {now.perplexity:.1f} of {shape.codes:,} "
                     "codes; nothing was written; another --lr, more --hidden, fewer --codes or more varied images help"

@@ -31,6 +31,7 @@ from jobs.engine import (
 from jobs.log import Clock, run_log
 from jobs.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from jobs.runfolder import RunFolder
+from jobs.targetfile import target_of_run
 from model.optimise import lr_at
 from pipeline.draws import AugmentDraws
 from pipeline.line import Slices
@@ -103,15 +104,19 @@ def train(recipe: Recipe, folder: RunFolder, stop_at_step: int | None, ranks: Ra
         on_bad=folder.quarantine,
     )
     folder.refuse_other_experiment(recipe)
+    target_file = target_of_run(recipe, folder)
+    target = None if target_file is None else target_file.target(recipe.model)
     step = (folder.checkpoints.steps() or [0])[-1]
     if step:
         loader.load_state_dict(folder.checkpoints.loader_state(step, dataset.fingerprint, ranks.world_size))
 
     with process_group(ranks), contextlib.ExitStack() as stack:
-        engine = build_engine(recipe, slices)
+        engine = build_engine(recipe, slices, target)
         if step:
             folder.checkpoints.load(engine, step)
         if ranks.rank == 0:
+            if target_file is not None and target_file.path != folder.target_file:
+                target_file.write(folder.target_file)
             folder.start(recipe, step)
             log = stack.enter_context(run_log(folder, step, schedule.total_steps))
         batches = iter(stack.enter_context(loader))

@@ -132,6 +132,9 @@ class Recipe:
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     seed: int = 0
+    target_file: str = ""
+    """What the targets "pca" and "token" compare with: a file of `maelstream fit-pca` or `fit-tokenizer`. A run keeps a
+    copy for life; the content counts, not the path."""
     engine: EngineConfig = EngineConfig()
     loader: LoaderConfig = LoaderConfig()
     log: LogConfig = LogConfig()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from jobs.recipe import Recipe
 from jobs.runfolder import RunFolder
+from jobs.targetfile import target_of_run
 from jobs.weights import mae_weights, read_weights
 from model.mae import MAE, Reconstruction
 from pipeline.decode import CpuDecoder, EncodedBatch
@@ -46,8 +47,9 @@ class Reconstruct:
 
 def trained_model(folder: RunFolder, weights: Path) -> MAE:
     """The run's float32 model with the weights of a checkpoint, or of others of its size, on the CPU."""
-    config = folder.recipe().model
-    model = MAE(config)
+    recipe = folder.recipe()
+    config, target_file = recipe.model, target_of_run(recipe, folder)
+    model = MAE(config, target=None if target_file is None else target_file.target(config))
     model.load_state_dict(mae_weights(read_weights(weights), config))
     return model.eval()
 
@@ -92,6 +94,11 @@ def main(args: list[str]) -> int:
     if recipe.data.stream.urls and command.dataset is None:
         raise MaelstreamError(
             "the run read a stream, of which no image can be chosen; name a packed dataset: --dataset"
+        )
+    if (target_file := target_of_run(recipe, folder)) is not None and not target_file.shows_pixels:
+        raise MaelstreamError(
+            f"{target_file.path}: the tokenizer has no decoder, so the run's tokens cannot be shown as pixels; "
+            "`maelstream fit-tokenizer` writes one that has"
         )
     dataset = Dataset.open(command.dataset or next(iter(recipe.data.mix), recipe.data.dataset))
     if not 1 <= command.count <= len(dataset):

@@ -25,6 +25,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def target_file(self) -> Path:
+        """The run's own copy of what the targets "pca" and "token" compare with."""
+        return self.path / "target.safetensors"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 

@@ -18,13 +18,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from jobs.recipe import Recipe, RecipeError
+from jobs.runfolder import RunFolder
 from model.mae import MAEConfig
 from model.targets import PCATarget, TokenTarget
 from model.tokenizer import Decoder, Encoder, TokenizerConfig
 from shards.durable import written_whole
 
 FIT_COMMANDS = {"pca": "fit-pca", "token": "fit-tokenizer"}
-_DECODER = "decoder."
+_DECODER, _NOTES = "decoder.", "maelstream"
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,16 @@ class TargetFile:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def write(self, path: Path) -> None:
         """As a safetensors file, whole or not at all."""
-        settings = {name: json.dumps(value) for name, value in self.settings.items()}
+        notes = self.settings | {"fingerprint": self.fingerprint}
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as file:
-            file.write(save(tensors, settings | {"fingerprint": json.dumps(self.fingerprint)}))
+            file.write(save(tensors, {_NOTES: json.dumps(notes)}))  # one entry: safetensors writes several in any order
 
     def target(self, config: MAEConfig) -> PCATarget | TokenTarget:
         """The frozen target of `config`; RecipeError where the file is for another model."""
@@ -69,7 +70,8 @@ class TargetFile:
                 "std": (tuple(self.settings["std"]), config.std),
             }
         )
-        return PCATarget(self.tensors["components"], self.tensors["mean"])
+        components = self.tensors["components"]
+        return PCATarget(components, self.tensors["mean"], self.tensors["variances"][: len(components)])
 
     def _tokens(self, config: MAEConfig) -> TokenTarget:
         try:
@@ -81,7 +83,9 @@ class TargetFile:
                 {name: tensor for name, tensor in self.tensors.items() if not name.startswith(_DECODER)}, assign=True
             )
             if decoder is not None:
-                weights = {name.removeprefix(_DECODER): t for name, t in self.tensors.items() if _DECODER in name}
+                weights = {
+                    name.removeprefix(_DECODER): t for name, t in self.tensors.items() if name.startswith(_DECODER)
+                }
                 decoder.load_state_dict(weights, assign=True)
         except (ValueError, RuntimeError) as error:  # the latter lists names over several lines
             raise RecipeError(f"{self.path} holds no tokenizer ({' '.join(str(error).split())[:200]})") from None
@@ -108,45 +112,48 @@ def tokenizer_file(path: Path, encoder: Encoder, decoder: Decoder, settings: dic
 
 
 def read_target_file(path: Path) -> TargetFile:
-    """A fitted target, or an encoder of DALL-E's names; RecipeError when there is none, or it is damaged."""
-    if not path.is_file():
-        raise RecipeError(f"target file {path} is missing; `maelstream fit-pca` or `fit-tokenizer` writes one")
+    """A fitted target, or an encoder of DALL-E's names; RecipeError when it is neither, or damaged."""
     if path.suffix != ".safetensors":
         return TargetFile(path, _state_dict(path), {"kind": "token"})
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no mapping
-            settings = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            settings = json.loads((file.metadata() or {}).get(_NOTES, "{}"))  # none in others', DALL-E's encoder say
     except (SafetensorError, ValueError, OSError) as error:
         raise RecipeError(f"{path} is no target file ({error}); fit it again") from None
-    noted = settings.pop("fingerprint", None)
+    fingerprint = settings.pop("fingerprint", None)
     found = TargetFile(path, tensors, {"kind": "token"} | settings)
-    if noted is not None and noted != found.fingerprint:
+    if fingerprint not in (None, found.fingerprint):
         raise RecipeError(f"{path} is damaged: its numbers are not those that were written; fit it again")
     return found
 
 
-def target_of_run(recipe: Recipe, kept: Path, resumed: bool) -> TargetFile | None:
-    """What a run compares with: the recipe's file, or when it goes on the copy that it keeps at `kept`.
+def target_of_run(recipe: Recipe, folder: RunFolder) -> TargetFile | None:
+    """What a run compares with: the recipe's file, or when it goes on the copy in its folder; None for pixels.
 
     Raises:
         RecipeError: no file, one for another model, or another one than the run began with.
     """
     kind, given = recipe.model.target, Path(recipe.target_file)
+    resumed, kept = folder.config.exists(), folder.target_file
     if kind not in FIT_COMMANDS:
         if recipe.target_file:
             raise RecipeError(f"target_file {given}: the target {kind} takes none; model.target is pca or token")
         return None
     if not resumed and not given.is_file():
-        wanted = f"target_file {given} is missing" if recipe.target_file else f"target {kind} needs a target_file"
+        wanted = f"target_file {given} is missing" if recipe.target_file else f"the target {kind} needs a target_file"
         raise RecipeError(
-            f"{wanted}; `maelstream {FIT_COMMANDS[kind]} {recipe.data.dataset} --out FILE.safetensors` writes one, for "
-            "--target-file"
+            f"{wanted}; `maelstream {FIT_COMMANDS[kind]} {recipe.data.dataset} --recipe RECIPE "
+            f"--out {recipe.target_file or 'FILE.safetensors'}` writes one"
+        )
+    if resumed and not kept.is_file():
+        raise RecipeError(
+            f"{kept} is missing, and the run cannot go on with another; put it back, or give another --run"
         )
     found = read_target_file(kept if resumed else given)
     if resumed and given.is_file() and (other := read_target_file(given)).fingerprint != found.fingerprint:
         raise RecipeError(
-            f"{kept.parent} holds a run with another target_file than {given} (fingerprint {found.fingerprint[:12]}, "
+            f"{folder.path} holds a run with another target_file than {given} (fingerprint {found.fingerprint[:12]}, "
             f"now {other.fingerprint[:12]}); give that file again, its copy {kept}, or another --run"
         )
     return found
@@ -157,7 +164,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         values = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise RecipeError(
-            f"{path} is a pickled module, which may run any code; where you trust it and DALL-E's package is installed, "
+            f"{path} is a pickled module, which may run code; if you trust it and have DALL-E's package installed, "
             f"take its weights out: python -c \"import torch; torch.save(torch.load('{path}', map_location='cpu', "
             "weights_only=False).state_dict(), 'encoder.pt')\""
         ) from None

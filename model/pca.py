@@ -1,8 +1,8 @@
 """Principal components of the patches of many images, in one pass and O(D^2) memory.
 
-What is summed up are the patches' levels, 0..255, and their products: integers, which float64 holds exactly. So the sums
-are the same to the last bit in whatever order, batches, threads or devices they are taken; the normalisation of the
-images is an affine map that is applied to the sums at the end.
+What is summed up are the patches' levels, 0..255, and their products: integers, which float64 holds exactly. So the
+sums are the same to the last bit in whatever order, batches, threads or devices they are taken; the normalisation of
+the images is an affine map that is applied to the sums at the end.
 """
 
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def principal_components(
     """The `count` largest components; `mean` and `std` are those that the images are normalised by, one a channel.
 
     Raises:
-        ValueError: no more patches than components.
+        ValueError: no more patches than components, or none that differs from the others.
     """
     if moments.count <= max(count, 1):
         raise ValueError(f"{moments.count} patches are too few for {count} components; take more images")
@@ -65,6 +65,8 @@ def principal_components(
     shift, scale = (torch.tensor(values, dtype=torch.float64).repeat(pixels) for values in (mean, std))  # (D,)
     total, products = moments.total.cpu(), moments.products.cpu()
     covariance = (products - total.outer(total) / moments.count) / (moments.count - 1)  # (D, D), of levels
+    if not covariance.diagonal().any():
+        raise ValueError("all patches are alike; take more varied images")
     variances, vectors = torch.linalg.eigh(covariance / (255 * scale).outer(255 * scale))  # ascending
     components = vectors.T.flip(0)[:count]  # (K, D)
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))  # (K, 1)

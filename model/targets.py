@@ -41,14 +41,19 @@ class _Frozen(nn.Module):
 class PCATarget(_Frozen):
     """Coefficients of the largest principal components of the normalised image's patches.
 
-    They are not whitened: the components are orthonormal, so the error is the pixels' in the space that these span.
+    They are not whitened but divided by one number, so that their mean variance is 1: the components are orthonormal,
+    so the error stays the pixels' in the space that these span, and predicting the mean patch costs 1.
     """
 
     components: Float32[Tensor, "k ppc"]
     mean: Float32[Tensor, "ppc"]
 
-    def __init__(self, components: Float[Tensor, "k ppc"], mean: Float[Tensor, "ppc"]) -> None:
+    def __init__(
+        self, components: Float[Tensor, "k ppc"], mean: Float[Tensor, "ppc"], variances: Float[Tensor, "k"]
+    ) -> None:
+        """`variances` are those along the components, of which only the mean counts."""
         super().__init__()
+        self.scale = variances.mean().sqrt().item()
         self.register_buffer("components", components.float(), persistent=False)
         self.register_buffer("mean", mean.float(), persistent=False)
 
@@ -60,7 +65,8 @@ class PCATarget(_Frozen):
     def of(self, images: Tensor, patches: Float[Tensor, "b n ppc"], numbers: Tensor) -> Float[Tensor, "b n k"]:
         """Coefficients of `patches`, in their dtype, under autocast too."""
         with torch.autocast(patches.device.type, enabled=False):
-            return (patches - self.mean.to(patches.dtype)) @ self.components.T.to(patches.dtype)  # (B, N, K)
+            coefficients = (patches - self.mean.to(patches.dtype)) @ self.components.T.to(patches.dtype)  # (B, N, K)
+            return coefficients / self.scale
 
     def error(self, prediction: Float[Tensor, "b n k"], expected: Float[Tensor, "b n k"]) -> Float[Tensor, ""]:
         """Mean squared error."""
@@ -68,7 +74,8 @@ class PCATarget(_Frozen):
 
     def pixels(self, prediction: Float[Tensor, "b l k"], patches: Tensor) -> Float[Tensor, "b l ppc"]:
         """What the coefficients stand for; of a patch, what lies outside the components is lost."""
-        return prediction @ self.components.to(prediction.dtype) + self.mean.to(prediction.dtype)  # (B, L, P*P*C)
+        coefficients = prediction * self.scale
+        return coefficients @ self.components.to(prediction.dtype) + self.mean.to(prediction.dtype)  # (B, L, P*P*C)
 
 
 class TokenTarget(_Frozen):
