@@ -36,7 +36,13 @@ def compute_device() -> torch.device:
 def image_stream(
     dataset: Dataset, recipe: Recipe, batch_size: int, threads: int
 ) -> Iterator[Iterator[UInt8[Tensor, "b 3 h w"]]]:
-    """Batches without end from the recipe's first step on, as `maelstream pretrain` would see them."""
+    """Batches without end from the recipe's first step on, as `maelstream pretrain` would see them.
+
+    Raises:
+        RecipeError: a model of other than 3 channels.
+    """
+    if recipe.model.in_chans != 3:
+        raise RecipeError(f"model.in_chans {recipe.model.in_chans}: images are decoded to 3 channels")
     size = recipe.model.image_size
     loader = PretrainLoader(
         dataset,

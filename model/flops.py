@@ -8,7 +8,7 @@ from model.mae import MAEConfig
 
 
 def forward_flops(config: MAEConfig) -> int:
-    """One image through encoder, decoder and head; what a target costs on its own is `targets`' to tell."""
+    """One image through encoder, decoder and head, without what the target costs to compute (docs/targets.md)."""
     visible, everything, removed = 1 + config.keep, 1 + config.num_patches, config.num_patches - config.keep
     return (
         _embed_flops(config)

@@ -192,6 +192,15 @@ def test_bad_options_are_one_line(
     assert not list(tmp_path.iterdir())
 
 
+def test_images_of_other_than_three_channels_are_refused(
+    packed: Dataset, recipes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grey = tmp_path / "grey.yaml"
+    grey.write_text(f"base: {recipes['pca']}\nmodel: {{in_chans: 1, mean: [0.5], std: [0.2]}}\n")
+    assert fit("pca", packed, grey, tmp_path / "out.safetensors") == 2
+    assert "model.in_chans 1: images are decoded to 3 channels" in capsys.readouterr().err
+
+
 def test_perplexity_counts_equally_used_codes() -> None:
     assert fit_tokenizer.perplexity(torch.tensor([5, 5, 0, 5, 5])) == pytest.approx(4)
     assert fit_tokenizer.collapsed(16, 8192) and not fit_tokenizer.collapsed(17, 8192)

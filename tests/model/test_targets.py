@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+from model.flops import forward_flops, training_flops
 from model.mae import MAE, MAEConfig
 from model.masking import random_mask, take
 from model.optimise import weight_decay_groups
@@ -16,7 +18,15 @@ from model.targets import PCATarget, TokenTarget
 from model.tokenizer import Decoder, Encoder, TokenizerConfig, fitted, initialise, map_pixels
 
 TINY = MAEConfig(
-    image_size=(32, 48), patch_size=8, dim=32, depth=1, heads=4, decoder_dim=16, decoder_depth=1, decoder_heads=2
+    image_size=(32, 48),
+    patch_size=8,
+    dim=32,
+    depth=1,
+    heads=4,
+    decoder_dim=16,
+    decoder_depth=1,
+    decoder_heads=2,
+    attention="math",
 )
 PCA = dataclasses.replace(TINY, target="pca", components=24)
 TOKEN = dataclasses.replace(TINY, target="token", codes=40)
@@ -142,6 +152,19 @@ def test_the_forward_with_a_target_is_one_graph(name: str) -> None:
     loss.backward()
     assert torch.allclose(loss, model(images, keys), rtol=1e-5)
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_flops_are_those_of_the_model_and_beside_them_the_target_s(name: str) -> None:
+    model, (images, keys) = MODELS[name](), batch(1)
+    config, target = model.config, model.target
+    removed = config.num_patches - config.keep
+    own = target.encoder.flops(32, 48) if isinstance(target, TokenTarget) else 2 * removed * config.patch_dim * 24
+    with FlopCounterMode(display=False) as counter:
+        loss = model(images, keys)
+        assert counter.get_total_flops() - own == forward_flops(config)
+        loss.backward()
+    assert counter.get_total_flops() - own == training_flops(config)
 
 
 @pytest.mark.parametrize("config", [PCA, TOKEN])
