@@ -124,7 +124,9 @@ def read_target_file(path: Path) -> TargetFile:
     fingerprint = settings.pop("fingerprint", None)
     found = TargetFile(path, tensors, {"kind": "token"} | settings)
     if fingerprint not in (None, found.fingerprint):
-        raise RecipeError(f"{path} is damaged: its numbers are not those that were written; fit it again")
+        raise RecipeError(
+            f"{path} is damaged: its numbers are not those that were written; put back a whole copy, or fit it again"
+        )
     return found
 
 
