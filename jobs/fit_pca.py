@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from jobs.images import image_stream, recipe_with
 from jobs.recipe import RecipeError
-from jobs.stream import compute_device, image_stream, recipe_with
 from jobs.targetfile import TargetFile
 from model.patches import patchify
 from model.pca import PatchMoments, PrincipalComponents, principal_components
@@ -54,7 +54,7 @@ def fit(command: FitPca) -> tuple[TargetFile, PrincipalComponents]:
         image_size=None if side is None else (side, side),
     )
     config, count, batch = recipe.model, min(command.images, len(dataset)), min(_BATCH, len(dataset))
-    moments = PatchMoments(config.patch_dim, compute_device())
+    moments = PatchMoments(config.patch_dim, recipe.loader.decode.device)
     with image_stream(dataset, recipe, batch, command.threads) as batches:
         for start in track(range(0, count, batch), "patches", console=Console(stderr=True)):
             moments.add(patchify(next(batches)[: count - start], config.patch_size))

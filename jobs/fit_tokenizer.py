@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from jobs.images import image_stream, recipe_with
 from jobs.recipe import RecipeError
-from jobs.stream import compute_device, image_stream, recipe_with
 from jobs.targetfile import tokenizer_file
 from model.optimise import lr_at
 from model.tokenizer import Decoder, Encoder, TokenizerConfig, fitted, initialise, loss_of
@@ -131,7 +131,7 @@ def main(args: list[str]) -> int:
     if command.out.suffix != ".safetensors":
         raise RecipeError(f"--out {command.out}: the file's name ends in .safetensors")
     dataset, recipe = Dataset.open(command.dst), recipe_with(command.recipe, target="token", codes=command.codes)
-    config, device = recipe.model, compute_device()
+    config, device = recipe.model, recipe.loader.decode.device
     try:
         shape = TokenizerConfig(config.codes, command.hidden, config.in_chans)
     except ValueError as error:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
@@ -27,16 +26,12 @@ def recipe_with(path: Path | None, **model: object) -> Recipe:
         raise RecipeError(str(error)) from None
 
 
-def compute_device() -> torch.device:
-    """Where the loader's images lie."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 @contextlib.contextmanager
 def image_stream(
     dataset: Dataset, recipe: Recipe, batch_size: int, threads: int
 ) -> Iterator[Iterator[UInt8[Tensor, "b 3 h w"]]]:
-    """Batches without end from the recipe's first step on, as `maelstream pretrain` would see them.
+    """Batches without end from the recipe's first step on, as `maelstream pretrain` would see them, on
+    `recipe.loader.decode.device`.
 
     Raises:
         RecipeError: a model of other than 3 channels.
@@ -53,7 +48,7 @@ def image_stream(
         0,
         threads=threads,
         prefetch=recipe.loader.prefetch,
-        gpu=recipe.loader.gpu,
+        decode=recipe.loader.decode,
         max_bad_share=recipe.loader.max_bad_share,
     )
     with loader:
