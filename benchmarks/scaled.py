@@ -1,0 +1,126 @@
+"""What decoding at a DCT scale brings and costs: the loader's rate, and how far its pixels are from full decoding's.
+
+For several sizes of crop, since the scale only serves images whose window is twice as large as the crop or more. The
+candidates take turns; the median round counts. Pixels are compared with PIL's full decode, crop and bicubic resize.
+
+    python -m benchmarks.scaled --data ../shared/imagenet-sample
+"""
+
+import io
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.loaders import BATCH, rate
+from pipeline.decode import CpuDecoder, DecodeConfig, EncodedBatch
+from pipeline.draws import AugmentDraws, CropConfig
+from pipeline.line import Slices
+from pipeline.loader import PretrainLoader
+from pipeline.order import SampleOrder
+from pipeline.scaled import reduction
+from shards.dataset import Dataset
+from shards.executors import Local
+from shards.pack import pack
+from shards.plan import PackOptions
+from shards.reader import ShardReader
+
+
+@dataclass(frozen=True)
+class Options:
+    data: Path = Path("../shared/imagenet-sample")
+    """A folder of images, one folder a class."""
+    sizes: tuple[int, ...] = (224, 112, 64, 32)
+    """Sides of the crop in pixels."""
+    enlarge: int = 1
+    """Make this many times as many pixels a side of every eighth image, to stand for a camera's."""
+    threads: int = 2
+    rounds: int = 3
+    batches: int = 12
+    """Batches a round and candidate."""
+
+
+def difference(batch: EncodedBatch, images: torch.Tensor) -> float:
+    """Mean absolute difference from PIL's picture, in levels."""
+    total = 0.0
+    for data, window, flip, image in zip(batch.encoded, batch.windows, batch.flips, images.numpy(), strict=True):
+        left, top, width, height = window.tolist()
+        with Image.open(io.BytesIO(data.tobytes())) as file:
+            crop = file.convert("RGB").crop((left, top, left + width, top + height))
+        pixels = np.asarray(crop.resize(image.shape[:0:-1], Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        total += np.abs((pixels[:, :, ::-1] if flip else pixels).astype(int) - image).mean()
+    return total / len(images)
+
+
+def main() -> None:
+    """Prints one table."""
+    options = tyro.cli(Options)
+    table = Table("crop", "images/s, full", "images/s, scaled", "ratio", "images scaled", "levels off, full", "scaled")
+    with tempfile.TemporaryDirectory() as folder:
+        data = options.data
+        if options.enlarge > 1:
+            data = Path(folder) / "src" / "a"
+            data.mkdir(parents=True)
+            for number, path in enumerate(sorted(options.data.glob("*/*"))[::8]):
+                with Image.open(path) as image:
+                    size = image.width * options.enlarge, image.height * options.enlarge
+                    image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(data / f"{number}.jpg", quality=90)
+            data = data.parent
+        pack(str(data), f"{folder}/shards", PackOptions("b", "train", 2**24, 0), Local(options.threads), lambda _: None)
+        dataset = Dataset.open(f"{folder}/shards")
+        for side in options.sizes:
+            draws = AugmentDraws(0, CropConfig(), (side, side))
+            samples = np.arange(min(256, len(dataset)))
+            sizes = dataset.width[samples], dataset.height[samples]
+            batch = EncodedBatch.of(
+                ShardReader(dataset, check_crc=True).read(samples), draws.at(np.zeros_like(samples), samples, *sizes)
+            )
+            rates: dict[bool, list[float]] = {False: [], True: []}
+            for _ in range(options.rounds):
+                for scaling, found in rates.items():
+                    with PretrainLoader(
+                        dataset,
+                        SampleOrder(len(dataset), 0),
+                        draws,
+                        (side, side),
+                        Slices(BATCH, 1, 1),
+                        0,
+                        options.threads,
+                        prefetch=4,
+                        decode=DecodeConfig(on="cpu", dct_scaling=scaling),
+                    ) as loader:
+                        found.append(rate(iter(loader), options.batches))
+            off = {
+                scaling: difference(
+                    batch,
+                    CpuDecoder(
+                        lambda _, batch=batch: batch,  # type: ignore[misc]
+                        len(samples),
+                        (side, side),
+                        options.threads,
+                        torch.device("cpu"),
+                        config=DecodeConfig(dct_scaling=scaling),
+                    ).run(),
+                )
+                for scaling in rates
+            }
+            full, scaled = (statistics.median(rates[scaling]) for scaling in (False, True))
+            share = np.mean(
+                [reduction(*row) > 1 for row in zip(batch.encoded, batch.windows, batch.resizes, strict=True)]
+            )
+            table.add_row(
+                f"{side} px", f"{full:,.0f}", f"{scaled:,.0f}", f"{scaled / full:.2f}x", f"{share:.0%}",
+                f"{off[False]:.2f}", f"{off[True]:.2f}",
+            )  # fmt: skip
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
