@@ -1,110 +1,301 @@
-"""Training-step rate of the MAE (B/16 by default) by attention and compiler, beside Hugging Face's ViTMAE.
+"""What a training step costs: beside Hugging Face's ViTMAE, beside its own matrix products, beside the paper's ratios.
 
-Forward, backward and AdamW under bf16 autocast, on CUDA where there is one; `--precision float32` is for a CPU that
-only emulates bf16 (one without AVX-512). The candidates take turns, round by round, so that a machine that slows
-down slows all of them; the median round counts.
+    python benchmarks/step.py [--json FILE]                    # all three parts, minutes on two cores
+    python benchmarks/step.py --parts step --batch 8           # or one of them
 
-    python benchmarks/step.py --batch 8 --threads 2
+step    B/16, forward + backward + AdamW: ours by attention and compiler, ViTMAEForPreTraining (sdpa, train mode, the
+        same optimizer, the same uint8 batch), and our step's matrix products alone, back to back on operands of the
+        same shapes, strides and dtype.
+paper   L/16, the whole step: an encoder with mask tokens against one without, with 8 decoder blocks and with 1
+        (table 2 has 2.8x and 3.7x). The three share their weights, and so the memory of one.
+memory  Bytes that one more image costs at the peak of forward + backward, with and without activation checkpointing:
+        the allocator's on CUDA; on a CPU of all tensors that operators return, gradients of weights left out.
+
+Candidates take turns, round by round, so that a machine that slows down slows all of them; the median round counts.
 """
 
 import argparse
+import dataclasses
+import gc
 import importlib.util
+import json
 import platform
 import statistics
 import time
+import weakref
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.flops import training_flops
 from model.mae import MAE, MAEConfig
 from model.optimise import weight_decay_groups
 from model.patches import normalise
+from model.transformer import choose_attention
 
-MEAN, STD = MAEConfig().mean, MAEConfig().std
+BASE = MAEConfig()
+LARGE = MAEConfig(dim=1024, depth=24, heads=16)
+HUGE = MAEConfig(dim=1280, depth=32, heads=16, patch_size=14)
+
+Step = Callable[[Tensor, Tensor], None]
 
 
-def training_step(
-    model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], bf16: bool
-) -> Callable[[Tensor, Tensor], float]:
-    """One step of `model` as a function of images and keys; returns the loss, so that the device has finished."""
-    optimizer = torch.optim.AdamW(weight_decay_groups(model, 0.05), lr=1e-6, betas=(0.9, 0.95), fused=True)
+def adamw(groups: list[dict]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=1e-6, betas=(0.9, 0.95), fused=True)
 
-    def step(images: Tensor, keys: Tensor) -> float:
+
+def training_step(loss_of: Callable[[Tensor, Tensor], Tensor], optimizer: torch.optim.Optimizer, bf16: bool) -> Step:
+    """One step of a model as a function of images and keys."""
+
+    def step(images: Tensor, keys: Tensor) -> None:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             loss = loss_of(images, keys)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
 
     return step
 
 
-def hugging_face(device: torch.device, bf16: bool) -> Callable[[Tensor, Tensor], float]:
+def hugging_face(device: torch.device, bf16: bool) -> Step:
     """ViTMAEForPreTraining of the same size and target; its tables start at zero, so only its speed counts."""
     import transformers
 
     config = transformers.ViTMAEConfig(norm_pix_loss=True, layer_norm_eps=1e-6, attn_implementation="sdpa")
-    model = transformers.ViTMAEForPreTraining(config).to(device)
-    return training_step(model, lambda images, keys: model(normalise(images, MEAN, STD)).loss, bf16)
+    model = transformers.ViTMAEForPreTraining(config).to(device).train()
+    optimizer = adamw(weight_decay_groups(model, 0.05))
+    return training_step(lambda images, keys: model(normalise(images, BASE.mean, BASE.std)).loss, optimizer, bf16)
 
 
-def candidates(device: torch.device, bf16: bool) -> dict[str, Callable[[Tensor, Tensor], float]]:
-    """Name -> step of everything that can run here."""
-    math, sdpa = (MAE(MAEConfig(attention=kind)).to(device) for kind in ("math", "sdpa"))
-    compiled = MAE(MAEConfig()).to(device)
+class Products(TorchDispatchMode):
+    """Notes the matrix products of whatever runs inside, with size, stride of their operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Any, list[tuple[torch.Size, tuple[int, ...]]]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+        if func in products:
+            self.seen.append((func, [(each.shape, each.stride()) for each in args]))
+        return func(*args, **(kwargs or {}))
+
+
+def bare_products(batch: int, device: torch.device, bf16: bool) -> Step:
+    """The matrix products of one step, the attention's among them, and nothing else."""
+    with torch.device("meta"):
+        model = MAE(dataclasses.replace(BASE, attention="math"))
+        images, keys = torch.empty(batch, 3, 224, 224, dtype=torch.uint8), torch.empty(batch, dtype=torch.int64)
+    with Products() as products:
+        model(images, keys).backward()
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    operands: dict[Any, Tensor] = {}
+    for key in (key for _, keys in products.seen for key in keys):
+        if key not in operands:
+            operands[key] = torch.empty_strided(*key, dtype=dtype, device=device).normal_()
+    calls = [(func, [operands[key] for key in keys]) for func, keys in products.seen]
+
+    def step(images: Tensor, keys: Tensor) -> None:
+        for func, arguments in calls:
+            func(*arguments)
+
+    return step
+
+
+def steps_of_base(batch: int, device: torch.device, bf16: bool) -> dict[str, Step]:
+    """Name -> step of everything that can run here; ours are one model, one optimizer."""
+    model = MAE(BASE).to(device)
+    optimizer = adamw(weight_decay_groups(model, 0.05))
+    compiled = torch.compile(model, fullgraph=True)
+    best = "math" if device.type == "cpu" and bf16 else "sdpa"
+
+    def ours(loss_of: Callable[[Tensor, Tensor], Tensor], attention: Any) -> Step:
+        step = training_step(loss_of, optimizer, bf16)
+
+        def with_attention(images: Tensor, keys: Tensor) -> None:
+            choose_attention(model, attention, device)
+            step(images, keys)
+
+        return with_attention
+
     steps = {
-        "ours, math": training_step(math, math, bf16),
-        "ours, sdpa": training_step(sdpa, sdpa, bf16),
-        "ours, auto + torch.compile": training_step(compiled, torch.compile(compiled, fullgraph=True), bf16),
+        "ours, math": ours(model, "math"),
+        "ours, sdpa": ours(model, "sdpa"),
+        f"ours, {best}, compiled": ours(compiled, best),
+        "its products alone": bare_products(batch, device, bf16),
     }
     if importlib.util.find_spec("transformers"):
-        steps["Hugging Face ViTMAE, sdpa"] = hugging_face(device, bf16)
+        steps["Hugging Face, sdpa"] = hugging_face(device, bf16)
     return steps
 
 
-def measure(device: torch.device, bf16: bool, batch: int, rounds: int) -> dict[str, tuple[float, float]]:
-    """Seconds per step (median of `rounds`) and loss of the first step, by candidate."""
+def steps_of_large(device: torch.device, bf16: bool) -> dict[str, Step]:
+    """The three models of the paper's table 2, on the same parameters."""
+    masked = MAE(dataclasses.replace(LARGE, encoder_mask_tokens=True)).to(device)
+    with torch.device("meta"):
+        plain, shallow = MAE(LARGE), MAE(dataclasses.replace(LARGE, decoder_depth=1))
+    mask_token = nn.Parameter(torch.zeros(1, 1, LARGE.decoder_dim, device=device))
+    for model in (plain, shallow):
+        model.load_state_dict(masked.state_dict(keep_vars=True) | {"mask_token": mask_token}, assign=True, strict=False)
+        choose_attention(model, "auto", device)
+    # Parameters that a model does not have get no gradient from it, and AdamW passes them over.
+    optimizer = adamw([*weight_decay_groups(masked, 0.05), {"params": [mask_token], "weight_decay": 0.05}])
+    return {
+        "encoder with mask tokens, decoder 8": training_step(masked, optimizer, bf16),
+        "without, decoder 8": training_step(plain, optimizer, bf16),
+        "without, decoder 1": training_step(shallow, optimizer, bf16),
+    }
+
+
+def seconds_of(steps: dict[str, Step], batch: int, device: torch.device, rounds: int) -> dict[str, float]:
+    """Median seconds of each step; the first two rounds, which compile and fill pools, do not count."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8, generator=generator).to(device)
     keys = torch.arange(batch, device=device)
-    steps = candidates(device, bf16)
-    first = {name: step(images, keys) for name, step in steps.items()}  # warms up, and compiles: minutes on a CPU
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
+    for _ in range(2 + rounds):
         for name, step in steps.items():
             start = time.perf_counter()
             step(images, keys)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-    return {name: (statistics.median(seconds[name]), first[name]) for name in steps}
+    return {name: statistics.median(times[2:]) for name, times in seconds.items()}
+
+
+class LiveTensors(TorchDispatchMode):
+    """Bytes of the tensors that operators inside have returned and that are still alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {each.untyped_storage()._cdata for each in args if isinstance(each, Tensor)}
+        for each in result if isinstance(result, tuple | list) else [result]:
+            if not isinstance(each, Tensor) or each.untyped_storage()._cdata in self.known | given:
+                continue
+            storage = each.untyped_storage()
+            self.known.add(storage._cdata)
+            self.live += storage.nbytes()
+            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def forget(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.live -= size
+
+
+def bytes_per_image(config: MAEConfig, checkpointing: bool, device: torch.device, bf16: bool) -> float:
+    """What one more image adds to the peak of forward and backward."""
+    model = MAE(config).to(device)
+    model.activation_checkpointing = checkpointing
+    for parameter in model.parameters():  # a small batch's peak would be the gradients', which no image adds to
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    peaks = {}
+    for batch in (2, 4) if device.type == "cpu" else (16, 32):
+        images = torch.zeros(batch, 3, *config.image_size, dtype=torch.uint8, device=device)
+        keys = torch.arange(batch, device=device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+                loss = model(images, keys)
+            loss.backward()
+            peaks[batch] = torch.cuda.max_memory_allocated()
+        else:
+            with LiveTensors() as tensors:
+                model(images, keys).backward()
+            peaks[batch] = tensors.peak
+    small, large = peaks
+    return (peaks[large] - peaks[small]) / (large - small)
+
+
+def part_step(batch: int, device: torch.device, bf16: bool, rounds: int) -> dict[str, float]:
+    seconds = seconds_of(steps_of_base(batch, device, bf16), batch, device, rounds)
+    print(f"B/16, batch {batch}, forward + backward + AdamW\n")
+    print("| step | seconds | images/s | TFLOP/s |\n|---|---|---|---|")
+    for name, each in seconds.items():
+        print(f"| {name} | {each:.3f} | {batch / each:.2f} | {batch * training_flops(BASE) / each / 1e12:.3f} |")
+    best = min((name for name in seconds if name.startswith("ours")), key=seconds.__getitem__)
+    result = {f"seconds, {name}": each for name, each in seconds.items()}
+    result["best over its products alone"] = seconds[best] / seconds["its products alone"]
+    print(f"\n{best} over its products alone: {result['best over its products alone']:.2f} (at most 1.4 is asked)")
+    if "Hugging Face, sdpa" in seconds:
+        theirs = seconds["Hugging Face, sdpa"]
+        result |= {
+            "Hugging Face over best": theirs / seconds[best],
+            "Hugging Face over the products alone": theirs / seconds["its products alone"],
+        }
+        print(f"Hugging Face over {best}: {result['Hugging Face over best']:.2f} (at least 1.3 is asked)")
+        print(f"Hugging Face over the products alone: {result['Hugging Face over the products alone']:.2f}")
+    else:
+        print("Hugging Face: transformers is not installed")
+    return result
+
+
+def part_paper(batch: int, device: torch.device, bf16: bool, rounds: int) -> dict[str, float]:
+    seconds = seconds_of(steps_of_large(device, bf16), batch, device, rounds)
+    slowest = seconds["encoder with mask tokens, decoder 8"]
+    print(
+        f"L/16, batch {batch}, forward + backward + AdamW\n\n| model | seconds | faster by | paper |\n|---|---|---|---|"
+    )
+    for (name, each), paper in zip(seconds.items(), ("1", "2.8", "3.7"), strict=True):
+        print(f"| {name} | {each:.2f} | {slowest / each:.2f} | {paper} |")
+    return {f"seconds, {name}": each for name, each in seconds.items()} | {
+        f"faster by, {name}": slowest / each for name, each in seconds.items()
+    }
+
+
+def part_memory(device: torch.device, bf16: bool) -> dict[str, float]:
+    result: dict[str, float] = {}
+    print("| model | MB an image | with activation checkpointing | times less |\n|---|---|---|---|")
+    for name, config in {"B/16": BASE, "L/16": LARGE, "H/14": HUGE}.items():
+        whole, saved = (bytes_per_image(config, checkpointing, device, bf16) / 1e6 for checkpointing in (False, True))
+        gc.collect()
+        print(f"| {name} | {whole:.1f} | {saved:.1f} | {whole / saved:.1f} |", flush=True)
+        result |= {f"MB an image, {name}": whole, f"MB an image, {name}, checkpointing": saved}
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--parts", nargs="+", choices=["step", "paper", "memory"], default=["step", "paper", "memory"])
+    parser.add_argument("--batch", type=int, default=8, help="images of part step")
+    parser.add_argument("--paper-batch", type=int, default=8, help="images of part paper")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16")
+    parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto")
+    parser.add_argument("--json", type=Path, help="also write every figure here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = (
+    multiplies_bf16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and multiplies_bf16)
+    machine = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {args.threads} threads"
     )
-    measured = measure(device, args.precision == "bf16", args.batch, args.rounds)
-    reference = measured["ours, math"][0]
-    print(f"MAE B/16, batch {args.batch}, {args.precision}, {name}")
-    print(f"torch {torch.__version__}, timm {timm.__version__}\n")
-    print("| step | images/s | ratio to ours, math | TFLOP/s | first loss |\n|---|---|---|---|---|")
-    for step, (seconds, loss) in measured.items():
-        rate = args.batch / seconds
-        tflops = rate * training_flops(MAEConfig()) / 1e12
-        print(f"| {step} | {rate:.2f} | {reference / seconds:.2f} | {tflops:.2f} | {loss:.4f} |")
-    if not importlib.util.find_spec("transformers"):
-        print("| Hugging Face ViTMAE, sdpa | not installed | | | |")
+    precision = "bf16 autocast" if bf16 else "float32" + ("" if multiplies_bf16 else " (no bf16 instructions here)")
+    print(f"{machine}, {precision}, torch {torch.__version__}, timm {timm.__version__}")
+    figures: dict[str, Any] = {"machine": machine, "precision": precision, "batch": args.batch}
+    for part in args.parts:
+        print()
+        if part == "step":
+            figures[part] = part_step(args.batch, device, bf16, args.rounds)
+        elif part == "paper":
+            figures[part] = part_paper(args.paper_batch, device, bf16, args.rounds)
+        else:
+            figures[part] = part_memory(device, bf16)
+        gc.collect()
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

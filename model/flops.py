@@ -4,24 +4,47 @@ A multiply-add counts as two. Matrix products alone are counted, as torch's Flop
 the last digit; the counter itself sees nothing of fused attention on a CPU.
 """
 
+from typing import NamedTuple
+
 from model.mae import MAEConfig
+
+
+class Flops(NamedTuple):
+    """One image's operations by part of the model."""
+
+    encoder: int
+    """Patch embedding and blocks."""
+    decoder: int
+    """The projection of the latent, and blocks."""
+    head: int
+
+
+def forward_by_part(config: MAEConfig) -> Flops:
+    """One image forward. An encoder with mask tokens sees every place, and so does then the decoder's projection."""
+    everything, removed = 1 + config.num_patches, config.num_patches - config.keep
+    encoded = everything if config.encoder_mask_tokens else 1 + config.keep
+    return Flops(
+        _embed_flops(config) + config.depth * _block_flops(encoded, config.dim, config.mlp_ratio),
+        2 * encoded * config.dim * config.decoder_dim
+        + config.decoder_depth * _block_flops(everything, config.decoder_dim, config.mlp_ratio),
+        2 * removed * config.decoder_dim * config.target_dim,
+    )
+
+
+def backward_by_part(config: MAEConfig) -> Flops:
+    """One image backward: every product has two gradients, but the pixels need none."""
+    encoder, decoder, head = forward_by_part(config)
+    return Flops(2 * encoder - _embed_flops(config), 2 * decoder, 2 * head)
 
 
 def forward_flops(config: MAEConfig) -> int:
     """One image through encoder, decoder and head, without what the target costs to compute (docs/targets.md)."""
-    visible, everything, removed = 1 + config.keep, 1 + config.num_patches, config.num_patches - config.keep
-    return (
-        _embed_flops(config)
-        + config.depth * _block_flops(visible, config.dim, config.mlp_ratio)
-        + 2 * visible * config.dim * config.decoder_dim
-        + config.decoder_depth * _block_flops(everything, config.decoder_dim, config.mlp_ratio)
-        + 2 * removed * config.decoder_dim * config.target_dim
-    )
+    return sum(forward_by_part(config))
 
 
 def training_flops(config: MAEConfig) -> int:
-    """One image forward and backward: every product has two gradients, but the pixels need none."""
-    return 3 * forward_flops(config) - _embed_flops(config)
+    """One image forward and backward; activation checkpointing's second forward is not counted."""
+    return forward_flops(config) + sum(backward_by_part(config))
 
 
 def _embed_flops(config: MAEConfig) -> int:

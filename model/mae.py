@@ -1,7 +1,8 @@
 """The masked autoencoder (He et al. 2021, arXiv 2111.06377): images and mask keys in, loss out.
 
 The encoder sees the kept patches alone; they are gathered before they are embedded. The decoder sees every place, with
-a mask token where a patch was removed; its prediction head runs on the removed places alone, since no other counts.
+a mask token where a patch was removed, in the order (kept, removed): attention does not mind, a table gathered by place
+tells the places, and what is to be predicted is the last piece. The prediction head runs on that piece alone.
 Parameter names and shapes are those of the published checkpoints.
 """
 
@@ -13,8 +14,9 @@ import torch
 from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from model.masking import Mask, keep_count, random_mask, take
+from model.masking import Mask, MaskKind, draw_mask, keep_count, refuse_grid_mask, take
 from model.patches import Target, denormalise, normalise, patchify, unpatchify
 from model.position import sincos_table
 from model.targets import PCATarget, PixelTarget, ReconstructionTarget, TokenTarget
@@ -42,6 +44,11 @@ class MAEConfig:
     decoder_heads: int = 16
     mask_ratio: float = 0.75
     """Share of patches that is removed; 0 is an autoencoder without a loss, for `MAE.encode` alone."""
+    mask: MaskKind = "random"
+    """`block` removes BEiT's blocks, `grid` keeps one patch of each 2 x 2 (paper, table 1f)."""
+    encoder_mask_tokens: bool = False
+    """The encoder sees every place, with a mask token of its own where a patch was removed; the decoder then gets the
+    encoder's output of every place and adds no tokens (paper, table 1c)."""
     target: Target = "normalised_pixel"
     components: int = 96
     """Coefficients that the target "pca" asks for."""
@@ -50,7 +57,7 @@ class MAEConfig:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     attention: AttentionKind = "auto"
-    """`auto` is `sdpa` on CUDA and `math` elsewhere."""
+    """`auto` is `sdpa` on CUDA and in float32, and `math` in bf16 on a CPU."""
 
     def __post_init__(self) -> None:
         sizes = (*self.image_size, self.patch_size, self.in_chans, self.dim, self.depth, self.heads)
@@ -79,6 +86,10 @@ class MAEConfig:
             raise ValueError(f"mask_ratio {self.mask_ratio} is not in [0, 1)")
         if not self.keep:
             raise ValueError(f"mask_ratio {self.mask_ratio} of {self.num_patches} patches leaves no patch visible")
+        if self.mask not in get_args(MaskKind):
+            raise ValueError(f"mask {self.mask!r} is none of {', '.join(get_args(MaskKind))}")
+        if self.mask == "grid":
+            refuse_grid_mask(self.grid, self.keep)
         if not len(self.mean) == len(self.std) == self.in_chans:
             raise ValueError(f"mean {self.mean} and std {self.std} must have in_chans = {self.in_chans} values each")
         if min(self.std) <= 0:
@@ -146,6 +157,8 @@ class MAE(nn.Module):
 
     pos_embed: Float[Tensor, "1 1+l d"]
     decoder_pos_embed: Float[Tensor, "1 1+l d2"]
+    activation_checkpointing: bool = False
+    """Keep each block's input alone and compute the rest again in the backward pass; the numbers stay the same."""
 
     def __init__(self, config: MAEConfig, seed: int = 0, target: PCATarget | TokenTarget | None = None) -> None:
         super().__init__()
@@ -154,7 +167,10 @@ class MAE(nn.Module):
         # Built without memory first, so that timm's own initialisation neither costs time nor moves torch's generator.
         with torch.device("meta"):
             self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
-            self.mask_token = nn.Parameter(torch.empty(1, 1, config.decoder_dim))
+            if config.encoder_mask_tokens:
+                self.encoder_mask_token = nn.Parameter(torch.empty(1, 1, config.dim))
+            else:
+                self.mask_token = nn.Parameter(torch.empty(1, 1, config.decoder_dim))
             projection = PatchProjection(config.in_chans, config.dim, config.patch_size)
             self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
             self.blocks = blocks(config.dim, config.depth, config.heads, config.mlp_ratio)
@@ -186,9 +202,9 @@ class MAE(nn.Module):
     def loss(self, images: Float[Tensor, "b c h w"], mask: Mask) -> Float[Tensor, ""]:
         """The loss of normalised images under a given mask, in the dtype of `images`: float32 or float64."""
         patches = patchify(images, self.config.patch_size)  # (B, L, P*P*C)
-        latent = self.encode_patches(take(patches, mask.kept), mask.kept)  # (B, 1+K, D)
-        decoded = self.decode(latent, mask.restore)  # (B, L, D')
-        prediction = self.predict(take(decoded, mask.removed))  # (B, R, T)
+        latent = self.encode_masked(patches, mask)  # (B, 1+K, D)
+        decoded = self._decode_in_order(latent, torch.cat([mask.kept, mask.removed], dim=1))  # (B, L, D')
+        prediction = self.predict(decoded[:, mask.kept.shape[1] :])  # (B, R, T)
         return self._error(prediction, images, take(patches, mask.removed), mask.removed)
 
     def encode(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b 1+l d"]:
@@ -216,7 +232,7 @@ class MAE(nn.Module):
         config, mask = self.config, self._mask(keys)
         normalised = normalise(images, config.mean, config.std)  # (B, C, H, W)
         patches = patchify(normalised, config.patch_size)  # (B, L, P*P*C)
-        latent = self.encode_patches(take(patches, mask.kept), mask.kept)  # (B, 1+K, D)
+        latent = self.encode_masked(patches, mask)  # (B, 1+K, D)
         prediction = self.predict(self.decode(latent, mask.restore))  # (B, L, T)
         pixels = self._target().pixels(prediction.to(patches.dtype), patches)  # (B, L, P*P*C)
         reconstructed = denormalise(unpatchify(pixels, config.patch_size, config.grid), config.mean, config.std)
@@ -231,25 +247,58 @@ class MAE(nn.Module):
             loss=self._error(take(prediction, mask.removed), normalised, take(patches, mask.removed), mask.removed),
         )
 
+    def encode_masked(self, patches: Float[Tensor, "b l ppc"], mask: Mask) -> Float[Tensor, "b 1+k d"]:
+        """Latent of masked images for `decode`: class token and kept patches, in the order of `mask.kept`.
+
+        With `encoder_mask_tokens` it has every place, the removed ones last: (B, 1+L, D).
+        """
+        return self.encode_patches(
+            take(patches, mask.kept), mask.kept, mask.removed if self.config.encoder_mask_tokens else None
+        )
+
     def encode_patches(
-        self, patches: Float[Tensor, "b n ppc"], numbers: Int64[Tensor, "b n"]
+        self,
+        patches: Float[Tensor, "b n ppc"],
+        numbers: Int64[Tensor, "b n"],
+        masked: Int64[Tensor, "b r"] | None = None,
     ) -> Float[Tensor, "b 1+n d"]:
-        """Latent of the class token and of `patches` (normalised), which stand at `numbers` of the grid."""
+        """Latent of the class token and of `patches` (normalised), which stand at `numbers` of the grid.
+
+        A model with `encoder_mask_tokens` also sees a mask token at each place of `masked`, after the patches.
+        """
         # DeepSpeed's bf16 casts parameters and leaves buffers in float32: the parameters' dtype is the model's.
         table = self.pos_embed[0].to(self.cls_token.dtype)  # (1+L, D)
         tokens = self.patch_embed(patches) + F.embedding(numbers + 1, table)  # (B, N, D)
         cls_token = (self.cls_token + table[0]).expand(len(tokens), -1, -1)  # (B, 1, D)
-        return self.norm(self.blocks(torch.cat([cls_token, tokens], dim=1)))  # (B, 1+N, D)
+        pieces = [cls_token, tokens]
+        if masked is not None:
+            pieces.append(self.encoder_mask_token + F.embedding(masked + 1, table))  # (B, R, D)
+        return self.norm(self._through(self.blocks, torch.cat(pieces, dim=1)))  # (B, 1+N(+R), D)
 
     def decode(self, latent: Float[Tensor, "b 1+k d"], restore: Int64[Tensor, "b l"]) -> Float[Tensor, "b l d2"]:
         """Decoder features of every patch, in row-major order; a mask token stands in for each removed one."""
+        order = restore.argsort(dim=1)  # (B, L): its inverse, kept patches first
+        return take(self._decode_in_order(latent, order), restore)  # (B, L, D')
+
+    def _decode_in_order(
+        self, latent: Float[Tensor, "b 1+k d"], order: Int64[Tensor, "b l"]
+    ) -> Float[Tensor, "b l d2"]:
+        """Decoder features of the patches of `order`, the kept ones (those of `latent`) before the removed ones."""
         embedded = self.decoder_embed(latent)  # (B, 1+K, D')
-        missing = restore.shape[1] + 1 - embedded.shape[1]
-        mask_tokens = self.mask_token.expand(len(embedded), missing, -1)  # (B, R, D')
-        patches = take(torch.cat([embedded[:, 1:], mask_tokens], dim=1), restore)  # (B, L, D')
-        table = self.decoder_pos_embed.to(self.mask_token.dtype)  # (1, 1+L, D')
-        tokens = torch.cat([embedded[:, :1], patches], dim=1) + table  # (B, 1+L, D')
-        return self.decoder_blocks(tokens)[:, 1:]  # (B, L, D')
+        table = self.decoder_pos_embed[0].to(self.cls_token.dtype)  # (1+L, D')
+        places = F.embedding(F.pad(order + 1, (1, 0)), table)  # (B, 1+L, D'); the class token's row is 0
+        seen = embedded.shape[1]
+        tokens = embedded + places[:, :seen]
+        if seen < places.shape[1]:  # the encoder has not put mask tokens there
+            tokens = torch.cat([tokens, self.mask_token + places[:, seen:]], dim=1)  # (B, 1+L, D')
+        return self._through(self.decoder_blocks, tokens)[:, 1:]  # (B, L, D')
+
+    def _through(self, blocks: nn.Sequential, tokens: Tensor) -> Tensor:
+        if not self.activation_checkpointing:
+            return blocks(tokens)
+        for block in blocks:  # nothing in a block is random: no generator's state to keep
+            tokens = checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)
+        return tokens
 
     def predict(self, decoded: Float[Tensor, "b n d2"]) -> Float[Tensor, "b n t"]:
         """Predicted target of each patch from its decoder features."""
@@ -274,7 +323,7 @@ class MAE(nn.Module):
                 f"mask_ratio {self.config.mask_ratio} removes none of {self.config.num_patches} patches, so there is "
                 "no loss; use encode() for features without a mask"
             )
-        return random_mask(keys, self.config.num_patches, self.config.keep)
+        return draw_mask(self.config.mask, keys, self.config.grid, self.config.keep)
 
     def _check(self, images: Tensor) -> None:
         expected = (self.config.in_chans, *self.config.image_size)
@@ -285,7 +334,7 @@ class MAE(nn.Module):
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MAE":
-        """Follow a move to another device with the attention of that device."""
+        """Follow a move or a cast with the attention of that device and dtype."""
         super()._apply(fn, recurse)
         choose_attention(self, self.config.attention, self.cls_token.device)
         return self

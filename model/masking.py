@@ -1,16 +1,19 @@
-"""Random masking: which patches of an image stay visible (paper, section 3, "Masking").
+"""Masks: which patches of an image stay visible (paper, section 3, "Masking"; table 1f and figure 6).
 
 Every patch gets a score that is a hash of (key, patch number); the patches of the lowest scores stay. The key of an
 image is made on the host from (seed, epoch, sample), so a mask is a pure function of those three: no generator, no
 state, no copy to the device, and the CPU and the GPU draw the same bits. The hash is the finaliser of SplitMix64
-(Steele et al., OOPSLA 2014) in int64 arithmetic, which wraps as uint64 does.
+(Steele et al., OOPSLA 2014) in int64 arithmetic, which wraps as uint64 does. Blocks and grids are drawn from the same
+hash in the same manner.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor
+
+MaskKind = Literal["random", "block", "grid"]
 
 # Unsigned constants of SplitMix64, written as the int64 of the same bits.
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
@@ -18,6 +21,9 @@ _FACTOR_1, _FACTOR_2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 # Keeps masks apart from anything else that may be drawn from the same key; ASCII of "patches\0".
 _STREAM = 0x7061746368657300
 _NUMBER_BITS = 16
+# BEiT's blocks (Bao et al. 2021, arXiv 2106.08254, algorithm 1): the fewest patches, and the range of height / width.
+_MIN_BLOCK, _MIN_ASPECT, _MAX_ASPECT = 16, 0.3, 1 / 0.3
+_ROUNDS = 48
 
 
 class Mask(NamedTuple):
@@ -34,15 +40,60 @@ def keep_count(num_patches: int, mask_ratio: float) -> int:
     return int(num_patches * (1 - mask_ratio))
 
 
+def draw_mask(kind: MaskKind, keys: Int64[Tensor, "b"], grid: tuple[int, int], keep: int) -> Mask:
+    """The mask of each key on a `grid` (rows, columns) of patches; equal keys give equal masks, on any device.
+
+    Raises:
+        ValueError: as `random_mask`, and for a grid mask of anything but a quarter of an even grid.
+    """
+    if kind == "block":
+        return block_mask(keys, grid, keep)
+    return grid_mask(keys, grid, keep) if kind == "grid" else random_mask(keys, grid[0] * grid[1], keep)
+
+
 def random_mask(keys: Int64[Tensor, "b"], num_patches: int, keep: int) -> Mask:
     """A uniformly random mask for each key; equal keys give equal masks, on any device.
 
     Raises:
         ValueError: more than 65,536 patches, which the scores cannot tell apart.
     """
-    if num_patches > 2**_NUMBER_BITS:
-        raise ValueError(f"{num_patches} patches; a mask covers at most {2**_NUMBER_BITS}")
+    _refuse_too_many(num_patches)
     return mask_by_score(_hash_scores(keys, num_patches), keep)
+
+
+def block_mask(keys: Int64[Tensor, "b"], grid: tuple[int, int], keep: int) -> Mask:
+    """Blocks removed as BEiT removes them (algorithm 1), until exactly `keep` patches are left.
+
+    A block has 16 or more patches, but no more than are still to be removed, a log-uniform aspect ratio and a uniform
+    place; blocks may overlap. Shapes are static, so the last block is cut to what is missing, from its last row up,
+    and the number of blocks is fixed: an image that 48 of them do not fill (docs/model.md: how many) loses patches at
+    random for the rest.
+
+    Raises:
+        ValueError: as `random_mask`.
+    """
+    _refuse_too_many(grid[0] * grid[1])
+    return mask_by_score(_block_scores(keys, *grid, keep), keep)
+
+
+def grid_mask(keys: Int64[Tensor, "b"], grid: tuple[int, int], keep: int) -> Mask:
+    """One patch of each 2 x 2 cell is kept: in an image the same one in every cell, by the key one of the four.
+
+    Raises:
+        ValueError: a side of the grid is odd, or `keep` is not a quarter of its patches.
+    """
+    refuse_grid_mask(grid, keep)
+    return mask_by_score(_grid_scores(keys, *grid), keep)
+
+
+def refuse_grid_mask(grid: tuple[int, int], keep: int) -> None:
+    """ValueError unless `grid` falls into cells of 2 x 2 patches of which `keep` keeps one each."""
+    if grid[0] % 2 or grid[1] % 2:
+        raise ValueError(f"mask grid keeps one patch of each 2 x 2; {grid[0]} x {grid[1]} patches have an odd side")
+    if keep * 4 != grid[0] * grid[1]:
+        raise ValueError(
+            f"mask grid keeps a quarter of {grid[0] * grid[1]} patches, not {keep}; set mask_ratio to 0.75"
+        )
 
 
 def mask_by_score(scores: Shaped[Tensor, "b l"], keep: int) -> Mask:
@@ -59,21 +110,88 @@ def take(tokens: Float[Tensor, "b l d"], numbers: Int64[Tensor, "b n"]) -> Float
     return tokens.gather(1, numbers[:, :, None].expand(-1, -1, tokens.shape[2]))  # (B, N, D)
 
 
-# An operator of its own, so that torch.compile calls it and does not translate it: Inductor's arange * GAMMA overflows
-# in 32 bits on CUDA (pytorch#175966, #183901), silently another mask, and corrupts the heap on a CPU (torch 2.15).
+def _refuse_too_many(num_patches: int) -> None:
+    if num_patches > 2**_NUMBER_BITS:
+        raise ValueError(f"{num_patches} patches; a mask covers at most {2**_NUMBER_BITS}")
+
+
+# Operators of their own, so that torch.compile calls them and does not translate them: Inductor's arange * GAMMA
+# overflows in 32 bits on CUDA (pytorch#175966, #183901), silently another mask, and corrupts the heap on a CPU
+# (torch 2.15).
 @torch.library.custom_op("maelstream::hash_scores", mutates_args=())
 def _hash_scores(keys: Tensor, num_patches: int) -> Tensor:
-    numbers = torch.arange(num_patches, device=keys.device)
-    # The key is mixed before the numbers are added: the masks of consecutive keys must not be shifts of each other.
-    hashes = _mix(_mix(keys ^ _STREAM)[:, None] + (numbers + 1) * _GAMMA)  # (B, L)
+    hashes = _hashes(keys, 0, num_patches)  # (B, L)
     # 47 random bits above the patch number: no score is negative (signed order is unsigned order) and no two are equal,
     # so every sort algorithm gives the same mask.
-    return _shift_right(hashes, 17) << _NUMBER_BITS | numbers  # (B, L)
+    return _shift_right(hashes, 17) << _NUMBER_BITS | torch.arange(num_patches, device=keys.device)  # (B, L)
+
+
+@torch.library.custom_op("maelstream::block_scores", mutates_args=())
+def _block_scores(keys: Tensor, rows: int, columns: int, keep: int) -> Tensor:
+    num_patches, removed = rows * columns, rows * columns - keep
+    smallest = min(_MIN_BLOCK, removed)
+    numbers = torch.arange(num_patches, device=keys.device)  # (L,)
+    places = torch.stack([numbers // columns, numbers % columns], dim=1)  # (L, 2): row and column
+    grid = torch.full_like(places[0], rows)
+    grid[1] = columns
+    # Four draws of 31 bits for each block, from numbers beyond the patches': area, aspect ratio, top, left.
+    draws = _shift_right(_hashes(keys, 2**_NUMBER_BITS, 4 * _ROUNDS), 33).unflatten(1, (4, _ROUNDS))
+    aspects = _log_uniform(draws[:, 1])  # (B, ROUNDS)
+    ratios = torch.stack([aspects, 1 / aspects], dim=2)  # (B, ROUNDS, 2)
+    cover = torch.full((len(keys), num_patches), _ROUNDS, device=keys.device)  # (B, L): the first block over each patch
+    for block in range(_ROUNDS):
+        missing = removed - (cover < _ROUNDS).sum(1, keepdim=True)  # (B, 1)
+        area = smallest + (draws[:, 0, block, None] * ((missing - smallest).clamp(min=0) + 1) >> 31)
+        sides = (area * ratios[:, block]).sqrt().round().long().clamp(min=1).minimum(grid)  # (B, 2)
+        first = draws[:, 2:, block] * (grid + 1 - sides) >> 31
+        inside = (places >= first[:, None]) & (places < (first + sides)[:, None])  # (B, L, 2)
+        cover = torch.where(inside.all(2) & (missing > 0), cover.clamp(max=block), cover)
+    # Patches of the first blocks have the highest scores; within a block the last rows have the lowest.
+    strays = _shift_right(_hashes(keys, 0, num_patches), 33) << _NUMBER_BITS | numbers
+    order = torch.where(cover < _ROUNDS, num_patches - numbers, strays)
+    return (_ROUNDS - cover) << 48 | order
+
+
+@torch.library.custom_op("maelstream::grid_scores", mutates_args=())
+def _grid_scores(keys: Tensor, rows: int, columns: int) -> Tensor:
+    numbers = torch.arange(rows * columns, device=keys.device)  # (L,)
+    corner = numbers // columns % 2 * 2 + numbers % columns % 2  # (L,): place of each patch in its cell
+    kept = _shift_right(_hashes(keys, 0, 1), 62)  # (B, 1)
+    return (corner != kept).long() << _NUMBER_BITS | numbers  # (B, L)
 
 
 @_hash_scores.register_fake
 def _(keys: Tensor, num_patches: int) -> Tensor:
     return keys.new_empty(len(keys), num_patches)
+
+
+@_block_scores.register_fake
+def _(keys: Tensor, rows: int, columns: int, keep: int) -> Tensor:
+    return keys.new_empty(len(keys), rows * columns)
+
+
+@_grid_scores.register_fake
+def _(keys: Tensor, rows: int, columns: int) -> Tensor:
+    return keys.new_empty(len(keys), rows * columns)
+
+
+def _hashes(keys: Int64[Tensor, "b"], first: int, count: int) -> Int64[Tensor, "b n"]:
+    """64 random bits for each key and each number from `first` on."""
+    numbers = torch.arange(first + 1, first + 1 + count, device=keys.device)
+    # The key is mixed before the numbers are added: the masks of consecutive keys must not be shifts of each other.
+    return _mix(_mix(keys ^ _STREAM)[:, None] + numbers * _GAMMA)  # (B, N)
+
+
+def _log_uniform(draws: Int64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
+    """Aspect ratios, uniform in their logarithm, of draws of 31 bits.
+
+    A product of a power for each of the first 12 bits: products are rounded alike on every device, `exp` is not.
+    """
+    aspects = torch.full_like(draws, _MIN_ASPECT, dtype=torch.float64)
+    for bit in range(12):
+        power = (_MAX_ASPECT / _MIN_ASPECT) ** (2.0 ** -(bit + 1))
+        aspects = torch.where((draws >> (30 - bit) & 1).bool(), aspects * power, aspects)
+    return aspects
 
 
 def _mix(values: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:

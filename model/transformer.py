@@ -40,13 +40,13 @@ class PatchProjection(nn.Module):
 def choose_attention(model: nn.Module, kind: AttentionKind, device: torch.device) -> None:
     """Set each attention of `model` to torch's fused kernel ("sdpa") or to plain products ("math").
 
-    "auto" takes "sdpa" on CUDA and "math" elsewhere: on a CPU in bf16 the fused kernel's backward is the slower one
+    "auto" takes "sdpa" but for bf16 weights on a CPU, where the fused kernel's backward is the slower one
     (docs/model.md).
     """
-    fused = device.type == "cuda" if kind == "auto" else kind == "sdpa"
     for module in model.modules():
         if isinstance(module, Attention):
-            module.fused_attn = fused
+            bf16_on_cpu = device.type == "cpu" and module.qkv.weight.dtype == torch.bfloat16
+            module.fused_attn = not bf16_on_cpu if kind == "auto" else kind == "sdpa"
 
 
 def draw_as_mae(name: str, weights: Tensor, generator: torch.Generator) -> None:

@@ -1,6 +1,9 @@
 """Recipes: laid over their base, checked key by key, and the same again after a round trip."""
 
+import functools
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +47,39 @@ def test_the_papers_models_have_their_published_sizes(name: str, parameters: int
 
 def test_the_paper_s_pretraining_is_the_default_and_the_base_recipe() -> None:
     assert load_recipe(RECIPES[0].with_name("pretrain.yaml")) == Recipe()
+
+
+TABLE_1: dict[str, dict[str, Any]] = {
+    "default": {"model.target": "pixel"},
+    **{f"decoder_depth_{depth}": {"model.decoder_depth": depth} for depth in (1, 2, 4, 12)},
+    **{f"decoder_width_{width}": {"model.decoder_dim": width} for width in (128, 256, 768, 1024)},
+    "encoder_mask_tokens": {"model.encoder_mask_tokens": True},
+    "augment_none": {"data.crop.kind": "none"},
+    "augment_fixed_size": {"data.crop.kind": "fixed_size"},
+    "augment_jitter": {"data.crop.jitter": 0.4},
+    "mask_block_50": {"model.mask": "block", "model.mask_ratio": 0.5},
+    "mask_block_75": {"model.mask": "block"},
+    "mask_grid_75": {"model.mask": "grid"},
+}
+
+
+@pytest.mark.parametrize("name", TABLE_1)
+def test_a_row_of_table_1_differs_from_its_base_only_where_the_paper_does(name: str) -> None:
+    recipe = load_recipe(RECIPES[0].with_name(f"table1_{name}.yaml"))
+    base = load_recipe(RECIPES[0].with_name("pretrain_vit_l16.yaml" if name == "default" else "table1_default.yaml"))
+    assert set(differing_keys(base, recipe)) == set(TABLE_1[name])
+    for key, value in TABLE_1[name].items():
+        assert functools.reduce(getattr, key.split("."), recipe) == value
+    assert (recipe.optim.epochs, recipe.model.dim, recipe.model.depth) == (800, 1024, 24)
+    assert recipe.engine == base.engine
+
+
+def test_every_recipe_of_table_1_stands_in_the_readme_with_its_two_numbers() -> None:
+    readme = RECIPES[0].with_name("README.md").read_text()
+    for path in (path for path in RECIPES if path.stem.startswith("table1_")):
+        numbers = re.findall(r"\b\d\d\.\d\b", path.read_text().split("base:")[0])
+        assert len(numbers) == 2
+        assert f"| `{path.name}` | {' | '.join(numbers)} |" in readme
 
 
 def test_a_recipe_overrides_single_keys_of_its_base(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from model import masking
 from model.mae import MAE, MAEConfig, position_tables
-from model.masking import Mask, random_mask, take
+from model.masking import Mask, draw_mask, random_mask, take
 from model.patches import Target, normalise, patchify, target_of
 from model.transformer import PatchProjection
 
@@ -23,6 +25,9 @@ SHAPES = {
     "six channels": {"in_chans": 6, "mean": (0.5,) * 6, "std": (0.2,) * 6},
     "CIFAR": {"image_size": (32, 32), "patch_size": 4},
     "pixel target": {"target": "pixel"},
+    "block mask": {"mask": "block"},
+    "grid mask": {"mask": "grid"},
+    "encoder mask tokens": {"encoder_mask_tokens": True},
 }
 
 
@@ -40,8 +45,12 @@ def patches_of(model: MAE, images: torch.Tensor) -> torch.Tensor:
     return patchify(normalise(images, model.config.mean, model.config.std), model.config.patch_size)
 
 
+def mask_of(config: MAEConfig, keys: torch.Tensor) -> Mask:
+    return draw_mask(config.mask, keys, config.grid, config.keep)
+
+
 def latent_of(model: MAE, images: torch.Tensor, mask: Mask) -> torch.Tensor:
-    return model.encode_patches(take(patches_of(model, images), mask.kept), mask.kept)
+    return model.encode_masked(patches_of(model, images), mask)
 
 
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
@@ -49,12 +58,15 @@ def test_gathering_first_equals_embedding_everything_and_gathering_then(options:
     model = tiny(**options)
     config = model.config
     images, keys = batch(config)
-    mask = random_mask(keys, config.num_patches, config.keep)
+    mask = mask_of(config, keys)
     projection = model.patch_embed[0]
     assert isinstance(projection, PatchProjection)
     normalised = normalise(images, config.mean, config.std)
     embedded = F.conv2d(normalised, projection.weight, projection.bias, stride=config.patch_size)
-    tokens = take(embedded.flatten(2).transpose(1, 2) + model.pos_embed[:, 1:], mask.kept)
+    places = model.pos_embed[:, 1:].expand(len(images), -1, -1)
+    tokens = take(embedded.flatten(2).transpose(1, 2) + places, mask.kept)
+    if config.encoder_mask_tokens:
+        tokens = torch.cat([tokens, model.encoder_mask_token + take(places, mask.removed)], dim=1)
     tokens = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(len(images), -1, -1), tokens], dim=1)
     assert torch.allclose(latent_of(model, images, mask), model.norm(model.blocks(tokens)), atol=1e-5)
 
@@ -64,7 +76,7 @@ def test_the_loss_is_the_error_of_the_full_prediction_over_removed_patches(optio
     model = tiny(**options)
     config = model.config
     images, keys = batch(config)
-    mask = random_mask(keys, config.num_patches, config.keep)
+    mask = mask_of(config, keys)
     predictions = model.predict(model.decode(latent_of(model, images, mask), mask.restore))
     errors = ((predictions - target_of(patches_of(model, images), config.target)) ** 2).mean(2)  # (B, L)
     removed = (mask.restore >= config.keep).float()
@@ -106,6 +118,40 @@ def test_decoder_features_follow_the_places_of_the_patches() -> None:
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_the_decoder_s_order_is_no_matter() -> None:
+    """Features in the order (kept, removed) are those of the rows in order: a decoder without `decode`'s two sorts."""
+    model = tiny()
+    images, keys = batch(TINY)
+    mask = random_mask(keys, 16, 4)
+    latent = latent_of(model, images, mask)
+    visible = model.decoder_embed(latent)
+    tokens = torch.cat([visible[:, 1:], model.mask_token.expand(3, 12, -1)], dim=1)
+    tokens = torch.cat([visible[:, :1], take(tokens, mask.restore)], dim=1) + model.decoder_pos_embed
+    assert torch.allclose(model.decode(latent, mask.restore), model.decoder_blocks(tokens)[:, 1:], atol=1e-5)
+
+
+def test_an_encoder_with_mask_tokens_sees_every_place_and_the_decoder_adds_none() -> None:
+    model = tiny(encoder_mask_tokens=True)
+    images, keys = batch(TINY)
+    mask = random_mask(keys, 16, 4)
+    latent = latent_of(model, images, mask)
+    assert latent.shape == (3, 17, 32)
+    every_place = torch.cat([latent[:, :1], take(latent[:, 1:], mask.restore)], dim=1)
+    tokens = model.decoder_embed(every_place) + model.decoder_pos_embed
+    assert torch.allclose(model.decode(latent, mask.restore), model.decoder_blocks(tokens)[:, 1:], atol=1e-5)
+    shown = torch.zeros(3, 16).scatter_(1, mask.removed, 1.0).reshape(3, 1, 4, 4)
+    altered = torch.where(F.interpolate(shown, scale_factor=8).bool(), 255 - images, images)
+    assert torch.equal(latent_of(model, altered, mask), latent)
+
+
+def test_mask_tokens_of_the_encoder_are_a_parameter_that_other_models_do_not_have() -> None:
+    with_tokens, without = tiny(encoder_mask_tokens=True).state_dict(), tiny().state_dict()
+    assert with_tokens.keys() - without.keys() == {"encoder_mask_token"}
+    assert without.keys() - with_tokens.keys() == {"mask_token"}
+    assert with_tokens["encoder_mask_token"].shape == (1, 1, 32)
+    assert all(torch.equal(with_tokens[name], without[name]) for name in with_tokens.keys() & without.keys())
+
+
 def test_features_of_whole_images_need_no_mask() -> None:
     images, _ = batch(TINY)
     model, unmasked = tiny(), tiny(mask_ratio=0.0)
@@ -141,6 +187,9 @@ def test_images_of_another_kind_are_refused(images: torch.Tensor) -> None:
         ({"decoder_dim": 30, "decoder_heads": 3}, "decoder_dim 30 is not divisible by 4"),
         ({"mlp_ratio": 0.3}, "not a whole number"),
         ({"mask_ratio": 1.0}, r"not in \[0, 1\)"),
+        ({"mask": "stripes"}, "mask 'stripes' is none of random, block, grid"),
+        ({"mask": "grid", "image_size": (224, 240)}, "14 x 15 patches have an odd side"),
+        ({"mask": "grid", "mask_ratio": 0.5}, "keeps a quarter of 196 patches, not 98; set mask_ratio to 0.75"),
         ({"mask_ratio": -0.1}, r"not in \[0, 1\)"),
         ({"mask_ratio": float("nan")}, r"not in \[0, 1\)"),
         ({"image_size": (32, 32), "mask_ratio": 0.8}, "leaves no patch visible"),
@@ -200,6 +249,15 @@ def test_models_that_differ_in_their_decoders_start_from_one_encoder() -> None:
     assert all(torch.equal(small[name], large[name]) for name in encoder)
 
 
+def test_the_paper_s_largest_model_at_448_px_is_built_and_has_1024_patches() -> None:
+    with torch.device("meta"):
+        model = MAE(MAEConfig(image_size=(448, 448), dim=1280, depth=32, heads=16, patch_size=14))
+        loss = model(torch.empty(2, 3, 448, 448, dtype=torch.uint8), torch.empty(2, dtype=torch.int64))
+    assert model.config.num_patches == 1024
+    assert model.pos_embed.shape == (1, 1025, 1280)
+    assert loss.shape == ()
+
+
 def test_a_model_on_the_meta_device_takes_no_memory() -> None:
     with torch.device("meta"):
         model = MAE(MAEConfig(dim=1280, depth=32, heads=16, patch_size=14))
@@ -223,8 +281,124 @@ def test_a_cast_to_bf16_rounds_the_tables_and_position_tables_has_them_exactly()
         assert torch.equal(tiny().state_dict()[name], table)
 
 
-def test_the_forward_is_one_graph() -> None:
+GRAPHS = {
+    "default": {},
+    "block mask": {"mask": "block"},
+    "grid mask": {"mask": "grid"},
+    "encoder mask tokens": {"encoder_mask_tokens": True},
+    "pixel target": {"target": "pixel"},
+}
+
+
+@pytest.mark.parametrize("options", GRAPHS.values(), ids=GRAPHS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_normalisation_mask_forward_and_loss_are_one_graph(options: dict[str, Any], checkpointing: bool) -> None:
+    model = tiny(**options)
+    model.activation_checkpointing = checkpointing
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(model)(*batch(model.config))
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_step_has_the_eager_loss_and_gradients_and_compiles_once(checkpointing: bool) -> None:
     images, keys = batch(TINY)
-    model = tiny()
+    model, eager = tiny(), tiny()
+    model.activation_checkpointing = checkpointing
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(images, keys), model(images, keys), rtol=1e-5)
+    for each in (keys, keys + 1, keys * 3):  # other masks are other numbers, not other shapes
+        model.zero_grad()
+        eager.zero_grad()
+        loss, expected = compiled(images, each), eager(images, each)
+        loss.backward()
+        expected.backward()
+        assert torch.allclose(loss, expected, rtol=1e-5)
+        for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+            assert ours.grad is not None and theirs.grad is not None
+            assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("options", GRAPHS.values(), ids=GRAPHS)
+def test_activation_checkpointing_changes_no_bit(options: dict[str, Any]) -> None:
+    plain, saving = tiny(**options), tiny(**options)
+    saving.activation_checkpointing = True
+    images, keys = batch(plain.config)
+    losses = [model(images, keys) for model in (plain, saving)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.backward()
+    for ours, theirs in zip(plain.parameters(), saving.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_activation_checkpointing_keeps_one_tensor_a_block() -> None:
+    def kept_bytes(model: MAE) -> int:
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            keep_alive = model(*batch(TINY, 8))
+        assert keep_alive.requires_grad
+        return sum(storages.values())
+
+    model = tiny(depth=6)
+    whole = kept_bytes(model)
+    model.activation_checkpointing = True
+    assert kept_bytes(model) < whole / 3
+
+
+class HostSync(Exception):
+    """An operator that makes the host wait for the device, or a shape depend on values."""
+
+
+class NoHostSync(TorchDispatchMode):
+    """Raises on every operator that reads values back or copies from the host, as a GPU would have to wait for it."""
+
+    # `lift_fresh` is torch.tensor(...), a constant that would be copied to the device at every step.
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique_dim", "lift_fresh")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").split(".")[0]
+        tensors = [each for each in torch.utils._pytree.tree_leaves(args) if isinstance(each, torch.Tensor)]
+        indexed = name in ("index", "index_put_") and any(each.dtype == torch.bool for each in tensors)
+        if name in self.FORBIDDEN or indexed or (kwargs or {}).get("device") not in (None, torch.device("cpu")):
+            raise HostSync(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", GRAPHS.values(), ids=GRAPHS)
+def test_a_step_never_waits_for_the_device(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_hash_scores", "_block_scores", "_grid_scores"):  # the mode sees into functions, not into operators
+        monkeypatch.setattr(masking, name, getattr(masking, name)._init_fn)
+    model = tiny(**options)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    with NoHostSync():
+        model(*batch(model.config)).backward()
+        optimizer.step()
+    for sync in (torch.Tensor.item, torch.Tensor.nonzero, lambda loss: loss[loss > 0], lambda loss: torch.tensor(1.0)):
+        with NoHostSync(), pytest.raises(HostSync):
+            sync(torch.ones(()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", GRAPHS.values(), ids=GRAPHS)
+def test_a_step_on_the_gpu_never_waits(options: dict[str, Any]) -> None:
+    model = tiny(**options).cuda()
+    images, keys = (tensor.cuda() for tensor in batch(model.config))
+    model(images, keys).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(images, keys).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -8,9 +8,36 @@ import numpy as np
 import pytest
 import torch
 
-from model.masking import Mask, keep_count, mask_by_score, random_mask, take
+from model.masking import (
+    Mask,
+    MaskKind,
+    block_mask,
+    draw_mask,
+    grid_mask,
+    keep_count,
+    mask_by_score,
+    random_mask,
+    take,
+)
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+KINDS: tuple[MaskKind, ...] = ("random", "block", "grid")
+PINNED_BLOCKS = [
+    "..............",
+    "..............",
+    ".....########.",
+    ".....########.",
+    ".....########.",
+    ".....########.",
+    ".....########.",
+    "..##.########.",
+    ".....########.",
+    ".....########.",
+    ".....########.",
+    ".....########.",
+    ".....########.",
+    ".....########.",
+]
 
 
 def mix(z: np.ndarray) -> np.ndarray:
@@ -118,20 +145,120 @@ def test_all_masks_of_a_small_grid_come_equally_often() -> None:
     assert ((counts - 3_000) ** 2 / 3_000).sum() < 19 + 5 * math.sqrt(2 * 19)
 
 
-def test_a_compiled_mask_has_the_same_bits() -> None:
+def test_compiled_masks_have_the_same_bits() -> None:
+    def all_kinds(keys: torch.Tensor) -> list[Mask]:
+        return [draw_mask(kind, keys, (14, 14), 49) for kind in KINDS]
+
     keys = random_keys(16)
-    compiled = torch.compile(random_mask, fullgraph=True)(keys, 196, 49)
-    for ours, eager in zip(compiled, random_mask(keys, 196, 49), strict=True):
-        assert torch.equal(ours, eager)
+    for ours, eager in zip(torch.compile(all_kinds, fullgraph=True)(keys), all_kinds(keys), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(ours, eager, strict=True))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("draw", [random_mask, torch.compile(random_mask, fullgraph=True)], ids=["eager", "compiled"])
-def test_the_gpu_draws_the_same_bits(draw: Callable[[torch.Tensor, int, int], Mask]) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("draw", [draw_mask, torch.compile(draw_mask, fullgraph=True)], ids=["eager", "compiled"])
+def test_the_gpu_draws_the_same_bits(draw: Callable[..., Mask], kind: MaskKind) -> None:
     keys = random_keys(512)
-    for ours, theirs in zip(draw(keys.cuda(), 196, 49), random_mask(keys, 196, 49), strict=True):
+    for ours, theirs in zip(draw(kind, keys.cuda(), (14, 14), 49), draw_mask(kind, keys, (14, 14), 49), strict=True):
         assert torch.equal(ours.cpu(), theirs)
+
+
+def removed_grids(mask: Mask, grid: tuple[int, int]) -> np.ndarray:
+    """1 where a patch is removed."""
+    removed = torch.zeros(len(mask.removed), grid[0] * grid[1]).scatter_(1, mask.removed, 1.0)
+    return removed.unflatten(1, grid).numpy()
+
+
+def alike_neighbours(removed: np.ndarray) -> float:
+    """Share of adjacent patches that are both removed or both kept."""
+    return float(
+        np.concatenate(
+            [(removed[:, 1:] == removed[:, :-1]).ravel(), (removed[:, :, 1:] == removed[:, :, :-1]).ravel()]
+        ).mean()
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_of_every_kind_are_a_function_of_the_key_alone(kind: MaskKind) -> None:
+    keys = random_keys(32, seed=3)
+    together = draw_mask(kind, keys, (6, 8), 12)
+    torch.manual_seed(7)
+    alone = [draw_mask(kind, key[None], (6, 8), 12) for key in keys]
+    for name in together._fields:
+        assert torch.equal(getattr(together, name), torch.cat([getattr(mask, name) for mask in alone]))
+    assert torch.equal(torch.cat([together.kept, together.removed], 1).gather(1, together.restore)[0], torch.arange(48))
+    assert len(np.unique(removed_grids(together, (6, 8)), axis=0)) >= (4 if kind == "grid" else 32)
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_a_block_mask_is_pinned(default: torch.dtype) -> None:
+    """A literal, so that no other device, torch or default dtype changes masks unseen."""
+    torch.set_default_dtype(default)
+    try:
+        (removed,) = removed_grids(block_mask(torch.tensor([2024]), (14, 14), 98), (14, 14))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert ["".join(".#"[int(patch)] for patch in row) for row in removed] == PINNED_BLOCKS
+
+
+@pytest.mark.parametrize(("grid", "keep"), [((14, 14), 49), ((14, 14), 98), ((16, 16), 64), ((6, 10), 15), ((4, 4), 4)])
+def test_block_masks_remove_blocks_and_exactly_as_many_patches_as_asked(grid: tuple[int, int], keep: int) -> None:
+    num_patches = grid[0] * grid[1]
+    mask = block_mask(random_keys(2_000), grid, keep)
+    removed = removed_grids(mask, grid)
+    assert mask.kept.shape[1] == keep
+    assert (removed.sum((1, 2)) == num_patches - keep).all()
+    rates = removed.mean(0)
+    assert 0 < rates.min() and rates.max() < 1  # every patch is removed sometimes, and kept sometimes
+    scattered = removed_grids(random_mask(random_keys(2_000), num_patches, keep), grid)
+    # Random masks have alike neighbours by chance, K(K-1) + R(R-1) of L(L-1); blocks have most inside one piece.
+    chance = (keep * (keep - 1) + (num_patches - keep) * (num_patches - keep - 1)) / (num_patches * (num_patches - 1))
+    assert alike_neighbours(scattered) == pytest.approx(chance, abs=0.01)
+    assert alike_neighbours(removed) > 1 - (1 - chance) / 2
+
+
+def test_blocks_have_beit_s_log_uniform_aspect_ratio() -> None:
+    """Where 16 patches are to be removed the first block has 16: the sides of what is gone tell its aspect ratio."""
+    removed = removed_grids(block_mask(random_keys(4_000, seed=5), (14, 14), 180), (14, 14))
+    heights, widths = removed.any(2).sum(1), removed.any(1).sum(1)
+    # 4 x 4 from ratios 0.790 to 1.306 (beyond 1.266 a 5 x 4 that is cut), a share of log(0.3 .. 1/0.3); 5 deviations
+    square = ((heights == 4) & (widths == 4)).mean()
+    assert square == pytest.approx(math.log(1.306 / 0.790) / math.log(1 / 0.3**2), abs=0.032)
+    assert (widths > heights).mean() == pytest.approx((heights > widths).mean(), abs=0.06)
+
+
+def test_block_masks_are_filled_by_blocks_in_nearly_every_image() -> None:
+    """The rounds suffice: no stray patch, that is one whose four neighbours are all kept, at the paper's sizes."""
+    for keep in (49, 98):
+        removed = np.pad(
+            removed_grids(block_mask(random_keys(4_000, seed=6), (14, 14), keep), (14, 14)), ((0, 0), (1, 1), (1, 1))
+        )
+        neighbours = removed[:, 2:, 1:-1] + removed[:, :-2, 1:-1] + removed[:, 1:-1, 2:] + removed[:, 1:-1, :-2]
+        strays = ((neighbours == 0) & (removed[:, 1:-1, 1:-1] == 1)).any((1, 2))
+        assert strays.mean() < 0.05  # a last block cut to one patch is one
+
+
+def test_a_grid_mask_keeps_the_same_patch_of_each_2_x_2() -> None:
+    keys, grid = random_keys(8_000), (6, 8)
+    kept = 1 - removed_grids(grid_mask(keys, grid, 12), grid)
+    cells = kept.reshape(-1, 3, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(len(keys), 12, 4)
+    assert (cells.sum(2) == 1).all()
+    assert (cells == cells[:, :1]).all()
+    counts = cells[:, 0].sum(0)  # each corner in a quarter of the images: chi-square with 3 degrees of freedom
+    assert ((counts - 2_000) ** 2 / 2_000).sum() < 3 + 5 * math.sqrt(2 * 3)
+
+
+@pytest.mark.parametrize(
+    ("grid", "keep", "message"),
+    [
+        ((7, 8), 14, "7 x 8 patches have an odd side"),
+        ((8, 8), 32, "quarter of 64 patches, not 32; set mask_ratio to 0.75"),
+    ],
+)
+def test_a_grid_mask_of_other_cells_or_ratios_is_refused(grid: tuple[int, int], keep: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        grid_mask(random_keys(1), grid, keep)
 
 
 def test_the_patches_of_lowest_score_stay() -> None:
@@ -153,3 +280,5 @@ def test_kept_patches_are_cut_off_not_rounded() -> None:
 def test_too_many_patches_for_distinct_scores_are_refused() -> None:
     with pytest.raises(ValueError, match="65537 patches"):
         random_mask(random_keys(1), 2**16 + 1, 1)
+    with pytest.raises(ValueError, match="131072 patches"):
+        block_mask(random_keys(1), (512, 256), 1)

@@ -191,6 +191,7 @@ def test_base_masks_latent_and_predictions(golden: Golden, base_weights: dict[st
 
 @pytest.mark.parametrize("attention", ["math", "sdpa"])
 def test_base_loss_in_lower_precision(golden: Golden, base_weights: dict[str, torch.Tensor], attention: str) -> None:
+    """Of a loss of 2.244: float32 within 2e-6, bf16 autocast within 2e-3, bf16 weights within 5e-3."""
     vectors = golden("f64/mae_base")
     images, mask = base_inputs(vectors, torch.float32)
     model = base_model(base_weights, attention=attention)

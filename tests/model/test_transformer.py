@@ -33,30 +33,34 @@ def test_layer_norms_have_the_reference_s_epsilon() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "device", "fused"),
+    ("kind", "device", "dtype", "fused"),
     [
-        ("auto", "cuda", True),
-        ("auto", "cpu", False),
-        ("sdpa", "cpu", True),
-        ("math", "cuda", False),
+        ("auto", "cuda", torch.float32, True),
+        ("auto", "cuda", torch.bfloat16, True),
+        ("auto", "cpu", torch.float32, True),
+        ("auto", "cpu", torch.bfloat16, False),
+        ("sdpa", "cpu", torch.bfloat16, True),
+        ("math", "cuda", torch.float32, False),
     ],
 )
-def test_attention_is_chosen_by_device(kind: AttentionKind, device: str, fused: bool) -> None:
-    model = MAE(CONFIG)
+def test_attention_is_chosen_by_device_and_dtype(
+    kind: AttentionKind, device: str, dtype: torch.dtype, fused: bool
+) -> None:
+    model = MAE(CONFIG).to(dtype)
     choose_attention(model, kind, torch.device(device))
     assert {module.fused_attn for module in model.modules() if isinstance(module, Attention)} == {fused}
 
 
-def test_a_built_model_has_the_attention_of_its_device() -> None:
-    with torch.device("meta"):
-        model = MAE(CONFIG)
-    assert not any(module.fused_attn for module in model.modules() if isinstance(module, Attention))
+def test_attention_follows_a_cast_of_the_model() -> None:
+    model = MAE(CONFIG)
+    assert all(module.fused_attn for module in model.modules() if isinstance(module, Attention))
+    assert not any(module.fused_attn for module in model.bfloat16().modules() if isinstance(module, Attention))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_attention_follows_the_model_to_the_gpu_and_back() -> None:
-    model = MAE(CONFIG)
+    model = MAE(CONFIG).bfloat16()
     assert all(module.fused_attn for module in model.cuda().modules() if isinstance(module, Attention))
     assert not any(module.fused_attn for module in model.cpu().modules() if isinstance(module, Attention))
 
