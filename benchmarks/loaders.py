@@ -137,6 +137,7 @@ def workers(images: object, data: Data, **options: object) -> Iterator[object]:
         batch_size=BATCH,
         num_workers=data.threads,
         persistent_workers=True,
+        multiprocessing_context="forkserver",  # a fork of this process, with its peers' threads, now and then crashes
         **options,  # type: ignore[arg-type]
     )
     return chain.from_iterable(repeat(loader))

@@ -10,6 +10,8 @@ paper   L/16, the whole step: an encoder with mask tokens against one without, w
         (table 2 has 2.8x and 3.7x). The three share their weights, and so the memory of one.
 memory  Bytes that one more image costs at the peak of forward + backward, with and without activation checkpointing:
         the allocator's on CUDA; on a CPU of all tensors that operators return, gradients of weights left out.
+emulated, when asked for: on a CPU without bf16 instructions, Hugging Face in bf16 autocast beside what our engine makes
+        of a bf16 recipe there, parameters in bf16 and products in float32.
 
 Candidates take turns, round by round, so that a machine that slows down slows all of them; the median round counts.
 """
@@ -30,6 +32,7 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.flops import training_flops
@@ -241,6 +244,28 @@ def part_step(batch: int, device: torch.device, bf16: bool, rounds: int) -> dict
     return result
 
 
+def part_emulated(batch: int, device: torch.device, rounds: int) -> dict[str, float]:
+    model = MAE(BASE).to(device, torch.bfloat16)
+    masters = [parameter.detach().float().requires_grad_() for parameter in model.parameters()]
+    names = [name for name, _ in model.named_parameters()]
+    optimizer = adamw([{"params": masters, "weight_decay": 0.05}])
+
+    def widened(images: Tensor, keys: Tensor) -> Tensor:
+        for parameter, master in zip(model.parameters(), masters, strict=True):
+            parameter.data.copy_(master)
+        return functional_call(model, dict(zip(names, masters, strict=True)), (images, keys))
+
+    steps = {"ours, as the engine runs it": training_step(widened, optimizer, False)}
+    steps["Hugging Face, bf16 autocast"] = hugging_face(device, True)
+    seconds = seconds_of(steps, batch, device, rounds)
+    print(f"B/16, batch {batch}, bf16 asked for\n\n| step | seconds | images/s |\n|---|---|---|")
+    for name, each in seconds.items():
+        print(f"| {name} | {each:.2f} | {batch / each:.3f} |")
+    ratio = seconds["Hugging Face, bf16 autocast"] / seconds["ours, as the engine runs it"]
+    print(f"\nHugging Face over ours: {ratio:.1f}")
+    return {f"seconds, {name}": each for name, each in seconds.items()} | {"Hugging Face over ours": ratio}
+
+
 def part_paper(batch: int, device: torch.device, bf16: bool, rounds: int) -> dict[str, float]:
     seconds = seconds_of(steps_of_large(device, bf16), batch, device, rounds)
     slowest = seconds["encoder with mask tokens, decoder 8"]
@@ -267,7 +292,9 @@ def part_memory(device: torch.device, bf16: bool) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["step", "paper", "memory"], default=["step", "paper", "memory"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=["step", "paper", "memory", "emulated"], default=["step", "paper", "memory"]
+    )
     parser.add_argument("--batch", type=int, default=8, help="images of part step")
     parser.add_argument("--paper-batch", type=int, default=8, help="images of part paper")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -291,6 +318,8 @@ def main() -> None:
             figures[part] = part_step(args.batch, device, bf16, args.rounds)
         elif part == "paper":
             figures[part] = part_paper(args.paper_batch, device, bf16, args.rounds)
+        elif part == "emulated":
+            figures[part] = part_emulated(args.batch, device, args.rounds)
         else:
             figures[part] = part_memory(device, bf16)
         gc.collect()
