@@ -93,7 +93,7 @@ def main(args: list[str]) -> int:
     name = weights.stem if weights.is_file() else weights.resolve().name
     if recipe.data.stream.urls and command.dataset is None:
         raise MaelstreamError(
-            "the run read a stream, of which no image can be chosen; name a packed dataset: --dataset"
+            f"{folder.path} read a stream, which has no samples to choose; give --dataset a packed one"
         )
     if (target_file := target_of_run(recipe, folder)) is not None and not target_file.shows_pixels:
         raise MaelstreamError(

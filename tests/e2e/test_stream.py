@@ -1,0 +1,43 @@
+"""Pre-training on shards that are read through: stopped, resumed at a shard, and what it cannot do told in a line."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.command import run
+from jobs.runfolder import RunFolder
+from shards.dataset import Dataset
+from tests.e2e.test_pretrain import RECIPE, alone
+from tests.pipeline.test_stream import pattern
+
+
+def test_a_stream_is_trained_on_and_resumed(
+    packed: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, folder = tmp_path / "stream.yaml", RunFolder(tmp_path / "run")
+    urls = f"pipe:cat {packed.folder}/{pattern(packed)}"
+    recipe.write_text(RECIPE + f"data: {{stream: {{urls: '{urls}', samples: 60, shuffle_buffer: 8}}}}\n")
+    for more in (["--stop-at-step", "4"], ["--stop-at-step", "7"]):
+        done = alone(str(recipe), "--run", str(folder.path), *more)
+        assert done.returncode == 0, done.stderr
+    steps = folder.read_metrics()
+    assert [line["step"] for line in steps] == list(range(1, 8)) and steps[-1]["epoch"] == pytest.approx(70 / 60)
+    assert run("reconstruct", [str(folder.path)]) == 2
+    assert "read a stream" in capsys.readouterr().err
+    assert run("reconstruct", [str(folder.path), "--dataset", packed.folder, "--count", "2"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("stream", "complaint"),
+    [
+        ("urls: a.tar", "samples is how many its shards hold"),
+        ("urls: a.tar, samples: 60}, shuffle: block, mix: {", "a stream cannot be shuffled by blocks"),
+    ],
+)
+def test_a_stream_that_makes_no_sense_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stream: str, complaint: str
+) -> None:
+    (tmp_path / "stream.yaml").write_text(RECIPE + f"data: {{stream: {{{stream}}}}}\n")
+    assert run("pretrain", [str(tmp_path / "stream.yaml"), "--run", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert complaint in said and said.count("\n") == 1
