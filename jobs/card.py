@@ -33,7 +33,7 @@ def model_card(folder: RunFolder, step: int, model: str, card: Card) -> str:
     loss = (
         f"loss {logged[-1]['loss']:.4f} on removed patches at step {logged[-1]['step']}" if logged else "no loss logged"
     )
-    datasets = ", ".join(recipe.data.mix or [recipe.data.dataset])
+    datasets = ", ".join(recipe.data.mix or [recipe.data.stream.urls or recipe.data.dataset])
     values = yaml.safe_load(dump_recipe(recipe))
     experiment = yaml.safe_dump({name: values[name] for name in EXPERIMENT}, sort_keys=False)
     files = "\n".join(f"| `{name}` | {what} |" for name, what in card.files.items())
@@ -73,9 +73,10 @@ Pixels are RGB scaled to 0..1, less {list(config.mean)}, over {list(config.std)}
 
 
 def without_paths(data: DataConfig) -> DataConfig:
-    """Datasets by their last name: where they lie on a machine is nobody's business."""
+    """Datasets and shards by their last name: where they lie is nobody's business."""
     mix: dict[str, float] = {}
     for path, weight in data.mix.items():
         name = PurePosixPath(path).name
         mix[f"{name} ({len(mix) + 1})" if name in mix else name] = weight
-    return replace(data, dataset=PurePosixPath(data.dataset).name, mix=mix)
+    stream = replace(data.stream, urls=PurePosixPath(data.stream.urls).name)
+    return replace(data, dataset=PurePosixPath(data.dataset).name, mix=mix, stream=stream)

@@ -20,7 +20,7 @@ from transformers import ViTImageProcessor, ViTMAEForPreTraining, ViTMAEModel
 
 from jobs.card import without_paths
 from jobs.command import run
-from jobs.recipe import DataConfig, Recipe, dump_recipe
+from jobs.recipe import DataConfig, Recipe, StreamConfig, dump_recipe
 from jobs.weights import mae_weights, read_weights
 from model.formats import encoder_of
 from model.mae import MAE, MAEConfig
@@ -284,6 +284,8 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.Capt
 def test_datasets_of_one_name_stay_apart_in_the_card() -> None:
     mix = DataConfig(mix={"/a/train": 3.0, "s3://b/train/": 1.0, "/c/val": 2.0})
     assert without_paths(mix).mix == {"train": 3.0, "train (2)": 1.0, "val": 2.0}
+    stream = DataConfig(stream=StreamConfig("pipe:ssh host cat /data/of/me/train-{00..63}.tar", 60))
+    assert without_paths(stream).stream == StreamConfig("train-{00..63}.tar", 60)
 
 
 def test_the_processor_is_the_one_that_the_model_expects(tiny: Path, tmp_path: Path) -> None:
