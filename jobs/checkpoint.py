@@ -1,39 +1,54 @@
-"""Checkpoints of a run: `checkpoints/step-00001234/`, whole or absent.
+"""Checkpoints of a run: `checkpoints/step-00001234/`, whole or absent, and never loaded before every byte is checked.
 
-It holds `weights.safetensors`, the float32 weights merged (DeepSpeed's own converter, `zero_to_fp32`, refuses what its
-bf16 optimizer writes), `state.json`, and `engine/`, DeepSpeed's files, one a rank. All is written into a folder of
-another name that is synced to the disk and then renamed: a crash at any moment leaves the older checkpoints as they
-were. DeepSpeed's own `latest` file is not used: where it is missing, DeepSpeed starts again from step 0 without a word.
+    weights.safetensors           float32, merged, under the reference's names: what export and reconstruct take
+    moments-00000-of-00002.safetensors ...     AdamW's moments, by parameter name and place, a file a rank
+    state.json                    where the data path stood, and the number of optimizer steps
+    manifest.json                 size and SHA-256 of each of them; written last
+
+Nothing of it depends on the number of ranks or the ZeRO stage that wrote it: any other number and stage goes on from
+it (`jobs.partition`). A folder gets its name when all of it is on the disk (`jobs.saver`); then the file `newest` names
+it. One that is found damaged is put aside as `step-XXXXXXXX.bad`, and the next older one is taken.
 """
 
-import contextlib
-import io
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from jobs.partition import MOMENTS, Partition
+from jobs.ranks import AgreedError, Council
+from jobs.tensorfile import Digest, digest_of, fragments_of
 from pipeline.loader import LoaderState
-from shards.durable import sync
-from shards.errors import MaelstreamError
+from shards.durable import sync, written_whole
 
-_WEIGHTS, _ENGINE, _STATE = "weights.safetensors", "engine", "state.json"
+WEIGHTS, STATE, MANIFEST, NEWEST = "weights.safetensors", "state.json", "manifest.json", "newest"
+_FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})")
 
 
-class CheckpointError(MaelstreamError):
-    """A run without a checkpoint, or one that this start cannot load."""
+class CheckpointError(AgreedError):
+    """A run without a checkpoint that this start can load."""
+
+
+class State(TypedDict):
+    """What a checkpoint knows beside tensors."""
+
+    loader: LoaderState
+    dataset: str
+    """Fingerprint of what `loader` counts through."""
+    optimizer_steps: int
+    world_size: int
+    """Ranks that wrote it."""
 
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints of one run; `save` and `load` are called by all ranks together."""
+    """The checkpoints of one run."""
 
     folder: Path
 
@@ -41,66 +56,110 @@ class CheckpointStore:
         return self.folder / f"step-{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps with a whole checkpoint, ascending."""
+        """Steps with a checkpoint that was whole when it got its name, ascending."""
         if not self.folder.is_dir():
             return []
         return sorted(int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name)))
 
-    def save(
-        self, engine: Any, weights: dict[str, Tensor], step: int, loader: LoaderState, dataset: str, keep: int
-    ) -> None:
-        """Writes the state after `step` steps, then drops all but the `keep` newest checkpoints.
+    def fault(self, step: int, share: int = 0, shares: int = 1) -> str:
+        """What is wrong with a checkpoint, "" if nothing; of its files every `shares`th from `share` on is read."""
+        try:
+            manifest = json.loads((self.at(step) / MANIFEST).read_text())
+            if (manifest["format"], manifest["step"]) != (_FORMAT, step):
+                return f"{MANIFEST} is of format {manifest['format']} and step {manifest['step']}"
+            files = {name: Digest(**digest) for name, digest in manifest["files"].items()}
+            for name, digest in sorted(files.items())[share::shares]:
+                path = self.at(step) / name
+                if path.stat().st_size != digest.bytes:
+                    return f"{name} has {path.stat().st_size:,} bytes instead of {digest.bytes:,}"
+                if digest_of(path) != digest:
+                    return f"{name} is damaged: its SHA-256 is another than {MANIFEST}'s"
+        except OSError as error:
+            return f"{Path(error.filename or MANIFEST).name}: {error.strerror}"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"{MANIFEST} cannot be read"
+        return ""
 
-        `weights` are the merged float32 ones, on rank 0; `dataset` is the fingerprint of what `loader` counts through.
-        """
-        final = self.at(step)
-        writing = final.with_name(final.name + ".writing")
-        if dist.get_rank() == 0:
-            for left_behind in self.folder.glob("*.writing"):  # by a process that died while it wrote
-                shutil.rmtree(left_behind)
-        dist.barrier()
-        engine.save_checkpoint(str(writing), tag=_ENGINE, save_latest=False)
-        if dist.get_rank() == 0:
-            state = {"loader": loader, "dataset": dataset, "world_size": dist.get_world_size()}
-            (writing / _STATE).write_text(json.dumps(state))
-            save_file(weights, writing / _WEIGHTS)
-            for script in writing.glob("*.py"):  # DeepSpeed's converters, which fail on what it just wrote
-                script.unlink()
-        dist.barrier()
-        if dist.get_rank() == 0:
-            for path in [*writing.rglob("*"), writing]:
-                sync(path)
-            writing.rename(final)
-            sync(self.folder)
-            for old in self.steps()[:-keep]:
-                shutil.rmtree(self.at(old))
-        dist.barrier()
+    def newest_good(self, council: Council) -> tuple[int, list[str]]:
+        """Step of the newest checkpoint that all ranks together find whole, 0 for a run without any; and what to tell.
 
-    def loader_state(self, step: int, dataset: str, world_size: int) -> LoaderState:
-        """Where the data path stood at `step`.
+        Each rank reads its share of the files; one verdict is made of what they find. Bad ones are put aside.
 
         Raises:
-            CheckpointError: written by other than `world_size` ranks, or over another dataset than `dataset`.
+            CheckpointError: there were some, and none is good.
         """
-        folder = self.at(step)
-        state = json.loads((folder / _STATE).read_text())
-        if state["world_size"] != world_size:
+        pointer = self.folder / NEWEST
+        view = json.dumps([self.steps(), pointer.read_text(errors="replace").strip() if pointer.exists() else ""])
+        steps, named = json.loads(council.text_of_first(view))
+        told = []
+        if named and named not in {self.at(step).name for step in steps}:
+            told.append(f"{self.folder} has no {named}, which its file `{NEWEST}` names")
+        for step in reversed(steps):
+            faults = council.all_texts(self.fault(step, council.ranks.rank, council.ranks.world_size))
+            if not any(faults):
+                return step, [f"{fault}; going on from {self.at(step).name}" for fault in told]
+            told.append(f"{self.at(step)}: {next(filter(None, faults))}")
+            if council.ranks.rank == 0:
+                aside = self.at(step).with_suffix(".bad")
+                shutil.rmtree(aside, ignore_errors=True)
+                self.at(step).rename(aside)
+        if told:
             raise CheckpointError(
-                f"{folder} was written by {state['world_size']} ranks and cannot be loaded by {world_size}; "
-                f"start the run with {state['world_size']} ranks"
+                f"{'; '.join(told)}; there is no good checkpoint: put one back, or remove {self.folder} to start anew"
             )
+        return 0, []
+
+    def state(self, step: int, dataset: str) -> State:
+        """What the checkpoint of `step` knows; CheckpointError when it counts through another dataset."""
+        state: State = json.loads((self.at(step) / STATE).read_text())
         if state["dataset"] != dataset:
             raise CheckpointError(
-                f"{folder} was trained on another dataset than the one that lies there now (fingerprint "
+                f"{self.at(step)} was trained on another dataset than the one that lies there now (fingerprint "
                 f"{state['dataset'][:12]}, now {dataset[:12]}); put the old one back or start a new run"
             )
-        return state["loader"]
-
-    def load(self, engine: Any, step: int) -> None:
-        """Puts weights and optimizer state of `step` into `engine`."""
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints a line of its own debugging a rank
-            engine.load_checkpoint(str(self.at(step)), tag=_ENGINE)
+        return state
 
     def weights(self, step: int) -> dict[str, Tensor]:
         """The float32 weights under the reference's names, whatever number of ranks wrote them."""
-        return load_file(self.at(step) / _WEIGHTS)
+        return load_file(self.at(step) / WEIGHTS)
+
+    def restore(self, step: int, state: State, partition: Partition) -> None:
+        """Puts this rank's part of the float32 weights and moments of `step` into `partition`."""
+        weights = self.weights(step)  # mapped: what is not touched is not read
+        with fragments_of(sorted(self.at(step).glob("moments-*.safetensors"))) as moments:
+            values = {}
+            for piece in partition.pieces:
+                flat = weights[piece.name].view(-1)
+                values["weight", piece] = flat[piece.start : piece.start + piece.size]
+                for kind in MOMENTS:
+                    values[kind, piece] = moments.read(kind, piece.name, piece.start, piece.size)
+            partition.fill(state["optimizer_steps"], values)
+
+    def publish(self, writing: Path, step: int, digests: dict[str, Digest]) -> None:
+        """Gives a folder whose files are on the disk its manifest and its name, and lets `newest` name it."""
+        manifest = {"format": _FORMAT, "step": step, "files": {name: asdict(value) for name, value in digests.items()}}
+        with written_whole(writing / MANIFEST) as file:
+            file.write(json.dumps(manifest, separators=(",", ":")).encode())
+        writing.rename(self.at(step))
+        sync(self.folder)
+        with written_whole(self.folder / NEWEST) as file:
+            file.write(f"{self.at(step).name}\n".encode())
+
+    def prune(self, keep: int, keep_every_steps: int) -> None:
+        """Leaves the `keep` newest checkpoints and those of every `keep_every_steps` steps (0: none)."""
+        for old in self.steps()[:-keep]:
+            if not keep_every_steps or old % keep_every_steps:
+                going = self.at(old).with_suffix(".removed")  # a half-removed one must not be taken for a damaged one
+                self.at(old).rename(going)
+                shutil.rmtree(going)
+        for bad in self.folder.glob("step-*.bad"):
+            if int(bad.stem.removeprefix("step-")) <= self.steps()[-1]:
+                shutil.rmtree(bad)  # the run has come past it again
+
+    def sweep(self) -> None:
+        """Removes what processes left behind that died while they wrote; nobody else may be writing."""
+        for left_behind in [*self.folder.glob("*.writing"), *self.folder.glob("*.removed")]:
+            if left_behind.is_dir():
+                shutil.rmtree(left_behind)
+            else:
+                left_behind.unlink()

@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 
+import jobs.orphan  # noqa: F401  before anything slow is imported
 from shards.errors import MaelstreamError
 
 # One line each for `maelstream --help`; a command's module is imported only when it runs, because torch,
@@ -17,6 +18,9 @@ COMMANDS = {
     "fit-pca": 'the components of the target "pca", from a dataset\'s patches',
     "fit-tokenizer": 'train the discrete VAE whose codes the target "token" asks for',
     "pretrain": "train a masked autoencoder from a recipe, or go on with a run",
+    "launch": "pretrain on many ranks, here or on many hosts; starts them again after a failure",
+    "runs": "the runs of a folder and how they stand",
+    "watch": "a run that is going on, from another terminal",
     "reconstruct": "original, masked and reconstructed images of a run, side by side",
     "export": "a run's weights for the reference's code, for timm or for Hugging Face, with a model card",
     "report": "one HTML page of a run: curves, reconstructions, recipe",
@@ -25,13 +29,13 @@ COMMANDS = {
 
 
 def run(command: str, args: list[str]) -> int:
-    """Exit code of `command`: its own, or 2 with one line on stderr for a `MaelstreamError`."""
+    """Exit code of `command`: its own, or with one line on stderr that of a `MaelstreamError`: 2, if the user erred."""
     try:
         return importlib.import_module(f"jobs.{command.replace('-', '_')}").main(args)
     except MaelstreamError as error:
         if os.environ.get("RANK", "0") == "0" or not error.found_by_all:
             print(f"maelstream {command}: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
 
 
 def main() -> None:
@@ -46,3 +50,7 @@ def main() -> None:
         sys.exit(0)
     print(f"maelstream: no command {command!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
     sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

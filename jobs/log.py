@@ -1,16 +1,36 @@
 """What a run tells while it goes: a line of `metrics.jsonl`, TensorBoard curves, and progress on the terminal."""
 
 import json
+import re
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from jobs.recipe import Recipe
 from jobs.runfolder import RunFolder
+from jobs.trackers import Tracker
+from model.flops import training_flops
+from shards.errors import MaelstreamError
+
+# Dense bf16 peaks from NVIDIA's data sheets, by a part of the name that torch.cuda.get_device_name gives.
+_PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.4,
+    "H100 80GB HBM3": 989.4,
+    "H100 PCIe": 756.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "RTX 4090": 165.2,
+    "A10": 125.0,
+}
 
 
 class Clock:
@@ -38,7 +58,7 @@ class Log(Protocol):
 
 
 @contextmanager
-def run_log(folder: RunFolder, start: int, total: int) -> Iterator[Log]:
+def run_log(folder: RunFolder, start: int, total: int, trackers: list[Tracker]) -> Iterator[Log]:
     """A function that records the values of a step; for rank 0. `total` steps make the whole run."""
     console = Console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -52,17 +72,55 @@ def run_log(folder: RunFolder, start: int, total: int) -> Iterator[Log]:
     ):
 
         def log(step: int, values: dict[str, Any]) -> None:
-            metrics.write(json.dumps({"step": step, **values}) + "\n")
-            metrics.flush()
-            for name in ("loss", "lr", "images_per_s", "data_wait"):
-                curves.add_scalar(name, values[name], step)
-            text = (
-                f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {values['images_per_s']:,.0f} images/s  "
-                f"data wait {values['data_wait']:.1%}"
-            )
+            try:
+                metrics.write(json.dumps({"step": step, **values}) + "\n")
+                metrics.flush()
+            except OSError as error:
+                raise MaelstreamError(
+                    f"{folder.metrics} cannot be written ({error.strerror}); make room, then start the run again"
+                ) from None
+            for name, value in values.items():
+                if value is not None and name != "epoch":
+                    curves.add_scalar(name, float(value), step)
+            for tracker in trackers:
+                tracker(step, values)
+            text = described(values)
             bar.update(task, completed=step, description=text)
             if not console.is_terminal:  # a log file gets a line a log step instead of a bar
                 left_s = (time.monotonic() - began) / (step - start) * (total - step)
                 print(f"step {step}/{total}  {text}  ETA {left_s / 60:.1f} min", flush=True)
 
         yield log
+
+
+def described(values: dict[str, Any]) -> str:
+    """A log step in a few words."""
+    loss = "not finite, skipped" if values["loss"] is None else f"{values['loss']:.4f}"
+    mfu = f"  MFU {values['mfu']:.1%}" if values.get("mfu") is not None else ""
+    return (
+        f"loss {loss}  lr {values['lr']:.2e}  {values['images_per_s']:,.0f} images/s{mfu}  "
+        f"data wait {values['data_wait']:.1%}"
+    )
+
+
+def peak_flops(recipe: Recipe) -> float:
+    """Of one rank's accelerator, a second; 0 where it is not known, rather than guessed."""
+    if recipe.log.peak_tflops:
+        return recipe.log.peak_tflops * 1e12
+    if recipe.engine.precision != "bf16" or not torch.cuda.is_available():
+        return 0.0
+    name = torch.cuda.get_device_name()
+    return next((peak * 1e12 for part, peak in _PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), 0.0)
+
+
+def mfu(recipe: Recipe, images_per_s: float, ranks: int) -> float | None:
+    """Model FLOPs utilisation: what the model needs (model.flops) over what the accelerators could do."""
+    peak = peak_flops(recipe)
+    return images_per_s * training_flops(recipe.model) / (peak * ranks) if peak else None
+
+
+def memory_gib() -> float:
+    """Most memory that this rank has held: the GPU's, or the process's where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,7 +1,7 @@
 """Recipes: one YAML file an experiment, laid over its `base:`, resolved into frozen dataclasses.
 
-`model`, `data`, `optim` and `seed` are the experiment: a run keeps them for life. `engine`, `loader`, `log` and
-`checkpoint` say how it is carried out and may differ from one start of a run to the next.
+`model`, `data`, `optim` and `seed` are the experiment: a run keeps them for life. `engine`, `loader`, `log`,
+`checkpoint` and `health` say how it is carried out and may differ from one start of a run to the next.
 """
 
 import difflib
@@ -65,6 +65,8 @@ class OptimConfig:
     min_lr: float = 0.0
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
+    clip_grad: float = 0.0
+    """Longest gradient that is applied as it is; 0: every one, as in the paper."""
     warmup_epochs: float = 40.0
     epochs: float = 800.0
 
@@ -73,6 +75,8 @@ class OptimConfig:
             raise ValueError(f"batch_size {self.batch_size} is not positive")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs} is not in 0..epochs ({self.epochs})")
+        if self.clip_grad < 0:
+            raise ValueError(f"clip_grad {self.clip_grad} is negative; 0 switches clipping off")
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,23 @@ class EngineConfig:
     """bf16 keeps float32 master weights, moments and gradient sums."""
     micro_batch_size: int = 64
     """Most samples a rank puts through the model at once; gradient accumulation follows from it."""
+    zero: Literal[1, 2, 3] = 1
+    """What ranks share out: the optimizer's state (1), gradients too (2), weights too (3: least memory, most traffic).
+    A run may go on at another stage."""
+    offload_optimizer: bool = False
+    """Keep master weights and moments in the host's memory; for models whose state does not fit the GPU."""
+    activation_checkpointing: bool = False
+    """Compute each block's activations again in the backward pass: less memory, a third more arithmetic."""
+    compile: bool = False
+    """`torch.compile` of the forward and backward pass; not at stage 3."""
 
     def __post_init__(self) -> None:
         if self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} must be at least 1")
+        if self.compile and self.zero == 3:
+            raise ValueError(
+                "compile does not go with zero 3, which moves weights while the model runs; take zero 1 or 2"
+            )
 
 
 @dataclass(frozen=True)
@@ -107,10 +124,18 @@ class LoaderConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every_steps: int = 20
+    peak_tflops: float = 0.0
+    """The accelerator's dense peak at this precision, for MFU; 0: known from its name, or MFU is left out."""
+    wandb: bool = False
+    """Weights & Biases too: `pip install maelstream[wandb]`; offline where WANDB_MODE says so."""
+    mlflow: bool = False
+    """MLflow too: `pip install maelstream[mlflow]`; its MLFLOW_TRACKING_URI says where to."""
 
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise ValueError(f"every_steps {self.every_steps} must be at least 1")
+        if self.peak_tflops < 0:
+            raise ValueError(f"peak_tflops {self.peak_tflops} is negative")
 
 
 @dataclass(frozen=True)
@@ -118,10 +143,33 @@ class CheckpointConfig:
     every_steps: int = 1000
     keep: int = 3
     """How many of the newest checkpoints stay."""
+    keep_every_steps: int = 0
+    """Those of every so many steps stay for good; 0: none."""
 
     def __post_init__(self) -> None:
-        if min(self.every_steps, self.keep) < 1:
-            raise ValueError(f"every_steps {self.every_steps} and keep {self.keep} must be at least 1")
+        if min(self.every_steps, self.keep) < 1 or self.keep_every_steps < 0:
+            raise ValueError(
+                f"every_steps {self.every_steps} and keep {self.keep} must be at least 1, keep_every_steps "
+                f"{self.keep_every_steps} at least 0"
+            )
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """When a run is taken for ill, and what for."""
+
+    bad_steps: int = 10
+    """Steps in a row that NaN or Inf made all ranks skip, after which the run stops."""
+    spike: float = 2.0
+    """A loss so many times the median of the last 50 steps is flagged in the metrics."""
+    silent_s: float = 600.0
+    """How long ranks wait for one that does not come; then they name it, and the run ends."""
+    grace_s: float = 120.0
+    """Most time from SIGTERM, SIGUSR1 or Ctrl-C to the exit: the step is finished and saved in it."""
+
+    def __post_init__(self) -> None:
+        if self.bad_steps < 1 or self.spike <= 1 or min(self.silent_s, self.grace_s) <= 0:
+            raise ValueError(f"bad_steps must be at least 1, spike above 1, silent_s and grace_s positive: {self}")
 
 
 @dataclass(frozen=True)
@@ -139,6 +187,7 @@ class Recipe:
     loader: LoaderConfig = LoaderConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = HealthConfig()
 
 
 EXPERIMENT = ("model", "data", "optim", "seed")
@@ -165,10 +214,21 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False)
 
 
-def differing_keys(old: Recipe, new: Recipe) -> list[str]:
-    """Dotted names of the experiment's keys in which two recipes differ."""
+def differing_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """The experiment's keys, dotted, in which two recipes differ, with the values of both."""
     old_values, new_values = (_flat({name: asdict(recipe)[name] for name in EXPERIMENT}) for recipe in (old, new))
-    return [name for name in new_values if old_values.get(name) != new_values[name]]
+    names = [*new_values, *(name for name in old_values if name not in new_values)]
+    pairs = {name: (old_values.get(name), new_values.get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def may_change(name: str) -> bool:
+    """Whether a run can go on with another value of this key, if its user says so.
+
+    The schedule can change, and where the dataset lies: a checkpoint knows what the dataset holds. Weights of another
+    shape, another line of samples or another batch cannot.
+    """
+    return name == "data.dataset" or (name.startswith("optim.") and name != "optim.batch_size")
 
 
 def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:

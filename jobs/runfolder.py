@@ -1,4 +1,7 @@
-"""A run's folder: what was asked (`config.yaml`), what was seen (`metrics.jsonl`), what was kept (`checkpoints/`)."""
+"""A run's folder: what was asked (`config.yaml`), what was seen (`metrics.jsonl`), what was kept (`checkpoints/`).
+
+Beside them: `status.json` and `run.lock` (jobs.status), `ranks/` (jobs.health), `tensorboard/`, `quarantine.jsonl`.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -6,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.checkpoint import CheckpointStore
-from jobs.recipe import Recipe, RecipeError, differing_keys, dump_recipe, load_recipe
+from jobs.recipe import Recipe, RecipeError, differing_keys, dump_recipe, load_recipe, may_change
 from pipeline.loader import BadSample
 from shards.durable import written_whole
 from shards.errors import MaelstreamError
@@ -34,6 +37,19 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "run.lock"
+
+    @property
+    def ranks(self) -> Path:
+        """A file a rank of the start that is going on."""
+        return self.path / "ranks"
+
+    @property
     def checkpoints(self) -> CheckpointStore:
         return CheckpointStore(self.path / "checkpoints")
 
@@ -49,11 +65,21 @@ class RunFolder:
             raise MaelstreamError(f"{self.path} has no checkpoint yet; let the run reach its first one")
         return steps[-1]
 
-    def refuse_other_experiment(self, recipe: Recipe) -> None:
-        """RecipeError when the folder holds a run of another experiment than `recipe`."""
-        if self.config.exists() and (names := differing_keys(self.recipe(), recipe)):
+    def refuse_other_experiment(self, recipe: Recipe, allowed: tuple[str, ...]) -> None:
+        """RecipeError when the folder holds a run of another experiment, `allowed` keys left out."""
+        if forever := [name for name in allowed if not may_change(name)]:
             raise RecipeError(
-                f"{self.path} holds a run with another {', '.join(names)}; give that value again, or another --run"
+                f"--allow {' '.join(forever)}: a run keeps it for life; start a new one with another --run"
+            )
+        if not self.config.exists():
+            return
+        old = self.recipe()
+        if differences := {name: values for name, values in differing_keys(old, recipe).items() if name not in allowed}:
+            listed = ", ".join(f"{name} ({was!r}, now {now!r})" for name, (was, now) in differences.items())
+            harmless = [name for name in differences if may_change(name)]
+            hint = f", --allow {' '.join(harmless)}" if len(harmless) == len(differences) else ""
+            raise RecipeError(
+                f"{self.path} holds a run with another {listed}; give the old values again{hint}, or another --run"
             )
 
     def start(self, recipe: Recipe, step: int) -> None:

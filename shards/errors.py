@@ -9,6 +9,7 @@ class MaelstreamError(Exception):
 
     found_by_all = True
     """Whether every rank of a run finds the same, so that one of them may speak for all."""
+    exit_code = 2
 
 
 class DatasetError(MaelstreamError):

@@ -57,6 +57,24 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return Dataset.open(folder / "shards")
 
 
+TINY = """
+model: {image_size: [32, 32], patch_size: 8, dim: 48, depth: 2, heads: 3, decoder_dim: 32, decoder_depth: 1,
+        decoder_heads: 4}
+optim: {batch_size: 12, base_lr: 0.05, warmup_epochs: 0.5, epochs: 2.4}
+engine: {micro_batch_size: 6}
+log: {every_steps: 1}
+checkpoint: {every_steps: 4, keep: 2}
+"""  # 12 steps, 5 an epoch; the peak lr is the paper's 2.4e-3
+
+
+@pytest.fixture(scope="session")
+def tiny(packed: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A recipe that takes a second."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(TINY + f"data: {{dataset: {packed.folder}}}\n")
+    return str(path)
+
+
 @pytest.fixture(scope="session")
 def imagenet_sample() -> Path:
     """A folder of real ImageNet files; the test is skipped where there is none."""

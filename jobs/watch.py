@@ -1,0 +1,78 @@
+"""`maelstream watch RUN`: a run that is going on, seen from another terminal, from its files alone."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from jobs.runfolder import RunFolder
+from jobs.runs import ago, state_of
+from jobs.status import read_status
+
+_REFRESH_S = 1.0
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Show a run that is going on: state, progress, loss, rate. Ctrl-C ends the watching, not the run."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """A run's folder."""
+
+
+def curve(values: list[float], width: int) -> str:
+    """The values, thinned out to `width` characters, as a line of blocks."""
+    thinned = [values[len(values) * n // width] for n in range(width)] if len(values) > width else values
+    low, high = min(thinned), max(thinned)
+    return "".join(_BLOCKS[round((value - low) / ((high - low) or 1) * (len(_BLOCKS) - 1))] for value in thinned)
+
+
+def view(folder: RunFolder, metrics: list[dict[str, Any]], width: int) -> RenderableType:
+    """What there is to see now."""
+    status = read_status(folder.status)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("run", str(folder.path))
+    facts.add_row("state", state_of(folder))
+    if status is None or not metrics:
+        return facts
+    last, losses = metrics[-1], [line["loss"] for line in metrics if line["loss"] is not None]
+    facts.add_row("heard of", f"{ago(time.time() - status.updated)}, {status.ranks} ranks, rank 0 on {status.host}")
+    facts.add_row("step", f"{status.step:,} of {status.total_steps:,}, epoch {last['epoch']:.2f}")
+    if losses:
+        facts.add_row("loss", f"{losses[-1]:.4f}, lowest {min(losses):.4f}, first {losses[0]:.4f}")
+    facts.add_row("rate", f"{last['images_per_s']:,.0f} images/s, data wait {last['data_wait']:.1%}")
+    facts.add_row("memory", f"{last['memory_gib']:.1f} GiB on rank 0")
+    spikes = sum(line["spike"] for line in metrics)
+    facts.add_row("health", f"{last['skipped']} steps skipped for NaN or Inf, {spikes} loss spikes")
+    checkpoints = folder.checkpoints.steps()
+    facts.add_row("saved", f"step {checkpoints[-1]:,}" if checkpoints else "nothing yet")
+    bar = ProgressBar(total=status.total_steps, completed=status.step, width=width)
+    return Group(facts, bar, Text(curve(losses, width)) if losses else "")
+
+
+def main(args: list[str]) -> int:
+    """`maelstream watch`; ends when the run does. On something that is no terminal: one look."""
+    command = tyro.cli(Watch, args=args, prog="maelstream watch")
+    folder, console = RunFolder(command.run), Console()
+    folder.recipe()  # before anything else: is it a run?
+    width = max(20, min(80, console.width - 2))
+    if not console.is_terminal:
+        console.print(view(folder, folder.read_metrics(), width))
+        return 0
+    with Live(console=console, auto_refresh=False) as live:
+        try:
+            while True:
+                live.update(view(folder, folder.read_metrics(), width), refresh=True)
+                if state_of(folder) != "running":
+                    return 0
+                time.sleep(_REFRESH_S)
+        except KeyboardInterrupt:
+            return 0

@@ -1,0 +1,131 @@
+"""Real launchers, as on the command line: exit codes, restarts, two nodes, SLURM's environment, and no orphans."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs.runfolder import RunFolder
+from tests.forked import free_port, run_ranks
+
+ROOT = Path(__file__).parents[2]
+LONG = ("--optim.epochs", "4000", "--checkpoint.every-steps", "20")
+Begin = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Iterator[Begin]:
+    """Starts a command; whatever is left of it at the end is killed."""
+    started = []
+
+    def start(*command: str, **more: str) -> subprocess.Popen:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)} | more
+        output = (tmp_path / "output").open("a")
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def launch(*options: str) -> list[str]:
+    return [sys.executable, "-m", "jobs.command", "launch", *options, "pretrain"]
+
+
+def deepspeed(ranks: int) -> list[str]:
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
+    return [*runner, "--num_gpus", str(ranks), "--module", "jobs.pretrain"]
+
+
+def wait_for_step(folder: RunFolder, step: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while not any(line["step"] >= step for line in folder.read_metrics()):
+        said = folder.path.with_name("output").read_text()
+        assert time.monotonic() < end and process.poll() is None, said
+        time.sleep(0.1)
+
+
+def ranks_of(folder: RunFolder) -> list[psutil.Process]:
+    """Processes that train this run, by rank."""
+    found = {}
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        line, environment = process.info["cmdline"] or [], process.info["environ"] or {}
+        if str(folder.path) in line and "launch" not in line and "RANK" in environment and "deepspeed" not in str(line):
+            found[int(environment["RANK"])] = process
+    return [found[rank] for rank in sorted(found)]
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    """Within 10 s."""
+    assert processes
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive
+
+
+def test_a_rank_that_is_killed_is_started_again_and_the_second_time_left_out(
+    tiny: str, tmp_path: Path, begin: Begin
+) -> None:
+    """Then SIGTERM to the launcher: its rank saves, and its code is the launcher's."""
+    folder = RunFolder(tmp_path / "run")
+    launcher = begin(*launch("--nproc", "2", "--max-restarts", "2"), tiny, "--run", str(folder.path), *LONG)
+    for step in (25, 60):
+        wait_for_step(folder, step, launcher)
+        ranks_of(folder)[1].kill()
+        time.sleep(2)
+    wait_for_step(folder, folder.checkpoints.steps()[-1] + 30, launcher)
+    assert len(ranks_of(folder)) == 1
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(30) == 128 + signal.SIGTERM
+    assert folder.checkpoints.steps()[-1] == folder.read_metrics()[-1]["step"]
+    steps = [line["step"] for line in folder.read_metrics()]
+    assert steps == list(range(1, len(steps) + 1))  # each once
+    said = (tmp_path / "output").read_text()
+    assert "rank 1 ended with exit code 137" in said and "device 1 failed first twice in a row" in said
+
+
+@pytest.mark.parametrize("starter", ["maelstream", "deepspeed"])
+def test_nothing_is_left_after_the_launcher_is_killed(tiny: str, tmp_path: Path, begin: Begin, starter: str) -> None:
+    folder = RunFolder(tmp_path / "run")
+    command = launch("--nproc", "2") if starter == "maelstream" else deepspeed(2)
+    launcher = begin(*command, tiny, "--run", str(folder.path), *LONG)
+    wait_for_step(folder, 3, launcher)
+    ranks = ranks_of(folder)
+    assert len(ranks) == 2
+    launcher.kill()
+    assert_gone(ranks)
+
+
+def test_two_launchers_train_one_run(tiny: str, tmp_path: Path, begin: Begin) -> None:
+    options = ("--nproc", "1", "--nnodes", "2", "--master", f"127.0.0.1:{free_port()}")
+    nodes = [begin(*launch(*options, "--node-rank", node), tiny, "--run", str(tmp_path / "run")) for node in ("0", "1")]
+    assert [node.wait(120) for node in nodes] == [0, 0], (tmp_path / "output").read_text()
+    run_ranks(2, tiny, "--run", str(tmp_path / "one"), output=tmp_path / "one-output")
+    ours, theirs = (RunFolder(tmp_path / name).read_metrics() for name in ("run", "one"))
+    assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+
+
+def test_slurm_s_environment_is_enough(tiny: str, tmp_path: Path, begin: Begin) -> None:
+    common = {"SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x1)", "SLURM_JOB_ID": str(free_port())}
+    command = (sys.executable, "-m", "jobs.pretrain", tiny, "--run", str(tmp_path / "run"), "--stop-at-step", "3")
+    for more, code in (({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}, 0), ({}, 2)):
+        tasks = [begin(*command, SLURM_PROCID=task, SLURM_LOCALID=task, **common, **more) for task in ("0", "1")]
+        assert [task.wait(120) for task in tasks] == [code, code], (tmp_path / "output").read_text()
+    assert "srun sets no MASTER_ADDR" in (tmp_path / "output").read_text()
+
+
+def test_torchrun_starts_it(tiny: str, tmp_path: Path, begin: Begin) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ("--run", str(tmp_path / "run"), "--stop-at-step", "3")
+    # Behind `--`: torchrun takes --run for the beginning of one of its own options.
+    done = begin(*torchrun, "--module", "--", "jobs.pretrain", tiny, *options)
+    assert done.wait(120) == 0, (tmp_path / "output").read_text()
+    assert RunFolder(tmp_path / "run").checkpoints.steps() == [3]

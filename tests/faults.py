@@ -1,0 +1,137 @@
+"""What goes wrong in a rank, switched on by name before it starts: `kill_at_file_operation:7`."""
+
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+FAULTS: dict[str, Callable[[str], None]] = {}
+
+
+def _fault(function: Callable[[str], None]) -> Callable[[str], None]:
+    FAULTS[function.__name__] = function
+    return function
+
+
+def _at_step(step: int, act: Callable[[], None]) -> None:
+    """Does it in the forward pass of a step, counted from this start's first as 1; one micro-batch a step."""
+    from model.mae import MAE
+
+    before, calls = MAE.forward, [0]
+
+    def forward(self: Any, *args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == step:
+            act()
+        return before(self, *args)
+
+    MAE.forward = forward  # type: ignore[assignment, method-assign]
+
+
+@_fault
+def stop_process(step: str) -> None:
+    """The process stands still, as one whose host hangs."""
+    _at_step(int(step), lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+@_fault
+def sleep_in_step(step: str) -> None:
+    """The main thread is stuck; the others of the process go on."""
+    _at_step(int(step), lambda: time.sleep(1000))
+
+
+@_fault
+def die(step: str) -> None:
+    _at_step(int(step), lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+@_fault
+def nan_loss(steps: str) -> None:
+    """The loss of these steps is NaN: "3", or "3-6"."""
+    from model.mae import MAE
+
+    first, _, last = steps.partition("-")
+    before, calls = MAE.forward, [0]
+
+    def forward(self: Any, *args: Any) -> Any:
+        calls[0] += 1
+        loss = before(self, *args)
+        return loss * float("nan") if int(first) <= calls[0] <= int(last or first) else loss
+
+    MAE.forward = forward  # type: ignore[assignment, method-assign]
+
+
+@_fault
+def nan_gradient(step: str) -> None:
+    """The loss is fine; its gradient is not."""
+    from model.mae import MAE
+
+    before, calls = MAE.forward, [0]
+
+    def forward(self: Any, *args: Any) -> Any:
+        calls[0] += 1
+        loss = before(self, *args)
+        if calls[0] == int(step):
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    MAE.forward = forward  # type: ignore[assignment, method-assign]
+
+
+@_fault
+def kill_at_file_operation(number: str) -> None:
+    """The whole process dies at the n-th open, sync, rename, mkdir or removal below `checkpoints/`."""
+    done = [0]
+
+    def count(what: str) -> None:
+        if "checkpoints" in what:
+            done[0] += 1
+            if done[0] == int(number):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event: str, args: tuple) -> None:
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"):
+            count(str(args[0]))
+
+    fsync = os.fsync
+
+    def counted_fsync(descriptor: int) -> None:
+        count(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    os.fsync = counted_fsync  # type: ignore[assignment]
+    sys.addaudithook(audit)
+
+
+@_fault
+def slow_save(seconds: str) -> None:
+    """Each file of a save takes longer."""
+    import jobs.saver
+
+    before = jobs.saver.write_tensors
+
+    def write_tensors(*args: Any) -> Any:
+        time.sleep(float(seconds))
+        return before(*args)
+
+    jobs.saver.write_tensors = write_tensors  # type: ignore[assignment]
+
+
+@_fault
+def full_disk(files: str) -> None:
+    """These of the files that saves of this rank write, counted from 1, do not fit: "3", or "3-6"."""
+    import jobs.saver
+
+    first, _, last = files.partition("-")
+    before, count = jobs.saver.write_tensors, [0]
+
+    def write_tensors(*args: Any) -> Any:
+        count[0] += 1
+        if int(first) <= count[0] <= int(last or first):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
+        return before(*args)
+
+    jobs.saver.write_tensors = write_tensors  # type: ignore[assignment]

@@ -1,0 +1,22 @@
+"""Everything that a rank of pre-training imports; the process that tests/forked.py forks from imports this."""
+
+import gc
+import importlib
+import logging
+import os
+
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for _module in (
+    "jobs.pretrain",
+    "tests.faults",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # every engine imports it, and it compiles kernels
+    "deepspeed.runtime.zero.stage3",
+    "nvidia.dali.fn",
+    "nvidia.dali.plugin.pytorch",
+):
+    importlib.import_module(_module)
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+torch.set_num_threads(1)
+gc.freeze()  # DeepSpeed collects garbage six times at the start
