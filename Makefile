@@ -7,7 +7,7 @@ SRC ?=
 # 12 on a machine whose driver has no CUDA 13.
 CUDA ?= 13
 
-.PHONY: setup demo test check gpu-check
+.PHONY: setup demo test check gpu-check soak
 
 setup: .venv/installed
 
@@ -36,3 +36,7 @@ check: setup
 # On a machine with a GPU: the tests of what a CPU cannot show.
 gpu-check: setup
 	$(BIN)/python -m pytest -m gpu
+
+# The fault table in full: about an hour on 2 cores; the figures go to docs/measured/faults.md.
+soak: setup
+	$(BIN)/python -m benchmarks.faults

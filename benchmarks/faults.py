@@ -1,0 +1,299 @@
+"""The fault table: what a run survives, how often it was tried, and the worst that was seen.
+
+    python -m benchmarks.faults                       # all rows, about an hour on 2 cores
+    python -m benchmarks.faults --rows kills damage --times 10
+
+A small model on 2 CPU ranks; each row compares with a run that nobody disturbed. Full disks need the right to mount a
+tmpfs. The short versions of these are tests (tests/e2e/test_faults.py, tests/e2e/test_launch.py).
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jobs.pack import main as pack
+from jobs.runfolder import RunFolder
+from tests.conftest import TINY, write_images
+from tests.forked import Running, run_ranks, start
+from tests.saved import council, save, save_in_a_process
+
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one row."""
+
+    times: int
+    passed: int
+    worst: str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where rows work."""
+
+    folder: Path
+    recipe: str
+    draw: random.Random
+
+    def run(self, name: str) -> RunFolder:
+        """A fresh run folder."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        return RunFolder(self.folder / name)
+
+    def start(self, ranks: int, folder: RunFolder, *args: str, fault: str = "", faulty: int | None = None) -> Running:
+        output = self.folder / "output"
+        return start(ranks, self.recipe, "--run", str(folder.path), *args, output=output, fault=fault, faulty=faulty)
+
+    def finish(self, ranks: int, folder: RunFolder, *args: str) -> Running:
+        return run_ranks(ranks, self.recipe, "--run", str(folder.path), *args, output=self.folder / "output")
+
+
+def losses(folder: RunFolder) -> list[float]:
+    return [line["loss"] for line in folder.read_metrics()]
+
+
+def same(ours: RunFolder, theirs: RunFolder) -> bool:
+    """Every loss and every parameter, to the last bit."""
+    one, other = ours.checkpoints.weights(STEPS), theirs.checkpoints.weights(STEPS)
+    return losses(ours) == losses(theirs) and all(torch.equal(one[name], other[name]) for name in other)
+
+
+def kills(bench: Bench, times: int) -> Outcome:
+    """kill -9 of all ranks at random moments, a third of them while a save is being written; saves at every step."""
+    unbroken, passed, done, in_save, refused = bench.run("unbroken"), 0, 0, 0, 0
+    bench.finish(2, unbroken)
+    while done < times:
+        folder = bench.run("killed")
+        for _ in range(min(10, times - done)):
+            running = bench.start(2, folder, "--checkpoint.every-steps", "1", fault="slow_save:0.03")
+            end = time.monotonic() + 30
+            if done % 3 == 0:
+                while not list(folder.checkpoints.folder.glob("*.writing")) and time.monotonic() < end:
+                    if not any(rank.is_alive() for rank in running.ranks):
+                        break
+                    time.sleep(0.002)
+            else:
+                time.sleep(bench.draw.uniform(0.2, 1.6))
+            in_save += bool(list(folder.checkpoints.folder.glob("*.writing")))
+            running.kill()
+            done += 1
+            refused += bool([step for step in folder.checkpoints.steps() if folder.checkpoints.fault(step)])
+        bench.finish(2, folder)
+        passed += same(folder, unbroken) * min(10, times)
+    return Outcome(done, min(passed, done) if not refused else 0, f"{in_save} kills fell into a save; all bits equal")
+
+
+def file_operations(bench: Bench, times: int) -> Outcome:
+    """The process dies at each open, sync, rename, mkdir and removal of a save in turn."""
+    operation, passed = 0, 0
+    while True:
+        operation += 1
+        folder = bench.run("operations").checkpoints
+        save(folder.folder, 1)
+        code = save_in_a_process(folder.folder, 2, f"kill_at_file_operation:{operation}")
+        passed += bool(folder.steps()) and not any(map(folder.fault, folder.steps()))
+        if code == 0:
+            return Outcome(operation, passed, "no partial checkpoint was ever listed or loaded")
+
+
+def damage(bench: Bench, times: int) -> Outcome:
+    """A file of the newest checkpoint is cut, removed, or has a bit flipped; two ranks resume."""
+    whole, passed, slowest = bench.run("whole"), 0, 0.0
+    bench.finish(2, whole, "--stop-at-step", "8")
+    for number in range(times):
+        folder = bench.run("damaged")
+        shutil.copytree(whole.path, folder.path)
+        file = bench.draw.choice(sorted(folder.checkpoints.at(8).iterdir()))
+        data, kind = bytearray(file.read_bytes()), ("cut", "removed", "flipped")[number % 3]
+        if kind == "removed":
+            file.unlink()
+        elif kind == "cut":
+            file.write_bytes(data[: bench.draw.randrange(len(data))])
+        else:
+            data[bench.draw.randrange(len(data))] ^= 1 << bench.draw.randrange(8)
+            file.write_bytes(data)
+        began = time.monotonic()
+        done = bench.finish(2, folder, "--stop-at-step", "5")
+        slowest = max(slowest, time.monotonic() - began)
+        passed += str(folder.checkpoints.at(8)) in done.said and "going on from step-00000004" in done.said
+    return Outcome(times, passed, f"found, fallen back and trained on within {slowest:.1f} s")
+
+
+def orphans(bench: Bench, times: int) -> Outcome:
+    """The launcher, or one rank, is killed, in turn; is anything left after 10 s, and is the code not 0?"""
+    passed, slowest = 0, 0.0
+    for number in range(2 * times):
+        folder = bench.run("orphans")
+        launch = (sys.executable, "-m", "jobs.command", "launch", "--nproc", "2")
+        command = (*launch, "pretrain", bench.recipe, "--run", str(folder.path), "--optim.epochs", "4000")
+        launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(folder.read_metrics()) < 3:
+            time.sleep(0.1)
+        ranks = psutil.Process(launcher.pid).children()
+        began = time.monotonic()
+        (psutil.Process(launcher.pid) if number % 2 else ranks[1]).kill()
+        _, alive = psutil.wait_procs(ranks, timeout=10)
+        slowest = max(slowest, time.monotonic() - began)
+        for process in alive:
+            process.kill()
+        passed += not alive and launcher.wait(20) != 0
+    return Outcome(2 * times, passed, f"all gone after {slowest:.1f} s")
+
+
+def stops(bench: Bench, times: int) -> Outcome:
+    """SIGTERM to one rank at a random moment: in the start, in a step, in a save."""
+    passed, longest, lost = 0, 0.0, 0
+    for _ in range(times):
+        folder = bench.run("stopped")
+        options = ("--checkpoint.every-steps", "2", "--optim.epochs", "400")
+        running = bench.start(2, folder, *options, fault="slow_save:0.05")
+        time.sleep(bench.draw.uniform(0.3, 2.5))
+        pid, began = running.ranks[bench.draw.randrange(2)].pid, time.monotonic()
+        assert pid is not None
+        os.kill(pid, signal.SIGTERM)
+        codes = running.wait(60)
+        longest = max(longest, time.monotonic() - began)
+        lines = folder.read_metrics()
+        unsaved = lines[-1]["step"] - folder.checkpoints.steps()[-1] if folder.checkpoints.steps() else len(lines)
+        lost = max(lost, unsaved)
+        # Before the handlers stand, in the start, SIGTERM ends the rank itself, and the other loses it.
+        passed += unsaved <= 1 and all(code in (143, -15, 69) for code in codes)
+    return Outcome(times, passed, f"at most {lost} steps lost, ended within {longest:.1f} s")
+
+
+def elastic(bench: Bench, times: int) -> Outcome:
+    """2 -> 1 -> 3 -> 4 -> 2 ranks in mid-epoch, under ZeRO 1, 2 and 3, in bf16 and float32."""
+    passed, done, worst = 0, 0, {"bf16": 0.0, "fp32": 0.0}
+    for zero in ("1", "2", "3"):
+        for precision, limit in (("bf16", 1e-4), ("fp32", 1e-6)):
+            engine, unbroken = ("--engine.zero", zero, "--engine.precision", precision), bench.run("unbroken")
+            bench.finish(2, unbroken, *engine)
+            for _ in range(times):
+                folder = bench.run("elastic")
+                stops = sorted(bench.draw.sample(range(1, STEPS), 4))
+                for ranks, stop in zip((2, 1, 3, 4, 2), [*stops, STEPS], strict=True):
+                    bench.finish(ranks, folder, *engine, "--stop-at-step", str(stop))
+                pairs = zip(losses(folder), losses(unbroken), strict=True)
+                off = max(abs(ours - theirs) / theirs for ours, theirs in pairs)
+                worst[precision] = max(worst[precision], off)
+                passed, done = passed + (off < limit), done + 1
+    return Outcome(done, passed, f"losses off by {worst['bf16']:.1e} in bf16, {worst['fp32']:.1e} in float32")
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, kib: int) -> Iterator[None]:
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def full_disk(bench: Bench, times: int) -> Outcome:
+    """A tmpfs with room for one checkpoint and some of the next; later there is room again."""
+    passed = went_on = 0
+    for number in range(times):
+        folder = bench.run("full")
+        with small_disk(folder.path, 1300 + 60 * number):
+            running = bench.start(2, folder)
+            codes = running.wait(60)
+            steps = folder.checkpoints.steps()
+            whole = bool(steps) and not any(map(folder.checkpoints.fault, steps))
+            clear = "cannot be written" in running.said and "Traceback" not in running.said
+            went_on += "training goes on" in running.said
+            passed += whole and clear and set(codes) <= {0, 2}
+    return Outcome(times, passed, f"earlier checkpoint whole; {went_on} went on to the next save")
+
+
+def nan(bench: Bench, times: int) -> Outcome:
+    """NaN in the loss or the gradient of one rank, under ZeRO 1, 2, 3: all skip the step, and count it."""
+    passed = 0
+    for number in range(times):
+        folder = bench.run("nan")
+        fault = ("nan_loss:5", "nan_gradient:5")[number % 2]
+        running = bench.start(2, folder, "--engine.zero", str(number % 3 + 1), fault=fault, faulty=number % 2)
+        lines = (running.wait(60), folder.read_metrics())[1]
+        passed += len(lines) == STEPS and lines[-1]["skipped"] == 1 and lines[4]["loss"] is None
+    return Outcome(times, passed, "skipped on all ranks, the others taken")
+
+
+def silence(bench: Bench, times: int) -> Outcome:
+    """SIGSTOP to one rank, 3 s of silence allowed: the others name it, and the run ends with a code."""
+    passed, longest = 0, 0.0
+    for _ in range(times):
+        folder = bench.run("silent")
+        running = bench.start(2, folder, "--health.silent-s", "3", fault="stop_process:4", faulty=1)
+        running.ranks[0].join(60)
+        while len(folder.read_metrics()) < 3:
+            time.sleep(0.01)
+        codes = running.wait(1)
+        longest = max(longest, time.time() - folder.metrics.stat().st_mtime)
+        passed += codes[0] == 70 and "rank 1: silent for 3 s" in running.said
+    return Outcome(times, passed, f"ended within {longest:.1f} s of the last step")
+
+
+ROWS: dict[str, tuple[str, int, Callable[[Bench, int], Outcome]]] = {
+    "kills": ("kill -9 of all ranks at random moments, also inside a save", 50, kills),
+    "operations": ("kill at every file operation of a save", 1, file_operations),
+    "damage": ("checkpoint file cut, removed, one bit flipped", 100, damage),
+    "orphans": ("launcher, or one rank, killed", 10, orphans),
+    "stops": ("SIGTERM in start, step, save", 20, stops),
+    "elastic": ("ranks 2 -> 1 -> 3 -> 4 -> 2 in mid-epoch, each of ZeRO 1, 2, 3 in bf16 and float32", 5, elastic),
+    "disk": ("disk full during a save (small tmpfs)", 15, full_disk),
+    "nan": ("NaN injected on one rank", 3, nan),
+    "silence": ("one rank stopped with SIGSTOP", 3, silence),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Carry out the fault table."""
+
+    rows: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROW")] = tuple(ROWS)
+    """Of kills, operations, damage, orphans, stops, elastic, disk, nan, silence."""
+    times: int | None = None
+    """How often each; the table's own counts if not given."""
+
+
+def main() -> None:
+    options = tyro.cli(Options, prog="python -m benchmarks.faults", description=__doc__)
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    table = Table("fault", "times", "passed", "what was seen", "seconds")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_images(folder / "images", classes=3, per_class=20)
+        pack([str(folder / "images"), str(folder / "shards"), "--shard-size", "40KiB", "--workers", "1"])
+        (folder / "tiny.yaml").write_text(TINY + f"data: {{dataset: {folder / 'shards'}}}\n")
+        bench = Bench(folder, str(folder / "tiny.yaml"), random.Random(0))
+        council()
+        for row in options.rows:
+            title, times, act = ROWS[row]
+            began = time.monotonic()
+            outcome = act(bench, options.times or times)
+            seconds = f"{time.monotonic() - began:.0f}"
+            table.add_row(title, str(outcome.times), str(outcome.passed), outcome.worst, seconds)
+            print(f"| {title} | {outcome.times} | {outcome.passed} | {outcome.worst} | {seconds} |", flush=True)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
