@@ -10,6 +10,7 @@ import torch
 
 from jobs.pretrain import schedule_of
 from jobs.recipe import Recipe, RecipeError, differing_keys, dump_recipe, load_recipe
+from jobs.runfolder import RunFolder
 from model.mae import MAE
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -103,6 +104,10 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
         ("model: 3", "model holds keys of its own, not 3"),
         ("optim: {epochs: 3, warmup_epochs: 3}", "warmup_epochs"),
         ("engine: {precision: fp16}", "precision.*'bf16' or 'fp32'"),
+        ("engine: {zero: 3, compile: true}", "compile does not go with zero 3"),
+        ("engine: {zero: 4}", "engine.zero"),
+        ("optim: {clip_grad: -1}", "clip_grad -1.0 is negative"),
+        ("health: {spike: 1}", "spike above 1"),
         ("- a", "a recipe is a mapping"),
         ("a: b: c", "is not YAML"),
         ("base: none.yaml", "none.yaml cannot be read"),
@@ -125,5 +130,29 @@ def test_only_the_experiment_is_compared_when_a_run_goes_on(tmp_path: Path) -> N
     old = load_recipe(recipe_file(tmp_path, "{}"))
     other_hardware = load_recipe(recipe_file(tmp_path, "engine: {micro_batch_size: 8}\nlog: {every_steps: 1}"))
     other_experiment = load_recipe(recipe_file(tmp_path, "optim: {epochs: 100}\nmodel: {depth: 2}"))
-    assert differing_keys(old, other_hardware) == []
-    assert differing_keys(old, other_experiment) == ["model.depth", "optim.epochs"]
+    assert differing_keys(old, other_hardware) == {}
+    assert differing_keys(old, other_experiment) == {"model.depth": (12, 2), "optim.epochs": (800.0, 100.0)}
+
+
+def test_a_run_goes_on_with_another_schedule_when_allowed_and_never_with_another_model(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.start(load_recipe(recipe_file(tmp_path, "{}")), 0)
+    longer = load_recipe(recipe_file(tmp_path, "optim: {epochs: 900}"))
+    with pytest.raises(
+        RecipeError, match=r"another optim.epochs \(800.0, now 900.0\).*--allow optim.epochs, or another"
+    ):
+        folder.refuse_other_experiment(longer, ())
+    folder.refuse_other_experiment(longer, ("optim.epochs",))
+    with pytest.raises(RecipeError, match="--allow seed: a run keeps it for life"):
+        folder.refuse_other_experiment(longer, ("optim.epochs", "seed"))
+    other = load_recipe(recipe_file(tmp_path, "model: {depth: 2}\noptim: {epochs: 900}"))
+    with pytest.raises(RecipeError, match=r"model.depth \(12, now 2\)(?!.*--allow)"):
+        folder.refuse_other_experiment(other, ("optim.epochs",))
+
+
+def test_longer_recipes_differ_from_their_base_in_epochs_alone() -> None:
+    for path in RECIPES:
+        if found := re.fullmatch(r"(figure7|pretrain_vit_.*)_(100|200|400|1600)", path.stem):
+            base = "table1_default" if found[1] == "figure7" else found[1]
+            differences = differing_keys(load_recipe(path.with_stem(base)), load_recipe(path))
+            assert differences == {"optim.epochs": (800.0, float(found[2]))}, path
