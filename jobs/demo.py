@@ -6,7 +6,6 @@ Photographs -> shards -> a small MAE on two ranks, stopped half-way and resumed 
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -115,17 +114,11 @@ def main(args: list[str]) -> int:
     from jobs.runfolder import RunFolder
 
     ranks = min(2, torch.cuda.device_count() or 2)
-    # The launcher warns three times that it looked for an accelerator and found none.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["deepspeed", "--quiet", "--no_local_rank", "--num_gpus", str(ranks), "--master_port", str(port)]
     # As many steps whatever the number of images, so that the demo takes as long with any --src.
     epochs = (STEPS - 0.5) * load_recipe(RECIPE).optim.batch_size / len(Dataset.open(shards))
     schedule = ["--optim.epochs", f"{epochs:.4f}", "--optim.warmup-epochs", f"{epochs / 10:.4f}"]
-    pretrain = [*launch, "--module", "jobs.pretrain", str(RECIPE), "--run", str(run), "--data.dataset", str(shards)]
-    pretrain += schedule
+    launch = ["maelstream", "launch", "--nproc", str(ranks)]
+    pretrain = [*launch, "pretrain", str(RECIPE), "--run", str(run), "--data.dataset", str(shards), *schedule]
     step(*pretrain, "--stop-at-step", str(STEPS // 4))
     step(*pretrain)
     step("maelstream", "reconstruct", str(run), *held_out)

@@ -76,7 +76,8 @@ def main(args: list[str]) -> int:
     command = tyro.cli(Report, args=args, prog="maelstream report")
     folder = RunFolder(command.run)
     folder.recipe()  # before anything else: is it a run?
-    if not (metrics := folder.read_metrics()):
+    # A skipped step has no loss.
+    if not (metrics := [line for line in folder.read_metrics() if line["loss"] is not None]):
         raise MaelstreamError(f"{folder.path} has logged no step yet; let it reach its first log step")
     out = folder.path / "report.html"
     out.write_text(page(folder, metrics))

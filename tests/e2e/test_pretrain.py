@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from jobs.command import run
 from jobs.runfolder import RunFolder
 from shards.dataset import Dataset
+from tests.forked import start
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -41,10 +43,12 @@ def launch(ranks: int, *args: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def alone(*args: str) -> subprocess.CompletedProcess:
-    """One rank without a launcher."""
-    command = [sys.executable, "-m", "jobs.pretrain", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def forked(ranks: int, *args: str) -> subprocess.CompletedProcess:
+    """The ranks without a launcher."""
+    with tempfile.TemporaryDirectory() as folder:
+        running = start(ranks, *args, output=Path(folder) / "output")
+        codes = running.wait()
+        return subprocess.CompletedProcess(args, max(codes, key=abs), "", running.said)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,7 @@ def test_a_run_stopped_at_step_7_and_resumed_is_bit_identical(
     undisturbed: RunFolder, recipe: Path, tmp_path: Path
 ) -> None:
     for more in (["--stop-at-step", "7"], []):
-        done = launch(2, str(recipe), "--run", str(tmp_path / "run"), *more)
+        done = forked(2, str(recipe), "--run", str(tmp_path / "run"), *more)
         assert done.returncode == 0, done.stdout + done.stderr
     resumed = RunFolder(tmp_path / "run")
     assert [step for step, *_ in losses(resumed)] == list(range(1, STEPS + 1))
@@ -83,7 +87,7 @@ def test_a_run_stopped_at_step_7_and_resumed_is_bit_identical(
 
 def test_one_rank_trains_on_the_same_batches_as_two(undisturbed: RunFolder, recipe: Path, tmp_path: Path) -> None:
     """Losses differ by the order of sums and by bf16's rounding of the gradients that each rank adds up."""
-    assert alone(str(recipe), "--run", str(tmp_path / "run")).returncode == 0
+    assert forked(1, str(recipe), "--run", str(tmp_path / "run")).returncode == 0
     for (step, single, _), (_, shared, _) in zip(losses(RunFolder(tmp_path / "run")), losses(undisturbed), strict=True):
         assert single == pytest.approx(shared, rel=1e-6 if step == 1 else 2e-3)
 
@@ -114,7 +118,7 @@ def test_a_trained_run_is_exported_as_it_was_saved(undisturbed: RunFolder, tmp_p
 
 def test_a_finished_run_that_is_started_again_does_nothing(undisturbed: RunFolder, recipe: Path) -> None:
     before = undisturbed.metrics.read_bytes()
-    assert launch(2, str(recipe), "--run", str(undisturbed.path)).returncode == 0
+    assert forked(2, str(recipe), "--run", str(undisturbed.path)).returncode == 0
     assert undisturbed.metrics.read_bytes() == before
 
 
@@ -222,10 +226,10 @@ def test_a_damaged_sample_ends_the_run_with_its_name_or_is_replaced(
         shard.seek(int(packed.offset[0]))
         shard.write(b"GIF89a")
     options = [str(recipe), "--run", str(tmp_path / "run"), "--data.dataset", str(copy)]
-    done = alone(*options, "--loader.max-bad-share", "0")
+    done = forked(1, *options, "--loader.max-bad-share", "0")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"sample {packed.keys(np.array([0]))[0]}: not a JPEG, PNG, WebP or BMP" in done.stderr
-    done = alone(*options, "--loader.max-bad-share", "0.02")
+    done = forked(1, *options, "--loader.max-bad-share", "0.02")
     assert done.returncode == 0, done.stderr
     (bad,) = {json.loads(line)["key"] for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()}
     assert bad == packed.keys(np.array([0]))[0]
@@ -237,11 +241,11 @@ def test_a_mix_is_trained_on_and_reconstructed(recipe: Path, packed: Dataset, tm
     mixed = [str(recipe), "--run", folder, "--data.mix", packed.folder, "3", str(copy), "1"]
     changes = ["--data.crop.jitter", "0.4", "--data.crop.rand-augment", "9", "--data.crop.erase", "0.25"]
     for more in (["--stop-at-step", "2"], ["--stop-at-step", "3"]):
-        done = alone(*mixed, *changes, *more)
+        done = forked(1, *mixed, *changes, *more)
         assert done.returncode == 0, done.stderr
     assert [line["step"] for line in RunFolder(Path(folder)).read_metrics()] == [1, 2, 3]
     assert run("reconstruct", [folder, "--count", "2"]) == 0
-    done = alone(str(recipe), "--run", folder, "--data.mix", packed.folder, "1", str(copy), "1", *changes)
+    done = forked(1, str(recipe), "--run", folder, "--data.mix", packed.folder, "1", str(copy), "1", *changes)
     assert done.returncode == 2 and "holds a run with another data.mix." in done.stderr
 
 

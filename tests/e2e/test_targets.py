@@ -1,8 +1,6 @@
 """The targets "pca" and "token" as a user has them: fitted on the shards, trained on, resumed, looked at."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,8 @@ from jobs.command import run
 from jobs.runfolder import RunFolder
 from jobs.targetfile import read_target_file
 from shards.dataset import Dataset
+from tests.forked import run_ranks
 
-ROOT = Path(__file__).parents[2]
 RECIPE = """
 model: {image_size: [32, 32], patch_size: 8, dim: 48, depth: 2, heads: 3, decoder_dim: 32, decoder_depth: 1,
          decoder_heads: 4, components: 20, codes: 64}
@@ -46,10 +44,8 @@ def fit(kind: str, packed: Dataset, recipe: Path, out: Path, *more: str) -> int:
 
 
 def pretrain(recipe: Path, folder: RunFolder, last: int, *more: str) -> None:
-    command = [sys.executable, "-m", "jobs.pretrain", str(recipe), "--run", str(folder.path)]
-    options = ["--stop-at-step", str(last), *more]
-    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    options = ("--run", str(folder.path), "--stop-at-step", str(last), *more)
+    run_ranks(1, str(recipe), *options, output=folder.path.with_name("output"))
 
 
 @pytest.fixture(scope="module", params=FIT)

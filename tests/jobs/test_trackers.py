@@ -31,7 +31,12 @@ def test_wandb_gets_every_value_and_goes_on_with_its_run(tmp_path: Path, monkeyp
     calls: list[Any] = []
     stub: Any = ModuleType("wandb")
     run = SimpleNamespace(id="abc", finish=lambda: calls.append("finish"))
-    stub.init = lambda **options: calls.append((options["id"], options["resume"], options["name"])) or run
+
+    def init(**options: Any) -> Any:
+        calls.append((options["id"], options["resume"], options["name"]))
+        return run
+
+    stub.init = init
     stub.log = lambda values, step: calls.append((step, values))
     monkeypatch.setitem(sys.modules, "wandb", stub)
     asked = recipe(wandb=True)
@@ -54,9 +59,13 @@ def test_mlflow_gets_the_numbers_and_goes_on_with_its_run(tmp_path: Path, monkey
         def __exit__(self, *exception: object) -> None:
             calls.append("end")
 
+    def start_run(**which: str) -> Run:
+        calls.append(which)
+        return Run()
+
     stub: Any = ModuleType("mlflow")
     stub.set_experiment = lambda name: None
-    stub.start_run = lambda **which: calls.append(which) or Run()
+    stub.start_run = start_run
     stub.log_metrics = lambda values, step: calls.append((step, values))
     monkeypatch.setitem(sys.modules, "mlflow", stub)
     asked = recipe(mlflow=True)
