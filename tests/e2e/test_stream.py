@@ -7,7 +7,8 @@ import pytest
 from jobs.command import run
 from jobs.runfolder import RunFolder
 from shards.dataset import Dataset
-from tests.e2e.test_pretrain import RECIPE, alone
+from tests.conftest import TINY
+from tests.forked import run_ranks
 from tests.pipeline.test_stream import pattern
 
 
@@ -16,12 +17,11 @@ def test_a_stream_is_trained_on_and_resumed(
 ) -> None:
     recipe, folder = tmp_path / "stream.yaml", RunFolder(tmp_path / "run")
     urls = f"pipe:cat {packed.folder}/{pattern(packed)}"
-    recipe.write_text(RECIPE + f"data: {{stream: {{urls: '{urls}', samples: 60, shuffle_buffer: 8}}}}\n")
+    recipe.write_text(TINY + f"data: {{stream: {{urls: '{urls}', samples: 60, shuffle_buffer: 8}}}}\n")
     for more in (["--stop-at-step", "4"], ["--stop-at-step", "7"]):
-        done = alone(str(recipe), "--run", str(folder.path), *more)
-        assert done.returncode == 0, done.stderr
+        run_ranks(2, str(recipe), "--run", str(folder.path), *more, output=tmp_path / "output")
     steps = folder.read_metrics()
-    assert [line["step"] for line in steps] == list(range(1, 8)) and steps[-1]["epoch"] == pytest.approx(70 / 60)
+    assert [line["step"] for line in steps] == list(range(1, 8)) and steps[-1]["epoch"] == pytest.approx(84 / 60)
     assert run("reconstruct", [str(folder.path)]) == 2
     assert "read a stream" in capsys.readouterr().err
     assert run("reconstruct", [str(folder.path), "--dataset", packed.folder, "--count", "2"]) == 0
@@ -37,7 +37,7 @@ def test_a_stream_is_trained_on_and_resumed(
 def test_a_stream_that_makes_no_sense_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], stream: str, complaint: str
 ) -> None:
-    (tmp_path / "stream.yaml").write_text(RECIPE + f"data: {{stream: {{{stream}}}}}\n")
+    (tmp_path / "stream.yaml").write_text(TINY + f"data: {{stream: {{{stream}}}}}\n")
     assert run("pretrain", [str(tmp_path / "stream.yaml"), "--run", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert complaint in said and said.count("\n") == 1
