@@ -157,6 +157,7 @@ def train(recipe: Recipe, folder: RunFolder, stop_at_step: int | None, allowed: 
         batches = iter(stack.enter_context(loader))
         bad_steps, spikes = BadSteps(health.bad_steps), Spikes(health.spike)
         signal = None
+        stop.training()
         while step < end and signal is None:
             set_lr(engine, schedule.lr(step))
             signs = lambda: [*saver.signs, *stop.signs]  # noqa: E731
