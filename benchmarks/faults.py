@@ -161,11 +161,13 @@ def orphans(bench: Bench, times: int) -> Outcome:
 def stops(bench: Bench, times: int) -> Outcome:
     """SIGTERM at a random moment, as the launcher hands it on: in the start, in a step, in a save."""
     passed, longest, lost, in_start = 0, 0.0, 0, 0
-    for _ in range(times):
+    for number in range(times):
         folder = bench.run("stopped")
         options = ("--checkpoint.every-steps", "2", "--optim.epochs", "400")
         running = bench.start(2, folder, *options, fault="slow_save:0.05")
-        time.sleep(bench.draw.uniform(0.5, 3.0))
+        while number % 3 and not folder.read_metrics():  # one in three comes at any moment, the others after a step
+            time.sleep(0.01)
+        time.sleep(bench.draw.uniform(0.0, 2.0))
         began = time.monotonic()
         running.kill(signal.SIGTERM)
         codes = running.wait(60)
@@ -173,8 +175,12 @@ def stops(bench: Bench, times: int) -> Outcome:
         lines, steps = folder.read_metrics(), folder.checkpoints.steps()
         unsaved = (lines[-1]["step"] if lines else 0) - (steps[-1] if steps else 0)
         lost, in_start = max(lost, unsaved), in_start + (not lines)
-        # Before the handlers stand, SIGTERM ends the rank itself: -15, which a shell tells as 143.
-        passed += unsaved <= 1 and set(codes) <= {143, -15}
+        # Before the handlers stand, SIGTERM ends the rank itself: -15, which a shell tells as 143. In the start a rank
+        # may lose the other (69) before its own signal is there; the launcher returns the other's code then.
+        ended = set(codes) <= {143, -15} or (not lines and set(codes) <= {143, -15, 69} and set(codes) != {69})
+        passed += unsaved <= 1 and ended
+        if not (unsaved <= 1 and ended):
+            print(codes, unsaved, running.said)
     return Outcome(times, passed, f"at most {lost} steps lost, ended within {longest:.1f} s; {in_start} in the start")
 
 
