@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch.nn.functional import interpolate
 
 from pipeline.changes import Changes, changed
 from pipeline.draws import Draws
+from pipeline.ranges import stage
 from pipeline.scaled import STUB, reduction, window_of_scaled
 from shards.errors import MaelstreamError
 
@@ -140,6 +141,14 @@ Source = Callable[[int], EncodedBatch]
 """The batch of an iteration, counted from 0 at the decoder's start."""
 
 
+class Decoded(NamedTuple):
+    """Windows as DALI hands them over, and what they were made of."""
+
+    windows: Any
+    batch: EncodedBatch
+    reductions: np.ndarray
+
+
 class CpuDecoder:
     """DALI decodes the windows on `threads` threads; ATen resizes and flips them on as many."""
 
@@ -176,8 +185,19 @@ class CpuDecoder:
 
     def run(self) -> Shaped[Tensor, "b 3 h w"]:
         """Images of the next iteration. RuntimeError when one cannot be decoded: the decoder is then of no use."""
+        with stage("decode"):
+            decoded = self.decode()
+        with stage("augment"):
+            return self.augment(decoded)
+
+    def decode(self) -> Decoded:
+        """The next iteration's windows; RuntimeError as `run`."""
         (windows,) = self._pipeline.run()
-        taken, reductions = self._taken.popleft()
+        return Decoded(windows, *self._taken.popleft())
+
+    def augment(self, decoded: Decoded) -> Shaped[Tensor, "b 3 h w"]:
+        """Windows resized, flipped and changed."""
+        windows, taken, reductions = decoded
         images = self._output.empty(len(windows), self._image_size, self._rooms.take)  # (B, 3, H, W)
 
         def resize(number: int) -> None:
@@ -255,7 +275,13 @@ class GpuDecoder:
 
     def run(self) -> Shaped[Tensor, "b 3 h w"]:
         """Images of the next iteration. RuntimeError when one cannot be decoded: the decoder is then of no use."""
-        (decoded,) = self._pipeline.run()
+        with stage("decode"):
+            (decoded,) = self._pipeline.run()
+        with stage("augment"):
+            return self._images(decoded)
+
+    def _images(self, decoded: Any) -> Shaped[Tensor, "b 3 h w"]:
+        """Out of DALI's memory, with the changes made."""
         with torch.cuda.stream(self._stream):
             take = partial(torch.empty, dtype=torch.uint8, device=self._device)
             pixels = Output().empty(len(decoded), self._image_size, take)  # (B, 3, H, W)
@@ -295,11 +321,20 @@ def resized_windows(  # type: ignore[no-untyped-def]
 ):
     """DALI node: images of `image_size`, HWC, from what `dali_inputs` gives; decoded on "mixed" (the GPU) or "cpu"."""
     encoded, start, shape, size, crop, flip = fn.external_source(feed, num_outputs=6)
+    windows = decoded_windows(encoded, start, shape, device, form, **decoder)
+    return resized(windows, size, crop, flip, image_size)
+
+
+def decoded_windows(encoded, start, shape, device: str, form: str, **decoder: Any):  # type: ignore[no-untyped-def]
+    """DALI node: the window of each image, HWC, RGB; `form` as in `DecodeConfig`."""
     if form == "window":
-        windows = _decode_window(encoded, start, shape, device, **decoder)
-    else:
-        images = fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False, **decoder)
-        windows = fn.slice(images, start=start, shape=shape, axis_names="WH")
+        return _decode_window(encoded, start, shape, device, **decoder)
+    images = fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False, **decoder)
+    return fn.slice(images, start=start, shape=shape, axis_names="WH")
+
+
+def resized(windows, size, crop, flip, image_size: tuple[int, int]):  # type: ignore[no-untyped-def]
+    """DALI node: windows resized, cropped to `image_size` and flipped."""
     images = fn.resize(windows, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
     images = fn.slice(images, start=crop, shape=list(image_size), axes=[0, 1])
     return fn.flip(images, horizontal=flip)

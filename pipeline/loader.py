@@ -26,6 +26,7 @@ from pipeline.feed import BadSample, BadSamples, Feed, LineFeed
 from pipeline.line import Line, MicroBatch, Place, Slices
 from pipeline.mix import Mix, MixOrder
 from pipeline.order import SampleOrder
+from pipeline.ranges import stage
 from pipeline.stream import Stream, StreamFeed
 from shards.dataset import Dataset
 from shards.errors import MaelstreamError
@@ -137,14 +138,14 @@ class PretrainLoader:
         handed_over, feed = 0, self._feed(start)
         try:
             while not self._stop.is_set():
-                with _ReadAhead(feed.read, handed_over, self._prefetch) as ahead:
+                with ReadAhead(feed.read, handed_over, self._prefetch) as ahead:
                     handed_over += self._decode(feed, ahead, batches)
         except Exception as error:
             self._offer(batches, error)
         finally:
             feed.close()
 
-    def _decode(self, feed: Feed, ahead: "_ReadAhead", batches: "Queue[Batch | Exception]") -> int:
+    def _decode(self, feed: Feed, ahead: "ReadAhead", batches: "Queue[Batch | Exception]") -> int:
         """Decodes until the loader is closed, or an image fails and is known for bad; how many were handed over."""
         decoder = DECODERS[self._device.type](
             ahead, self._slices.largest, self._image_size, self._threads, self._device, self._output, self._config
@@ -233,7 +234,7 @@ def _take(batches: "Queue[Batch | Exception]") -> Batch:
     return item
 
 
-class _ReadAhead:
+class ReadAhead:
     """What a decoder asks for, read ahead by threads; use it as a context manager, which stops them."""
 
     def __init__(self, read: Callable[[int], tuple[MicroBatch, EncodedBatch]], first: int, prefetch: int):
@@ -244,7 +245,7 @@ class _ReadAhead:
         self.decoding: deque[tuple[MicroBatch, EncodedBatch]] = deque()
         """Taken by the decoder, not yet handed out."""
 
-    def __enter__(self) -> "_ReadAhead":
+    def __enter__(self) -> "ReadAhead":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -253,6 +254,10 @@ class _ReadAhead:
     def __call__(self, iteration: int) -> EncodedBatch:
         while len(self._ahead) <= self._prefetch:
             number = self._first + iteration + len(self._ahead)
-            self._ahead.append(self._readers.submit(self._read, number))
+            self._ahead.append(self._readers.submit(self._read_one, number))
         self.decoding.append(self._ahead.popleft().result())
         return self.decoding[-1][1]
+
+    def _read_one(self, number: int) -> tuple[MicroBatch, EncodedBatch]:
+        with stage("read"):
+            return self._read(number)
