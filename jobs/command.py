@@ -15,6 +15,7 @@ COMMANDS = {
     "info": "what a packed dataset holds",
     "verify": "every fault of a packed dataset, by shard and sample",
     "loader": "how fast a packed dataset streams, what is the limit, what the model will see",
+    "profile": "how fast each stage of a run goes alone, which one holds it back, and what to change",
     "fit-pca": 'the components of the target "pca", from a dataset\'s patches',
     "fit-tokenizer": 'train the discrete VAE whose codes the target "token" asks for',
     "pretrain": "train a masked autoencoder from a recipe, or go on with a run",

@@ -1,7 +1,6 @@
 """What a run tells while it goes: a line of `metrics.jsonl`, TensorBoard curves, and progress on the terminal."""
 
 import json
-import re
 import resource
 import time
 from collections.abc import Iterator
@@ -13,24 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from jobs.hardware import datasheet_flops_per_s
 from jobs.recipe import Recipe
 from jobs.runfolder import RunFolder
 from jobs.trackers import Tracker
 from model.flops import training_flops
 from shards.errors import MaelstreamError
-
-# Dense bf16 peaks from NVIDIA's data sheets, by a part of the name that torch.cuda.get_device_name gives.
-_PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.4,
-    "H100 80GB HBM3": 989.4,
-    "H100 PCIe": 756.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "RTX 4090": 165.2,
-    "A10": 125.0,
-}
 
 
 class Clock:
@@ -107,10 +94,10 @@ def peak_flops(recipe: Recipe) -> float:
     """Of one rank's accelerator, a second; 0 where it is not known, rather than guessed."""
     if recipe.log.peak_tflops:
         return recipe.log.peak_tflops * 1e12
-    if recipe.engine.precision != "bf16" or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return 0.0
-    name = torch.cuda.get_device_name()
-    return next((peak * 1e12 for part, peak in _PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), 0.0)
+    dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
+    return datasheet_flops_per_s(torch.cuda.get_device_name(), dtype) or 0.0
 
 
 def mfu(recipe: Recipe, images_per_s: float, ranks: int) -> float | None:

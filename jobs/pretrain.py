@@ -45,6 +45,7 @@ from model.optimise import lr_at
 from pipeline.draws import AugmentDraws
 from pipeline.line import Slices
 from pipeline.loader import Batch, PretrainLoader
+from pipeline.ranges import stage
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,9 @@ def train(recipe: Recipe, folder: RunFolder, stop_at_step: int | None, allowed: 
         while step < end and signal is None:
             set_lr(engine, schedule.lr(step))
             signs = lambda: [*saver.signs, *stop.signs]  # noqa: E731
-            loss, taken, sums = train_step(engine, batches, slices.micro_batches, reporter.clock, watch, council, signs)
+            loss, taken, sums = train_step(
+                engine, batches, slices.micro_batches, reporter.clock, watch.beat, council, signs
+            )
             step += 1
             signal = Stop.agreed(sums[-len(SIGNALS) :])
             if (failure := saver.advance(*sums[:2])) and ranks.rank == 0:
@@ -190,7 +193,7 @@ def train_step(
     batches: Iterator[Batch],
     micro_batches: int,
     clock: Clock,
-    watch: Watch,
+    beat: Callable[[], None],
     council: Council,
     signs: Callable[[], list[float]],
 ) -> tuple[float, bool, list[float]]:
@@ -200,20 +203,23 @@ def train_step(
     """
     total = torch.zeros((), device=engine.device)
     for number in range(micro_batches):
-        watch.beat()
+        beat()
         with clock.waiting():
             batch = next(batches)
-        watch.beat()
-        images, keys = (tensor.to(engine.device, non_blocking=True) for tensor in (batch.images, batch.keys))
-        loss = engine(images, keys) * batch.weight
-        watch.beat()  # who is stuck in the forward pass alone has not come as far as those that wait for its gradients
-        engine.backward(loss)
-        total += loss.detach() / micro_batches
-        if number + 1 < micro_batches:
-            engine.step()
+        beat()
+        with stage("copy"):
+            images, keys = (tensor.to(engine.device, non_blocking=True) for tensor in (batch.images, batch.keys))
+        with stage("step"):
+            loss = engine(images, keys) * batch.weight
+            beat()  # who is stuck in the forward pass alone has not come as far as those that wait for its gradients
+            engine.backward(loss)
+            total += loss.detach() / micro_batches
+            if number + 1 < micro_batches:
+                engine.step()
     bad = not (total.isfinite() and gradients_are_finite(engine))
-    loss_sum, bad_ranks, *sums = council.sums([total.item(), float(bad), *signs()])
-    with without_update(engine) if bad_ranks else contextlib.nullcontext():
+    with stage("comm"):
+        loss_sum, bad_ranks, *sums = council.sums([total.item(), float(bad), *signs()])
+    with stage("optimizer"), without_update(engine) if bad_ranks else contextlib.nullcontext():
         engine.step()
     taken = not bad_ranks and not engine.optimizer.overflow
     if not taken:

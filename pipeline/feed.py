@@ -9,9 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from pipeline.decode import EncodedBatch
 from pipeline.line import Line, MicroBatch, Place
 from pipeline.mix import Mix, MixReader
+from pipeline.ranges import stage
 from pipeline.windows import LineWindows
 from shards.errors import DatasetError
 from shards.inspect import refusal
@@ -89,12 +92,17 @@ class LineFeed:
         dataset = self._line.dataset
         while True:
             planned = self._line.at(self._start, number, self._bad_places)
-            encoded = self._reader.read(planned.samples) if self._windows is None else self._windows.read(planned)
+            with stage("storage"):
+                encoded = self.stored(planned)
             sizes = (column[planned.samples].tolist() for column in (dataset.width, dataset.height))
             refusals = [refusal(memoryview(data), *size) for data, *size in zip(encoded, *sizes, strict=True)]
             if not any(refusals):
                 return planned, EncodedBatch.of(encoded, planned.draws)
             self.replace({place: reason for place, reason in zip(planned.places(), refusals, strict=True) if reason})
+
+    def stored(self, planned: MicroBatch) -> list[np.ndarray]:
+        """Encoded bytes of each sample, uint8, unchecked."""
+        return self._reader.read(planned.samples) if self._windows is None else self._windows.read(planned)
 
     def replace(self, reasons: dict[Place, str]) -> None:
         """As `Feed.replace`."""

@@ -1,7 +1,7 @@
 """Named ranges around the stages of the data path and of the training step, for whoever looks at them.
 
-Where there is a GPU they are NVTX ranges, which Nsight shows; inside `observed` they are the observer's, torch.profiler's
-say. Otherwise entering one does nothing.
+Where there is a GPU they are NVTX ranges, which Nsight shows; inside `observed` they are the observer's, such as
+torch.profiler's. Otherwise entering one does nothing.
 """
 
 from collections.abc import Callable, Iterator
