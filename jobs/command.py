@@ -16,6 +16,7 @@ COMMANDS = {
     "verify": "every fault of a packed dataset, by shard and sample",
     "loader": "how fast a packed dataset streams, what is the limit, what the model will see",
     "profile": "how fast each stage of a run goes alone, which one holds it back, and what to change",
+    "table2": "the paper's table 2 on this machine, and the hours of its 800 epochs",
     "fit-pca": 'the components of the target "pca", from a dataset\'s patches',
     "fit-tokenizer": 'train the discrete VAE whose codes the target "token" asks for',
     "pretrain": "train a masked autoencoder from a recipe, or go on with a run",

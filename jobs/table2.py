@@ -1,0 +1,201 @@
+"""`maelstream table2`: the paper's table 2 here: what an encoder without mask tokens, and a small decoder, save.
+
+ViT-L/16 and ViT-H/14, forward and backward and AdamW apart, so that hours can be told for the paper's batch: an update
+comes once in 4,096 images, shared by all devices. The three models of a size share their weights, and so the memory of
+one, and take turns, so that a machine that slows down slows all of them.
+"""
+
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from jobs.hardware import synchronise
+from jobs.recipe import RecipeError
+from model.mae import MAE, MAEConfig
+from model.optimise import weight_decay_groups
+from model.transformer import choose_attention
+from shards.errors import MaelstreamError
+
+IMAGES, EPOCHS, BATCH = 1_281_167, 800, 4096
+SIZES = {
+    "large": MAEConfig(dim=1024, depth=24, heads=16),
+    "huge": MAEConfig(dim=1280, depth=32, heads=16, patch_size=14),
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "mask tokens in the encoder, decoder 8": {"encoder_mask_tokens": True},
+    "without, decoder 8": {},
+    "without, decoder 1": {"decoder_depth": 1},
+}
+# Hours on 128 TPU-v3 cores, in the order of MODELS.
+PAPER_HOURS = {"large": (42.4, 15.4, 11.6), "huge": (119.6, 34.5, 29.3)}
+_WARM_UP = 1
+_STATE_BYTES = 16  # a parameter: weight, gradient, two moments
+
+
+@dataclass(frozen=True)
+class Table2:
+    """Time the models of the paper's table 2 here, and project the hours of its 800 epochs."""
+
+    size: tuple[Literal["large", "huge"], ...] = ("large", "huge")
+    """Which encoders."""
+    devices: int = 1
+    """How many machines like this, or GPUs like this one, share the work; perfect scaling is taken for granted."""
+    batch: int = 0
+    """Images a forward pass; 64 on a GPU and 2 on a CPU if not given."""
+    rounds: int = 3
+    """Steps of each model that count."""
+    json: Path | None = None
+    """Write all figures, too."""
+
+
+class Times(NamedTuple):
+    """Median seconds of one step's parts."""
+
+    gradients_s: float
+    optimizer_s: float
+
+
+class Models(NamedTuple):
+    """Models on the same parameters, which one optimizer holds."""
+
+    models: dict[str, MAE]
+    optimizer: torch.optim.Optimizer
+
+
+def sharing(config: MAEConfig, device: torch.device) -> Models:
+    """The three models of the table at the size of `config`."""
+    first, *others = MODELS
+    masked = MAE(dataclasses.replace(config, **MODELS[first])).to(device)
+    mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_dim, device=device))
+    weights = masked.state_dict(keep_vars=True) | {"mask_token": mask_token}
+    models = {first: masked}
+    for name in others:
+        with torch.device("meta"):
+            models[name] = MAE(dataclasses.replace(config, **MODELS[name]))
+        models[name].load_state_dict(weights, assign=True, strict=False)
+        choose_attention(models[name], "auto", device)
+    # Parameters that a model does not have get no gradient from it, and AdamW passes them over.
+    groups = [*weight_decay_groups(masked, 0.05), {"params": [mask_token], "weight_decay": 0.05}]
+    return Models(models, torch.optim.AdamW(groups, lr=1e-6, betas=(0.9, 0.95), fused=True))
+
+
+def times_of(
+    models: dict[str, Callable[[Tensor, Tensor], Tensor]],
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    rounds: int,
+    bf16: bool,
+) -> dict[str, Times]:
+    """Of each, in turns; the first round, which fills pools, does not count."""
+    device, keys = images.device, torch.arange(len(images), device=images.device)
+    seen: dict[str, list[Times]] = {name: [] for name in models}
+    for _ in range(_WARM_UP + rounds):
+        for name, model in models.items():
+            synchronise(device)
+            began = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = model(images, keys)
+            loss.backward()
+            synchronise(device)
+            between = time.perf_counter()
+            optimizer.step()
+            optimizer.zero_grad()
+            synchronise(device)
+            seen[name].append(Times(between - began, time.perf_counter() - between))
+    return {name: Times(*map(statistics.median, zip(*times[_WARM_UP:], strict=True))) for name, times in seen.items()}
+
+
+def images_per_s(times: Times, batch: int, devices: int) -> float:
+    """Of all devices, at the paper's batch."""
+    return 1 / (times.gradients_s / batch / devices + times.optimizer_s / BATCH)
+
+
+def rows(size: str, times: dict[str, Times], batch: int, devices: int) -> list[dict[str, Any]]:
+    """A row of the table each, with the paper's beside ours."""
+    rates = {name: images_per_s(each, batch, devices) for name, each in times.items()}
+    slowest, paper = next(iter(rates.values())), PAPER_HOURS[size]
+    return [
+        {
+            "size": size,
+            "model": name,
+            "gradients_s": times[name].gradients_s,
+            "optimizer_s": times[name].optimizer_s,
+            "images_per_s": rate,
+            "hours": EPOCHS * IMAGES / rate / 3600,
+            "faster_by": rate / slowest,
+            "paper_faster_by": paper[0] / hours,
+            "paper_hours": hours,
+        }
+        for (name, rate), hours in zip(rates.items(), paper, strict=True)
+    ]
+
+
+def measure(command: Table2, device: torch.device) -> list[dict[str, Any]]:
+    """All rows. MaelstreamError when a size does not fit into the memory."""
+    batch = command.batch or (64 if device.type == "cuda" else 2)
+    bf16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    found = []
+    for size in command.size:
+        config = SIZES[size]
+        with torch.device("meta"):
+            needed = _STATE_BYTES * sum(parameter.numel() for parameter in MAE(config).parameters())
+        if needed > (free := free_bytes(device)):
+            raise MaelstreamError(
+                f"--size {size} needs {needed / 1e9:.1f} GB for weights, gradients and moments alone, and {device} has "
+                f"{free / 1e9:.1f} GB free; take a smaller one, or another machine"
+            )
+        generator = torch.Generator().manual_seed(0)
+        shape = (batch, 3, *config.image_size)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
+        models, optimizer = sharing(config, device)
+        try:
+            times = times_of({**models}, optimizer, images, command.rounds, bf16)
+        except torch.OutOfMemoryError:
+            raise MaelstreamError(f"--batch {batch} of --size {size} does not fit into {device}; halve it") from None
+        found += rows(size, times, batch, command.devices)
+        del models, optimizer
+    return found
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of memory that can be had now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def main(args: list[str]) -> int:
+    """`maelstream table2`."""
+    command = tyro.cli(Table2, args=args, prog="maelstream table2")
+    if command.devices < 1 or command.rounds < 1 or command.batch < 0 or not command.size:
+        raise RecipeError("--devices, --rounds and --batch are at least 1, and --size names at least one encoder")
+    if command.json is not None and not command.json.absolute().parent.is_dir():
+        raise MaelstreamError(f"--json {command.json} cannot be written (there is no folder {command.json.parent})")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    found = measure(command, device)
+    title = f"{command.devices} x {name}, {EPOCHS} epochs of {IMAGES:,} images"
+    columns = "encoder", "model", "images/s", "hours", "faster by", "paper", "paper's hours, 128 TPU-v3 cores"
+    table = Table(*columns, title=title)
+    for row in found:
+        numbers = f"{row['images_per_s']:,.3g}", f"{row['hours']:,.0f}", f"{row['faster_by']:.2f}"
+        table.add_row(row["size"], row["model"], *numbers, f"{row['paper_faster_by']:.1f}", f"{row['paper_hours']}")
+    Console().print(table)
+    if command.json is not None:
+        command.json.write_text(
+            json.dumps({"machine": name, "devices": command.devices, "rows": found}, indent=1) + "\n"
+        )
+    return 0
