@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-_REPEATS = 5
+_REPEATS = 3
 _MEMORY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # far over any cache
 _SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}  # of square matrices; the faster counts
 

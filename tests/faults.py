@@ -135,3 +135,48 @@ def full_disk(files: str) -> None:
         return before(*args)
 
     jobs.saver.write_tensors = write_tensors  # type: ignore[assignment]
+
+
+@_fault
+def slow_storage(seconds: str) -> None:
+    """Each read of a shard takes longer, as one from a store."""
+    import jobs.measurement
+    from benchmarks.store import SlowStorage
+    from shards.dataset import Dataset
+
+    before = jobs.measurement.open_data
+
+    def open_data(*args: Any) -> Any:
+        dataset, order = before(*args)
+        assert isinstance(dataset, Dataset)
+        return Dataset.open_storage(SlowStorage.over(dataset, float(seconds))), order
+
+    jobs.measurement.open_data = open_data
+
+
+@_fault
+def slow_decode(seconds: str) -> None:
+    """Each micro-batch takes longer to decode."""
+    from pipeline.decode import CpuDecoder
+
+    before = CpuDecoder.decode
+
+    def decode(self: CpuDecoder) -> Any:
+        time.sleep(float(seconds))
+        return before(self)
+
+    CpuDecoder.decode = decode  # type: ignore[method-assign]
+
+
+@_fault
+def slow_step(seconds: str) -> None:
+    """Each forward pass takes longer."""
+    from model.mae import MAE
+
+    before = MAE.forward
+
+    def forward(self: Any, *args: Any) -> Any:
+        time.sleep(float(seconds))
+        return before(self, *args)
+
+    MAE.forward = forward  # type: ignore[assignment, method-assign]

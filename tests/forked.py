@@ -23,7 +23,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def _rank(args: list[str], environment: dict[str, str], output: Path, fault: str) -> None:
+def _rank(command: str, args: list[str], environment: dict[str, str], output: Path, fault: str) -> None:
     from jobs.command import run
     from tests import faults
 
@@ -33,7 +33,7 @@ def _rank(args: list[str], environment: dict[str, str], output: Path, fault: str
     os.environ.update(environment)
     if fault:
         faults.FAULTS[fault.partition(":")[0]](fault.partition(":")[2])
-    code = run("pretrain", args)
+    code = run(command, args)
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
@@ -68,8 +68,10 @@ class Running:
         return self.output.read_text()
 
 
-def start(ranks: int, *args: str, output: Path, fault: str = "", faulty: int | None = None) -> Running:
-    """`pretrain ARGS` on so many ranks; `fault`, one of tests/faults.py, on all of them or on the `faulty` one."""
+def start(
+    ranks: int, *args: str, output: Path, fault: str = "", faulty: int | None = None, command: str = "pretrain"
+) -> Running:
+    """`COMMAND ARGS` on so many ranks; `fault`, one of tests/faults.py, on all of them or on the `faulty` one."""
     common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     common["MASTER_PORT"] = str(free_port())
     output.write_text("")
@@ -77,14 +79,16 @@ def start(ranks: int, *args: str, output: Path, fault: str = "", faulty: int | N
     for rank in range(ranks):
         environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         mine = fault if faulty in (None, rank) else ""
-        processes.append(CONTEXT.Process(target=_rank, args=(list(args), environment, output, mine)))
+        processes.append(CONTEXT.Process(target=_rank, args=(command, list(args), environment, output, mine)))
         processes[-1].start()
     return Running(processes, output)
 
 
-def run_ranks(ranks: int, *args: str, output: Path, fault: str = "", faulty: int | None = None) -> Running:
+def run_ranks(
+    ranks: int, *args: str, output: Path, fault: str = "", faulty: int | None = None, command: str = "pretrain"
+) -> Running:
     """`start`, and waits; the exit codes must all be 0."""
-    running = start(ranks, *args, output=output, fault=fault, faulty=faulty)
+    running = start(ranks, *args, output=output, fault=fault, faulty=faulty, command=command)
     codes = running.wait()
     assert codes == [0] * ranks, f"{codes}\n{running.said}"
     return running

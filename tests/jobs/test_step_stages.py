@@ -48,7 +48,7 @@ def test_a_micro_batch_that_does_not_fit_is_one_line_with_the_largest_that_does(
     monkeypatch.setattr(MAE, "forward", forward)
     device = torch.device("cpu")
     model, batch = bare_model(recipe, None, device), Images.made(12, recipe, device)
-    with pytest.raises(RecipeError, match="micro_batch_size 12 does not fit.*the largest that does is 5: --engine"):
+    with pytest.raises(RecipeError, match=r"micro_batch_size 12 does not fit.*the largest that does is 5: --engine"):
         step_rate(model, batch, device, 0.01)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from pipeline.alone import augment_alone, decode_alone
-from pipeline.decode import CpuDecoder, Decoded, DecodeConfig, EncodedBatch
+from pipeline.decode import CpuDecoder, DecodeConfig, Decoded, EncodedBatch
 from tests.conftest import encoded, photograph
 
 SIZE, CPU = (32, 48), torch.device("cpu")

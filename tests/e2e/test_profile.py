@@ -1,0 +1,112 @@
+"""`maelstream profile` as a user types it: what is slow is what it names."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from jobs.command import run
+from pipeline.ranges import STAGES
+from shards.dataset import Dataset
+from tests.forked import run_ranks
+
+NUMBERS = {"images_per_s", "bytes_per_s", "limit_images_per_s"}
+WHOLE = {
+    "steps",
+    "images_per_s",
+    "images_per_s_with_the_recipe_s_batch",
+    "bytes_per_s",
+    "step_s",
+    "data_wait",
+    "data_wait_p50_s",
+    "data_wait_p99_s",
+    "cpu_utilisation",
+    "gpu_utilisation",
+    "rss_bytes",
+    "gpu_bytes",
+    "mfu_measured",
+    "mfu_datasheet",
+    "engine_images_per_s",
+    "engine_share",
+}
+
+
+def profile(tiny: str, folder: Path, *options: str, ranks: int = 1, fault: str = "") -> tuple[dict[str, Any], str]:
+    """The figures, and what was said."""
+    files = ["--json", str(folder / "p.json"), "--out", str(folder / "p.png")]
+    output = folder / "output"
+    done = run_ranks(ranks, tiny, "--seconds", "0.2", *files, *options, output=output, fault=fault, command="profile")
+    return json.loads((folder / "p.json").read_text()), done.said
+
+
+def test_all_stages_the_whole_a_picture_and_a_trace(tiny: str, tmp_path: Path) -> None:
+    figures, said = profile(tiny, tmp_path, "--trace", str(tmp_path / "trace.json"))
+    assert figures["version"] == 1 and list(figures["stages"]) == list(STAGES)
+    for name, stage in figures["stages"].items():
+        assert stage.keys() == NUMBERS | {"why"}
+        if name in ("copy", "comm"):
+            assert stage["images_per_s"] is None and stage["why"]
+        else:
+            assert stage["images_per_s"] > 0
+    whole = figures["whole"]
+    assert whole.keys() == WHOLE
+    assert 0 <= whole["data_wait_p50_s"] <= whole["data_wait_p99_s"] <= 10 * whole["step_s"]
+    assert 0 <= whole["data_wait"] <= 1 and 0 < whole["mfu_measured"] < 1 and whole["rss_bytes"] > 2**27
+    assert figures["verdict"].keys() == {"limit", "factor", "advice", "words"}
+    assert figures["verdict"]["limit"] in STAGES and figures["verdict"]["factor"] >= 1
+    for word in ("storage", "optimizer", "one rank", "MFU", "data wait", "p99", "holds the run back"):
+        assert word in said
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.width > 800
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    named = {event["name"] for event in events if event.get("ph") == "X"}
+    assert {"storage", "read", "decode", "augment", "copy", "step", "optimizer", "comm"} <= named
+
+
+@pytest.mark.parametrize("stage", ["storage", "decode", "step"])
+def test_what_is_slow_is_what_holds_the_run_back(stage: str, tiny: str, tmp_path: Path) -> None:
+    figures, _ = profile(tiny, tmp_path, fault=f"slow_{stage}:0.25")
+    assert figures["verdict"]["limit"] == stage
+    assert figures["verdict"]["factor"] > 1.5
+    waits = figures["whole"]["data_wait"]
+    assert waits < 0.2 if stage == "step" else waits > 0.5
+
+
+def test_two_ranks_exchange_gradients_and_tell_rates_of_both(tiny: str, tmp_path: Path) -> None:
+    figures, _ = profile(tiny, tmp_path, "--stages", "step,optimizer,comm", ranks=2)
+    assert figures["ranks"] == 2 and list(figures["stages"]) == ["step", "optimizer", "comm"]
+    assert figures["stages"]["comm"]["bytes_per_s"] > 0
+    assert figures["whole"]["steps"] >= 3
+
+
+def test_some_stages_alone_leave_the_engine_out(tiny: str, tmp_path: Path) -> None:
+    figures, said = profile(tiny, tmp_path, "--stages", "read,decode")
+    assert list(figures["stages"]) == ["read", "decode"] and figures["whole"] is None
+    assert "data wait" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--stages", "decod"], "there is no 'decod'; the nearest is 'decode'"),
+        (["--stages", ","], "--stages names none of"),
+        (["--seconds", "0"], "--seconds 0.0 must be more than 0"),
+        (["--stages", "read", "--trace", "t.json"], "--trace records the whole"),
+        (["--out", "nowhere/x.png"], "nowhere/x.png cannot be written"),
+        (["--engine.micro-batch-size", "99", "--optim.batch-size", "99"], "is too small to measure: 60 samples"),
+        (["--loader.decode.on", "gpu", "--stages", "decode"], "torch finds none"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tiny: str, capsys: pytest.CaptureFixture[str], options: list[str], complaint: str
+) -> None:
+    assert run("profile", [tiny, *options]) == 2
+    said = capsys.readouterr().err
+    assert complaint in said and said.count("\n") == 1
+
+
+def test_a_recipe_comes_first(capsys: pytest.CaptureFixture[str], packed: Dataset) -> None:
+    assert run("profile", ["--seconds", "1"]) == 2
+    assert "RECIPE comes first" in capsys.readouterr().err
