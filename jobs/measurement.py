@@ -98,6 +98,7 @@ class Measurement:
     def __init__(self, recipe: Recipe, target: PCATarget | TokenTarget | None, seconds: float, council: Council):
         self.recipe, self.target, self.seconds, self.council = recipe, target, seconds, council
         self.streamed = streamed_by(recipe, council.ranks)
+        self.decodes_on = self.streamed.decode.device  # at once: it complains of a GPU that is not there
         gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         with torch.device("meta"):
@@ -153,13 +154,13 @@ class Measurement:
         rate, window_bytes = self.streamed.augment_rate(self.seconds)
         height, width = self.recipe.model.image_size
         moved = window_bytes + 3 * height * width
-        memory = self.machine.memory_bytes_per_s if self.streamed.decode.device == self.device else None
+        memory = self.machine.memory_bytes_per_s if self.decodes_on == self.device else None
         return Stage(rate, rate * moved, memory and memory / moved, "memory: a window read, an image written")
 
     def _copy(self) -> Stage:
         if self.device.type == "cpu":
             return Stage(None, why="the model is on the CPU, where images are decoded")
-        if self.streamed.decode.device.type == "cuda":
+        if self.decodes_on.type == "cuda":
             return Stage(None, why="images are decoded on the GPU")
         size = self.recipe.model.in_chans * math.prod(self.recipe.model.image_size)
         rate = copy_rate(self.streamed.slices.largest, self.recipe, self.device, self.seconds)
@@ -272,7 +273,7 @@ def figures_of(
     dataset = streamed.dataset
     situation = Situation(
         on_gpu=measurement.device.type == "cuda",
-        decodes_on_gpu=streamed.decode.device.type == "cuda",
+        decodes_on_gpu=measurement.decodes_on.type == "cuda",
         threads=streamed.threads,
         cores=ranks.threads,
         world_size=ranks.world_size,

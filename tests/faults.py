@@ -151,7 +151,7 @@ def slow_storage(seconds: str) -> None:
         assert isinstance(dataset, Dataset)
         return Dataset.open_storage(SlowStorage.over(dataset, float(seconds))), order
 
-    jobs.measurement.open_data = open_data
+    jobs.measurement.open_data = open_data  # type: ignore[assignment]
 
 
 @_fault
