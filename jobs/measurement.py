@@ -3,6 +3,7 @@
 The figures are a dictionary of plain values, as its `--json` has them (docs/profiling.md).
 """
 
+import gc
 import math
 import os
 import platform
@@ -167,6 +168,7 @@ class Measurement:
         return Stage(rate, rate * size, copy_bytes_per_s(self.device) / size, "from pinned memory")
 
     def _step(self) -> Stage:
+        gc.collect()  # decoders hold themselves in circles, and on a GPU memory with them
         model = bare_model(self.recipe, self.target, self.device)
         batch = Images.made(self.streamed.slices.largest, self.recipe, self.device)
         rate = step_rate(model, batch, self.device, self.seconds)

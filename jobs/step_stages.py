@@ -69,7 +69,11 @@ def copy_rate(count: int, recipe: Recipe, device: torch.device, seconds: float) 
 
 
 def step_rate(model: MAE, batch: Images, device: torch.device, seconds: float) -> float:
-    """Images/s forward and backward. RecipeError when a micro-batch does not fit, which tells the largest that does."""
+    """Images/s forward and backward, by the median step.
+
+    Raises:
+        RecipeError: the micro-batch does not fit; the line tells the largest that does.
+    """
 
     def run(images: Tensor, keys: Tensor) -> None:
         model(images, keys).backward()
@@ -77,8 +81,15 @@ def step_rate(model: MAE, batch: Images, device: torch.device, seconds: float) -
             parameter.grad = None
         synchronise(device)
 
+    def step(_: int) -> None:
+        began = time.perf_counter()
+        run(*batch)
+        times.append(time.perf_counter() - began)
+
+    times: list[float] = []
     try:
-        return rate(lambda _: run(*batch), len(batch.keys), seconds, _WARM_UP)
+        rate(step, len(batch.keys), seconds, _WARM_UP)
+        return len(batch.keys) / statistics.median(times[_WARM_UP:])
     except torch.OutOfMemoryError:
         pass  # outside of the handler, whose traceback keeps the activations alive
     model.zero_grad(set_to_none=True)
