@@ -1,0 +1,130 @@
+"""Bytes that training takes on one rank, from the configuration: activations of an image, and the state under ZeRO.
+
+Activations are what autograd keeps for the backward pass and what the backward pass holds beside it at its peak, with
+fused attention, counted tensor by tensor (as Korthikanti et al. 2022, arXiv 2205.05198, section 4, do for GPT). The
+state is that of mixed-precision Adam (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1) as DeepSpeed lays it out
+for bf16 weights and float32 gradient sums; docs/planning.md has each formula with its check.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from model.mae import MAE, MAEConfig
+from model.optimise import weight_decay_groups
+
+BUCKET = 500_000_000
+"""Elements of DeepSpeed's `reduce_bucket_size`."""
+PERSISTENT = 100_000
+"""Elements up to which stage 3 never lets go of a gathered parameter (`stage3_param_persistence_threshold`)."""
+LIVE = 1_000_000_000
+"""Elements of other parameters that stage 3 keeps from the forward to the backward pass
+(`stage3_max_live_parameters`, `stage3_max_reuse_distance`)."""
+
+
+class StateBytes(NamedTuple):
+    """One rank's, when gradients are summed and the optimizer is about to step; `gathered` and `buckets` come and go.
+
+    Of stage 3's `gathered`, `persistent` stays for good.
+    """
+
+    weights: int
+    gradients: int
+    master: int
+    """Float32 weights."""
+    moments: int
+    persistent: int
+    gathered: int
+    """Whole weights of stage 3 while a forward or backward pass runs, without the persistent ones."""
+    buckets: int
+    """Where gradients are laid together to be reduced."""
+
+    @property
+    def resident(self) -> int:
+        """What stays, without what comes and goes."""
+        return self.weights + self.gradients + self.master + self.moments + self.persistent
+
+
+def parameter_groups(config: MAEConfig) -> list[list[int]]:
+    """Elements of each trained tensor, by the optimizer's groups."""
+    with torch.device("meta"):
+        groups = weight_decay_groups(MAE(config), 0.05)
+    return [[parameter.numel() for parameter in group["params"]] for group in groups]
+
+
+def parameter_count(config: MAEConfig) -> int:
+    """Trained elements."""
+    return sum(map(sum, parameter_groups(config)))
+
+
+def state_bytes(config: MAEConfig, stage: int, ranks: int) -> StateBytes:
+    """State of one of `ranks` ranks under ZeRO `stage` 1, 2 or 3.
+
+    Stages 1 and 2 lay each group of the optimizer flat and fill it up to a multiple of 2 x ranks elements; stage 3 fills
+    each parameter up to a multiple of ranks. Stage 1 sums whole gradients in float32 beside autograd's in bf16.
+    """
+    groups = parameter_groups(config)
+    sizes = [size for group in groups for size in group]
+    count = sum(sizes)
+    if stage == 3:
+        share = sum(-(-size // ranks) for size in sizes)
+        kept = sum(-(-size // ranks) * ranks for size in sizes if size <= PERSISTENT)
+        others = sum(-(-size // ranks) * ranks for size in sizes if size > PERSISTENT)
+        return StateBytes(
+            2 * share, 4 * share, 4 * share, 8 * share, 2 * kept, 2 * min(others, LIVE), 4 * (BUCKET + min(count, BUCKET))
+        )
+    flat = sum(-(-sum(group) // (2 * ranks)) * 2 * ranks for group in groups)
+    share = flat // ranks
+    if stage == 2:
+        return StateBytes(2 * flat, 4 * share, 4 * share, 8 * share, 0, 0, 2 * BUCKET + 4 * min(count, BUCKET))
+    return StateBytes(2 * flat, 4 * flat + 2 * count, 4 * share, 8 * share, 0, 0, 4 * min(count, BUCKET))
+
+
+class _Stack(NamedTuple):
+    """A row of equal blocks, in bytes of one image."""
+
+    depth: int
+    stream: int
+    """The residual stream between two blocks."""
+    kept: int
+    """What one block keeps for its backward pass, its input among it."""
+    working: int
+    """What its backward pass holds beside that at its peak: gradients of the stream and of the MLP's inside."""
+
+    @classmethod
+    def of(cls, tokens: int, dim: int, heads: int, depth: int, mlp_ratio: float, element: int) -> "_Stack":
+        stream = tokens * dim * element
+        # Inputs of both norms, both their outputs, query, key, value, the attention's output: 8 streams; before and
+        # after GELU: 2 x mlp_ratio. Mean and deviation of two norms and the attention's log-sum-exp are float32.
+        kept = round((8 + 2 * mlp_ratio) * stream) + tokens * 4 * (2 * 2 + heads)
+        return cls(depth, stream, kept, round((1 + mlp_ratio) * stream))
+
+    def all_kept(self, checkpointing: bool) -> int:
+        return self.depth * (self.stream if checkpointing else self.kept)
+
+    def peak(self, checkpointing: bool) -> int:
+        """With the last block's backward pass under way."""
+        recomputed = self.kept - self.stream if checkpointing else 0
+        return self.all_kept(checkpointing) + recomputed + self.working
+
+
+def activation_bytes(config: MAEConfig, checkpointing: bool, element: int) -> int:
+    """What one more image adds to the peak of forward and backward; numbers of `element` bytes (2: bf16, 4: float32).
+
+    Images, target and loss are float32 whatever `element` is.
+    """
+    places, removed = 1 + config.num_patches, config.num_patches - config.keep
+    seen = places if config.encoder_mask_tokens else 1 + config.keep
+    encoder = _Stack.of(seen, config.dim, config.heads, config.depth, config.mlp_ratio, element)
+    decoder = _Stack.of(
+        places, config.decoder_dim, config.decoder_heads, config.decoder_depth, config.mlp_ratio, element
+    )
+    pixels = config.num_patches * config.patch_dim + config.keep * config.patch_dim * element  # bytes in, patches kept
+    between = 2 * encoder.stream  # input and output of the encoder's norm
+    head = (decoder.stream + removed * config.decoder_dim * element) + 3 * 4 * removed * config.target_dim
+    whole = pixels + encoder.all_kept(checkpointing) + between + decoder.all_kept(checkpointing)
+    return max(
+        whole + head,  # the loss's backward: prediction, target and the gradient
+        pixels + encoder.all_kept(checkpointing) + between + decoder.peak(checkpointing),
+        pixels + encoder.peak(checkpointing),
+    )
