@@ -19,6 +19,8 @@ COMMANDS = {
     "table2": "the paper's table 2 on this machine, and the hours of its 800 epochs",
     "fit-pca": 'the components of the target "pca", from a dataset\'s patches',
     "fit-tokenizer": 'train the discrete VAE whose codes the target "token" asks for',
+    "plan": "memory, speed, hours and the bound of a run, on hardware that need not be at hand",
+    "tune": "the fastest engine and loader settings for a recipe on this machine, as a file laid over it",
     "pretrain": "train a masked autoencoder from a recipe, or go on with a run",
     "launch": "pretrain on many ranks, here or on many hosts; starts them again after a failure",
     "runs": "the runs of a folder and how they stand",

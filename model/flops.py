@@ -47,6 +47,13 @@ def training_flops(config: MAEConfig) -> int:
     return forward_flops(config) + sum(backward_by_part(config))
 
 
+def recomputed_flops(config: MAEConfig) -> int:
+    """What activation checkpointing adds to `training_flops` of one image: its blocks forward once more."""
+    encoder, decoder, _ = forward_by_part(config)
+    seen = 1 + (config.num_patches if config.encoder_mask_tokens else config.keep)
+    return encoder - _embed_flops(config) + decoder - 2 * seen * config.dim * config.decoder_dim
+
+
 def _embed_flops(config: MAEConfig) -> int:
     return 2 * config.keep * config.patch_dim * config.dim
 

@@ -128,3 +128,46 @@ def activation_bytes(config: MAEConfig, checkpointing: bool, element: int) -> in
         pixels + encoder.all_kept(checkpointing) + between + decoder.peak(checkpointing),
         pixels + encoder.peak(checkpointing),
     )
+
+
+def moved_bytes(config: MAEConfig, checkpointing: bool, element: int) -> int:
+    """What the blocks' operators between matrix products read and write in memory for one image, forward and backward.
+
+    In streams (tokens x dim) a block. Forward: two norms 4, two residual sums 6, GELU 2 x mlp_ratio. Backward: norms 6,
+    sums of gradients 6, GELU 3 x mlp_ratio, gradients of biases 5 + mlp_ratio. Fused attention moves nothing here.
+    """
+    seen = 1 + (config.num_patches if config.encoder_mask_tokens else config.keep)
+    streams = config.depth * seen * config.dim + config.decoder_depth * (1 + config.num_patches) * config.decoder_dim
+    forward, backward = 10 + 2 * config.mlp_ratio, 17 + 4 * config.mlp_ratio
+    return round(streams * element * (forward * (2 if checkpointing else 1) + backward))
+
+
+class Traffic(NamedTuple):
+    """Bytes of a rank's collectives in one optimizer step, by kind: of what is reduced, or of the gathered whole."""
+
+    all_reduced: int
+    reduce_scattered: int
+    gathered: int
+
+    def sent(self, ranks: int) -> float:
+        """What each rank sends around a ring (Thakur et al. 2005; NCCL's tests count alike)."""
+        return (2 * self.all_reduced + self.reduce_scattered + self.gathered) * (ranks - 1) / ranks
+
+
+def traffic(config: MAEConfig, stage: int, ranks: int, micro_batches: int) -> Traffic:
+    """What DeepSpeed 0.19.8 sends under ZeRO `stage`: gradients in float32, weights in bf16.
+
+    Stage 1 reduces once a step, stages 2 and 3 every micro-batch, stage 2 by an all-reduce of which each rank keeps its
+    part. Stage 3 gathers large weights for every forward pass and keeps them (up to `LIVE` elements) until the backward
+    pass is through; beyond that it gathers them twice.
+    """
+    groups = parameter_groups(config)
+    sizes = [size for group in groups for size in group]
+    if stage == 3:
+        filled = [-(-size // ranks) * ranks for size in sizes]
+        small = sum(each for each, size in zip(filled, sizes, strict=True) if size <= PERSISTENT)
+        large = sum(filled) - small
+        again = micro_batches * (1 if large <= LIVE else 2)
+        return Traffic(0, 4 * sum(filled) * micro_batches, 2 * (small + again * large))
+    flat = sum(-(-sum(group) // (2 * ranks)) * 2 * ranks for group in groups)
+    return Traffic(4 * (flat if stage == 1 else sum(sizes) * micro_batches), 0, 2 * flat)
