@@ -52,7 +52,14 @@ def _sheet(name: str, part: str, *figures: float) -> Device:
     flops_per_s = datasheet_flops_per_s(part, torch.bfloat16)
     assert flops_per_s is not None
     return Device(
-        name, flops_per_s, memory_gb * 1e9, memory_gb_per_s * 1e9, 8, link_gb_per_s * 1e9, network_gb_per_s * 1e9, decode
+        name,
+        flops_per_s,
+        memory_gb * 1e9,
+        memory_gb_per_s * 1e9,
+        8,
+        link_gb_per_s * 1e9,
+        network_gb_per_s * 1e9,
+        decode,
     )
 
 

@@ -1,4 +1,4 @@
-"""`maelstream plan --model vit-h14 --gpus 256 --gpu h100 --dataset-size 1.28M`: what a run will take, before it is paid for.
+"""`maelstream plan --model vit-h14 --gpus 256 --gpu h100 --dataset-size 1.28M`: what a run will take, before it starts.
 
 Formulas alone: memory of a rank under ZeRO 1 to 3, the largest micro-batch, the parts of a step and what bounds it,
 images/s, bytes/s from storage, hours. Sources and checks: docs/planning.md.
@@ -81,7 +81,7 @@ class Memory(NamedTuple):
     image: int
     """Activations of one image."""
     largest: int
-    """Micro-batch; 0 where the state does not fit."""
+    """Micro-batch that fits beside the state, which may be more than the rank's share of a batch; 0: none does."""
 
 
 class Step(NamedTuple):
@@ -101,7 +101,12 @@ class Step(NamedTuple):
     def parts(self) -> dict[str, float]:
         """What bounds the run, with the seconds that each takes alone."""
         compute = self.products + self.moves + self.optimizer
-        parts = {"compute": compute, "communication": self.communication, "decode": self.decode, "storage": self.storage}
+        parts = {
+            "compute": compute,
+            "communication": self.communication,
+            "decode": self.decode,
+            "storage": self.storage,
+        }
         return {name: seconds for name, seconds in parts.items() if seconds is not None}
 
     @property
@@ -122,11 +127,11 @@ class Step(NamedTuple):
 
 
 def memory_of(job: Job, device: Device, stage: int, checkpointing: bool) -> Memory:
-    """What a rank holds, and how many images fit beside it; a rank's share of the batch at most."""
+    """What a rank holds, and how many images fit beside it."""
     state = state_bytes(job.model, stage, job.ranks)
     image = activation_bytes(job.model, checkpointing, device.element)
-    free = device.memory_bytes - RESERVED_BYTES - state.resident - state.gathered - state.buckets
-    return Memory(state, image, max(0, min(int(free // image), job.batch_size // job.ranks)))
+    free = device.memory_bytes - RESERVED_BYTES - sum(state)
+    return Memory(state, image, max(0, int(free // image)))
 
 
 def micro_batches_of(job: Job, largest: int) -> int:
@@ -147,9 +152,7 @@ def step_of(job: Job, device: Device, micro_batches: int) -> Step:
         optimizer=ADAMW_BYTES * parameter_count(job.model) / job.ranks / memory_bytes_per_s,
         communication=0.0 if job.ranks == 1 else None if ring is None else sent / ring,
         decode=None if device.decode_images_per_s is None else images / device.decode_images_per_s,
-        storage=None
-        if job.storage_bytes_per_s is None
-        else job.batch_size * job.image_bytes / job.storage_bytes_per_s,
+        storage=None if job.storage_bytes_per_s is None else job.batch_size * job.image_bytes / job.storage_bytes_per_s,
     )
 
 
@@ -210,28 +213,24 @@ def gigabytes(count: float) -> str:
 
 def memory_table(job: Job, device: Device) -> Table:
     """One rank's memory at each stage of ZeRO, and what fits beside it."""
-    columns = ("weights", "gradients", "master", "moments", "gathered", "buckets", "all", "micro-batch", "checkpointing")
-    table = Table("ZeRO", *columns, title=f"GB of one {device.name} of {job.ranks:,}, and the largest micro-batch")
-    for stage in (1, 2, 3):
-        plain, saving = (memory_of(job, device, stage, checkpointing) for checkpointing in (False, True))
-        state = plain.state
-        row = (
-            *(state.weights, state.gradients, state.master, state.moments),
-            *(state.persistent + state.gathered, state.buckets, state.resident + state.gathered + state.buckets),
-        )
-        fits = (f"{each.largest:,}" if each.largest else "does not fit" for each in (plain, saving))
-        table.add_row(str(stage), *map(gigabytes, row), *fits, style="bold" if stage == job.stage else "")
+    stages = (1, 2, 3)
+    plain, saving = ([memory_of(job, device, stage, each) for stage in stages] for each in (False, True))
+    title = f"GB of one {device.name} of {job.ranks:,}; {device.memory_bytes / 1e9:,.0f} are there"
+    table = Table("", *(f"ZeRO {stage}{' *' if stage == job.stage else ''}" for stage in stages), title=title)
+    for name in StateBytes._fields:
+        table.add_row(name, *(gigabytes(getattr(each.state, name)) for each in plain))
+    table.add_row("all", *(gigabytes(sum(each.state)) for each in plain), style="bold")
+    for name, memories in {"largest micro-batch": plain, "with activation checkpointing": saving}.items():
+        table.add_row(name, *(f"{each.largest:,}" if each.largest else "does not fit" for each in memories))
     return table
 
 
 def step_table(step: dict[str, float | None], seconds: float) -> Table:
-    """The parts of a step in milliseconds."""
+    """The parts of a step."""
     table = Table("part of a step", "ms", "of the step")
     for name, part in step.items():
-        if part is None:
-            table.add_row(name, "not known", "")
-        else:
-            table.add_row(name, f"{1e3 * part:,.2f}", f"{part / seconds:.0%}")
+        known = ("not known", "") if part is None else (f"{1e3 * part:,.2f}", f"{part / seconds:.0%}")
+        table.add_row(name, *known)
     return table
 
 
@@ -289,13 +288,13 @@ def main(args: Sequence[str]) -> int:
     memory = memory_of(job, device, job.stage, job.checkpointing)
     if memory.largest < (command.micro_batch_size or 1):
         fits = f"micro-batches up to {memory.largest}" if memory.largest else "no image"
-        held = memory.state.resident + memory.state.gathered + memory.state.buckets
         raise RecipeError(
-            f"one {device.name} fits {fits} beside {gigabytes(held)} GB of state at ZeRO {job.stage}, with "
-            f"{memory.image / 1e6:,.1f} MB of activations an image; take a smaller micro-batch, more GPUs, another "
+            f"one {device.name} fits {fits} beside {gigabytes(sum(memory.state))} GB of state at ZeRO {job.stage}, "
+            f"with {memory.image / 1e6:,.1f} MB of activations an image; take a smaller micro-batch, more GPUs, another "
             "--zero or --activation-checkpointing"
         )
-    figures = figures_of(job, device, command.micro_batch_size or memory.largest)
+    share = math.ceil(job.batch_size / job.ranks)
+    figures = figures_of(job, device, min(command.micro_batch_size or memory.largest, share))
     if command.json:
         stages = {stage: memory_of(job, device, stage, job.checkpointing) for stage in (1, 2, 3)}
         state = {f"zero_{stage}": each.state._asdict() | {"largest": each.largest} for stage, each in stages.items()}

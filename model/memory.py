@@ -60,8 +60,8 @@ def parameter_count(config: MAEConfig) -> int:
 def state_bytes(config: MAEConfig, stage: int, ranks: int) -> StateBytes:
     """State of one of `ranks` ranks under ZeRO `stage` 1, 2 or 3.
 
-    Stages 1 and 2 lay each group of the optimizer flat and fill it up to a multiple of 2 x ranks elements; stage 3 fills
-    each parameter up to a multiple of ranks. Stage 1 sums whole gradients in float32 beside autograd's in bf16.
+    Stages 1 and 2 lay each group of the optimizer flat and fill it up to a multiple of 2 x ranks elements; stage 3
+    fills each parameter up to a multiple of ranks. Stage 1 sums whole gradients in float32 beside autograd's in bf16.
     """
     groups = parameter_groups(config)
     sizes = [size for group in groups for size in group]
@@ -71,7 +71,13 @@ def state_bytes(config: MAEConfig, stage: int, ranks: int) -> StateBytes:
         kept = sum(-(-size // ranks) * ranks for size in sizes if size <= PERSISTENT)
         others = sum(-(-size // ranks) * ranks for size in sizes if size > PERSISTENT)
         return StateBytes(
-            2 * share, 4 * share, 4 * share, 8 * share, 2 * kept, 2 * min(others, LIVE), 4 * (BUCKET + min(count, BUCKET))
+            2 * share,
+            4 * share,
+            4 * share,
+            8 * share,
+            2 * kept,
+            2 * min(others, LIVE),
+            4 * (BUCKET + min(count, BUCKET)),
         )
     flat = sum(-(-sum(group) // (2 * ranks)) * 2 * ranks for group in groups)
     share = flat // ranks

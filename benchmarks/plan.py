@@ -1,0 +1,206 @@
+"""What `maelstream plan` computes beside what this machine does: predicted over measured, part by part.
+
+    python -m benchmarks.plan [--json FILE]                   # all parts, about five minutes on two cores
+    python -m benchmarks.plan --parts state traffic
+
+activations  Bytes that one more image adds, as benchmarks/step.py measures them (its part `memory`).
+state        Every tensor that lives in an engine of two ranks when the optimizer is about to step, ZeRO 1, 2 and 3.
+traffic      Bytes of those ranks' collectives in that step, two micro-batches.
+step         Seconds of forward + backward + AdamW, from FLOPs and this machine's measured products and memory.
+"""
+
+import functools
+import gc
+import json
+import os
+import socket
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch.multiprocessing.spawn import spawn
+
+from benchmarks.step import BASE, HUGE, LARGE, adamw, bytes_per_image, seconds_of, training_step
+from jobs.devices import this_machine
+from jobs.engine import build_engine, build_model
+from jobs.plan import Job, step_of
+from jobs.ranks import process_group, ranks_from_environment
+from jobs.recipe import EngineConfig, OptimConfig, Recipe
+from model.mae import MAE, MAEConfig
+from model.memory import BUCKET, activation_bytes, state_bytes, traffic
+from model.optimise import weight_decay_groups
+from pipeline.line import Slices
+
+SMALL = MAEConfig(dim=384, heads=6)
+# Sizes that do not divide by two, and stage 3's large and small parameters alike.
+ODD = MAEConfig(
+    image_size=(20, 20), patch_size=5, dim=264, depth=2, heads=4, decoder_dim=36, decoder_depth=1, decoder_heads=4
+)
+RANKS, MICRO_BATCHES, STAGES = 2, 2, (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Options:
+    parts: tuple[Literal["activations", "state", "traffic", "step"], ...] = ("activations", "state", "traffic", "step")
+    batch: int = 4
+    """Images of part step."""
+    rounds: int = 3
+    json: Path | None = None
+    """Write every figure, too."""
+
+
+def tensors_alive() -> dict[int, int]:
+    """Bytes of every storage that a tensor known to Python, or its gradient, lies in."""
+    gc.collect()
+    sizes = {}
+    for found in gc.get_objects():
+        if isinstance(found, torch.Tensor):
+            for each in (found, found.grad if found.is_leaf else None):
+                if each is not None and each.device.type != "meta":
+                    sizes[each.untyped_storage()._cdata] = each.untyped_storage().nbytes()
+    return sizes
+
+
+class Collectives:
+    """Counts the bytes that pass through torch.distributed: of what is reduced, and of what is gathered."""
+
+    NAMES = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
+
+    def __init__(self) -> None:
+        self.bytes = dict.fromkeys(self.NAMES, 0)
+        for name in self.NAMES:
+            setattr(torch.distributed, name, self._counting(name, getattr(torch.distributed, name)))
+
+    def _counting(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            whole = max(each.nbytes for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor))
+            if whole > 16:  # norms and overflow flags are single numbers
+                self.bytes[name] += whole
+            return call(*args, **kwargs)
+
+        return counted
+
+
+def _rank(rank: int, port: int, config: MAEConfig, out: str) -> None:
+    """Body of a rank: an engine of each stage takes two steps; rank 0 writes what it saw before the second update."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    collectives, found = Collectives(), {}
+    images = torch.zeros(2, config.in_chans, *config.image_size, dtype=torch.uint8)
+    keys = torch.arange(2)
+    with process_group(ranks_from_environment(), 120):
+        for stage in STAGES:
+            before = tensors_alive()
+            recipe = Recipe(model=config, optim=OptimConfig(batch_size=8), engine=EngineConfig(zero=stage))
+            model = build_model(recipe, None)
+            engine = build_engine(recipe, Slices(8, RANKS, MICRO_BATCHES), model)
+            buffers = sum(buffer.nbytes for buffer in model.buffers())
+            for _ in range(2):  # moments come with the first update
+                collectives.bytes = dict.fromkeys(Collectives.NAMES, 0)
+                for number in range(MICRO_BATCHES):
+                    engine.backward(engine(images, keys))
+                    if number + 1 < MICRO_BATCHES:
+                        engine.step()
+                alive = {key: size for key, size in tensors_alive().items() if key not in before}
+                engine.step()
+            numbers = sum(size for size in alive.values() if size <= 8)  # losses, step counts, flags
+            found[stage] = {"state": sum(alive.values()) - numbers - buffers, "traffic": collectives.bytes}
+            engine.destroy()
+            del engine, model
+    if rank == 0:
+        Path(out).write_text(json.dumps(found))
+
+
+def engines(config: MAEConfig) -> dict[int, dict[str, Any]]:
+    """By stage, of real engines on two ranks: `state`, bytes; `traffic`, bytes by collective."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        out, port = f"{folder}/found.json", free.getsockname()[1]
+        free.close()
+        spawn(_rank, (port, config, out), nprocs=RANKS)
+        return {int(stage): found for stage, found in json.loads(Path(out).read_text()).items()}
+
+
+def part_activations() -> dict[str, tuple[float, float]]:
+    rows = {}
+    for name, config in {"B/16": BASE, "L/16": LARGE, "H/14": HUGE}.items():
+        for checkpointing in (False, True):
+            measured = bytes_per_image(config, checkpointing, torch.device("cpu"), bf16=False)
+            suffix = ", checkpointing" if checkpointing else ""
+            rows[f"{name}{suffix}, MB an image"] = activation_bytes(config, checkpointing, 4) / 1e6, measured / 1e6
+            gc.collect()
+    return rows
+
+
+def part_state(found: dict[int, dict[str, Any]], config: MAEConfig) -> dict[str, tuple[float, float]]:
+    return {
+        f"ZeRO {stage}, bytes a rank": (predicted_state(config, stage), found[stage]["state"]) for stage in STAGES
+    }
+
+
+def predicted_state(config: MAEConfig, stage: int) -> int:
+    """What stays, and of the buckets the one that stage 3 keeps (float32)."""
+    state = state_bytes(config, stage, RANKS)
+    return state.resident + (4 * BUCKET if stage == 3 else 0)
+
+
+def part_traffic(found: dict[int, dict[str, Any]], config: MAEConfig) -> dict[str, tuple[float, float]]:
+    rows = {}
+    for stage in STAGES:
+        predicted = traffic(config, stage, RANKS, MICRO_BATCHES)
+        measured = found[stage]["traffic"]
+        for name, each in zip(Collectives.NAMES, predicted, strict=True):
+            if each or measured[name]:
+                rows[f"ZeRO {stage}, {name}, bytes a step"] = each, measured[name]
+    return rows
+
+
+def part_step(batch: int, rounds: int) -> dict[str, tuple[float, float]]:
+    rows, cpu = {}, torch.device("cpu")
+    for name, config in {"S/16": SMALL, "B/16": BASE, "L/16": LARGE}.items():
+        model = MAE(config)
+        step = training_step(model, adamw(weight_decay_groups(model, 0.05)), bf16=False)
+        # Rates before and after: a shared machine is not equally fast all the time.
+        devices = [this_machine()]
+        measured = seconds_of({name: step}, batch, cpu, rounds)[name]
+        devices.append(this_machine())
+        job = Job(config, 1, 1, batch, False, 0, 0, None)
+        predicted = statistics.mean(step_of(job, device, 1).seconds for device in devices)
+        rows[f"{name}, s of a step of {batch} images"] = predicted, measured
+        del model, step
+        gc.collect()
+    return rows
+
+
+def main() -> None:
+    """Prints one table."""
+    options = tyro.cli(Options)
+    parts: dict[str, dict[str, tuple[float, float]]] = {}
+    if "activations" in options.parts:
+        parts["activations"] = part_activations()
+    if {"state", "traffic"} & set(options.parts):
+        found = engines(ODD)
+        parts |= {"state": part_state(found, ODD)} if "state" in options.parts else {}
+        parts |= {"traffic": part_traffic(found, ODD)} if "traffic" in options.parts else {}
+    if "step" in options.parts:
+        parts["step"] = part_step(options.batch, options.rounds)
+    table = Table("", "predicted", "measured", "ratio")
+    for rows in parts.values():
+        for name, (predicted, measured) in rows.items():
+            digits = ",.0f" if "bytes" in name else ",.2f"
+            table.add_row(name, f"{predicted:{digits}}", f"{measured:{digits}}", f"{predicted / measured:.3f}")
+    Console().print(table)
+    if options.json is not None:
+        options.json.write_text(json.dumps(parts, indent=1))
+
+
+if __name__ == "__main__":
+    main()
