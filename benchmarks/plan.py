@@ -91,7 +91,13 @@ class Collectives:
 
 def _rank(rank: int, port: int, config: MAEConfig, out: str) -> None:
     """Body of a rank: an engine of each stage takes two steps; rank 0 writes what it saw before the second update."""
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_PORT": port}
+    environment = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": RANKS,
+        "LOCAL_WORLD_SIZE": RANKS,
+        "MASTER_PORT": port,
+    }
     os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
     collectives, found = Collectives(), {}
     images = torch.zeros(2, config.in_chans, *config.image_size, dtype=torch.uint8)
@@ -141,9 +147,7 @@ def part_activations() -> dict[str, tuple[float, float]]:
 
 
 def part_state(found: dict[int, dict[str, Any]], config: MAEConfig) -> dict[str, tuple[float, float]]:
-    return {
-        f"ZeRO {stage}, bytes a rank": (predicted_state(config, stage), found[stage]["state"]) for stage in STAGES
-    }
+    return {f"ZeRO {stage}, bytes a rank": (predicted_state(config, stage), found[stage]["state"]) for stage in STAGES}
 
 
 def predicted_state(config: MAEConfig, stage: int) -> int:

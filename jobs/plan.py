@@ -290,8 +290,8 @@ def main(args: Sequence[str]) -> int:
         fits = f"micro-batches up to {memory.largest}" if memory.largest else "no image"
         raise RecipeError(
             f"one {device.name} fits {fits} beside {gigabytes(sum(memory.state))} GB of state at ZeRO {job.stage}, "
-            f"with {memory.image / 1e6:,.1f} MB of activations an image; take a smaller micro-batch, more GPUs, another "
-            "--zero or --activation-checkpointing"
+            f"with {memory.image / 1e6:,.1f} MB of activations an image; take a smaller micro-batch, more GPUs, "
+            "another --zero or --activation-checkpointing"
         )
     share = math.ceil(job.batch_size / job.ranks)
     figures = figures_of(job, device, min(command.micro_batch_size or memory.largest, share))
