@@ -118,7 +118,7 @@ def _rank(rank: int, port: int, config: MAEConfig, out: str) -> None:
                 alive = {key: size for key, size in tensors_alive().items() if key not in before}
                 engine.step()
             numbers = sum(size for size in alive.values() if size <= 8)  # losses, step counts, flags
-            found[stage] = {"state": sum(alive.values()) - numbers - buffers, "traffic": collectives.bytes}
+            found[stage] = {"state": sum(alive.values()) - numbers - buffers, "traffic": dict(collectives.bytes)}
             engine.destroy()
             del engine, model
     if rank == 0:

@@ -6,6 +6,7 @@ state is that of mixed-precision Adam (Rajbhandari et al. 2020, arXiv 1910.02054
 for bf16 weights and float32 gradient sums; docs/planning.md has each formula with its check.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -45,11 +46,12 @@ class StateBytes(NamedTuple):
         return self.weights + self.gradients + self.master + self.moments + self.persistent
 
 
-def parameter_groups(config: MAEConfig) -> list[list[int]]:
+@lru_cache(16)
+def parameter_groups(config: MAEConfig) -> tuple[tuple[int, ...], ...]:
     """Elements of each trained tensor, by the optimizer's groups."""
     with torch.device("meta"):
         groups = weight_decay_groups(MAE(config), 0.05)
-    return [[parameter.numel() for parameter in group["params"]] for group in groups]
+    return tuple(tuple(parameter.numel() for parameter in group["params"]) for group in groups)
 
 
 def parameter_count(config: MAEConfig) -> int:

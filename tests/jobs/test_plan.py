@@ -1,0 +1,120 @@
+"""Planning: state and traffic against real engines on two ranks, to the byte; steps, bounds and what is refused."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.plan import MICRO_BATCHES, ODD, RANKS, Collectives, engines, predicted_state
+from jobs.command import run
+from jobs.devices import DEVICES, Device
+from jobs.plan import MODELS, Job, Step, count_of, memory_of, micro_batches_of, step_of
+from jobs.recipe import RecipeError
+from model.memory import traffic
+
+JOB = Job(MODELS["vit-l16"], 8, 1, 4096, False, 1e9, 110_000, None)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[int, dict[str, Any]]:
+    return engines(ODD)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_state_is_that_of_a_real_engine_to_the_byte(found: dict[int, dict[str, Any]], stage: int) -> None:
+    assert predicted_state(ODD, stage) == found[stage]["state"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_traffic_is_that_of_a_real_engine_to_the_byte(found: dict[int, dict[str, Any]], stage: int) -> None:
+    predicted = traffic(ODD, stage, RANKS, MICRO_BATCHES)
+    assert dict(zip(Collectives.NAMES, predicted, strict=True)) == found[stage]["traffic"]
+
+
+def test_computing_and_communicating_take_turns_and_data_come_beside_them() -> None:
+    step = Step(products=1.0, moves=0.25, optimizer=0.25, communication=0.5, decode=1.5, storage=None)
+    assert (step.seconds, step.bound) == (2.0, "compute")
+    assert step._replace(communication=3.0).bound == "communication"
+    slow = step._replace(storage=4.0)
+    assert (slow.seconds, slow.bound) == (4.0, "storage")
+    assert step._replace(decode=2.0).bound == "decode"
+
+
+def test_what_is_not_known_bounds_nothing() -> None:
+    step = Step(1.0, 0.0, 0.0, None, None, None)
+    assert (step.seconds, step.bound) == (1.0, "compute")
+
+
+def test_twice_the_gpus_halve_the_arithmetic_and_checkpointing_adds_up_to_a_third() -> None:
+    one, two = (step_of(JOB._replace(ranks=ranks), DEVICES["h100"], 8) for ranks in (8, 16))
+    assert one.products == pytest.approx(2 * two.products) and one.decode == pytest.approx(2 * (two.decode or 0))
+    saving = step_of(JOB._replace(checkpointing=True), DEVICES["h100"], 8)
+    assert 1.25 < saving.products / one.products < 4 / 3
+
+
+def test_a_ring_is_as_fast_as_its_narrowest_part() -> None:
+    device = Device("x", 1e15, 8e10, 3e12, node=8, link_bytes_per_s=400.0, network_bytes_per_s=10.0, bandwidth_share=1)
+    assert device.ring_bytes_per_s(8) == 400 and device.ring_bytes_per_s(16) == 80
+    assert Device("x", 1e15, 8e10, 3e12).ring_bytes_per_s(2) is None
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
+    device = DEVICES["h100"]
+    memory = memory_of(JOB, device, 1, False)
+    free = device.memory_bytes - 4e9 - sum(memory.state)
+    assert memory.largest * memory.image <= free < (memory.largest + 1) * memory.image
+    assert memory_of(JOB, device, 1, True).largest > 5 * memory.largest
+
+
+def test_a_step_is_cut_as_training_cuts_it() -> None:
+    assert micro_batches_of(JOB, 512) == 1 and micro_batches_of(JOB, 511) == 2
+    assert micro_batches_of(JOB._replace(ranks=3), 64) == math.ceil(1366 / 64)
+
+
+def test_the_command_tells_memory_step_rate_hours_and_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", "vit-h14", "--gpus", "256", "--gpu", "h100", "--dataset-size", "1.28M"]
+    assert run("plan", options) == 0
+    said = capsys.readouterr().out
+    for word in ("ZeRO 3", "largest micro-batch", "images/s", "GB/s from storage", "hours", "the bound: communication"):
+        assert word in " ".join(said.split())
+
+
+def test_figures_for_machines(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text("model: {dim: 192, depth: 12, heads: 3}\n")
+    options = ["--model", str(recipe), "--gpus", "1", "--dataset-size", "5B", "--epochs", "2", "--json"]
+    assert run("plan", [*options, "--storage-gb-per-s", "0.011"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["bound"] == "storage" and figures["images_per_s"] == pytest.approx(100)
+    assert figures["hours"] == pytest.approx(1e10 / 100 / 3600)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("1.28M", 1.28e6), ("400m", 4e8), ("5B", 5e9), ("50k", 5e4), ("1281167", 1281167)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, count: float) -> None:
+    assert count_of(text) == pytest.approx(count)
+
+
+@pytest.mark.parametrize("text", ["", "M", "3Q", "-1M", "0", "nan", "inf"])
+def test_no_size_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="write it as"):
+        count_of(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--gpu", "v1"], "is none of b200, h200, h100, a100, here"),
+        (["--model", "vit-g"], "no recipe"),
+        (["--gpus", "5000"], "cannot be shared by 5000 GPUs"),
+        (["--gpus", "0"], "--gpus 0 must be positive"),
+        (["--model", "vit-h14", "--micro-batch-size", "4096"], "fits micro-batches up to"),
+    ],
+)
+def test_bad_options_are_one_line(capsys: pytest.CaptureFixture[str], options: list[str], complaint: str) -> None:
+    assert run("plan", options) == 2
+    said = capsys.readouterr().err
+    assert complaint in said and said.count("\n") == 1
