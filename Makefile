@@ -7,7 +7,7 @@ SRC ?=
 # 12 on a machine whose driver has no CUDA 13.
 CUDA ?= 13
 
-.PHONY: setup demo test check gpu-check soak
+.PHONY: setup demo test check bench gpu-check soak
 
 setup: .venv/installed
 
@@ -32,6 +32,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Beside the peers of the extra `bench`, where they are installed; ARGS=--quick for a look. Writes docs/measured/.
+bench: setup
+	$(BIN)/python -m benchmarks.run $(if $(SRC),--data '$(SRC)') $(ARGS)
 
 # On a machine with a GPU: the tests of what a CPU cannot show.
 gpu-check: setup

@@ -3,7 +3,8 @@
 Every candidate delivers random-resized crops (scale 0.2-1, bicubic, antialias, flip) of 224 px in batches of 64 to the
 training process: float32 normalised, or bytes where it says uint8. They take turns, round by round, so that a machine
 that slows down slows all of them; the median round counts. DALI's window decode alone, on the same windows, is the
-limit: nothing is resized there, and nothing handed over. A peer that is not installed is left out, and said to be.
+limit: nothing is resized there, and nothing handed over. A peer that is not installed, or fails, is left out, and said
+to be.
 
     python benchmarks/loaders.py --data ../shared/imagenet-sample
 """
@@ -216,11 +217,19 @@ def main() -> None:
         )
         data = Data(options.data, Dataset.open(shards), options.threads)
         rates: dict[str, list[float]] = {name: [] for name in candidates}
+        failures: dict[str, str] = {}
         for _ in range(options.rounds):
             for name, start in candidates.items():
-                with start(data) as batches:
-                    rates[name].append(rate(batches, options.batches))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
+                if name in failures:
+                    continue
+                try:
+                    with start(data) as batches:
+                        rates[name].append(rate(batches, options.batches))
+                except Exception as error:
+                    if name.startswith("maelstream"):
+                        raise
+                    failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    medians = {name: statistics.median(values) for name, values in rates.items() if name not in failures}
     title = f"{len(data.dataset)} images, {options.threads} threads or processes"
     table = Table("loader", "images/s", "our float32 is", "our uint8 is", title=title)
     for name, median in medians.items():
@@ -229,6 +238,8 @@ def main() -> None:
     Console().print(table)
     for name in peers.keys() - candidates.keys():
         print(f"{name}: not installed")
+    for name, failure in failures.items():
+        print(f"{name}: failed, {failure}")
     if options.json is not None:
         options.json.write_text(json.dumps(medians, indent=1))
 

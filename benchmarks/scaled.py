@@ -7,6 +7,7 @@ candidates take turns; the median round counts. Pixels are compared with PIL's f
 """
 
 import io
+import json
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ class Options:
     rounds: int = 3
     batches: int = 12
     """Batches a round and candidate."""
+    json: Path | None = None
+    """Write the figures, too: by side of the crop."""
 
 
 def difference(batch: EncodedBatch, images: torch.Tensor) -> float:
@@ -63,6 +66,7 @@ def main() -> None:
     """Prints one table."""
     options = tyro.cli(Options)
     table = Table("crop", "images/s, full", "images/s, scaled", "ratio", "images scaled", "levels off, full", "scaled")
+    figures: dict[int, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = options.data
         if options.enlarge > 1:
@@ -119,7 +123,16 @@ def main() -> None:
                 f"{side} px", f"{full:,.0f}", f"{scaled:,.0f}", f"{scaled / full:.2f}x", f"{share:.0%}",
                 f"{off[False]:.2f}", f"{off[True]:.2f}",
             )  # fmt: skip
+            figures[side] = {
+                "images/s, full": full,
+                "images/s, scaled": scaled,
+                "share scaled": float(share),
+                "levels off, full": off[False],
+                "levels off, scaled": off[True],
+            }
     Console().print(table)
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":
