@@ -233,7 +233,7 @@ class Trials:
             if "can't allocate memory" in last or OUT_OF_MEMORY in last:
                 return {"failed": OUT_OF_MEMORY}
             return {"failed": last}
-        return json.loads(done.stdout.splitlines()[-1])
+        return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
 
 
 def tune(command: Tune, recipe: Recipe, out: Path, console: Console) -> None:

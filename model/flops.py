@@ -48,10 +48,18 @@ def training_flops(config: MAEConfig) -> int:
 
 
 def recomputed_flops(config: MAEConfig) -> int:
-    """What activation checkpointing adds to `training_flops` of one image: its blocks forward once more."""
-    encoder, decoder, _ = forward_by_part(config)
-    seen = 1 + (config.num_patches if config.encoder_mask_tokens else config.keep)
-    return encoder - _embed_flops(config) + decoder - 2 * seen * config.dim * config.decoder_dim
+    """What activation checkpointing adds to `training_flops` of one image: its blocks forward once more.
+
+    Without each block's last product, whose result nothing in the backward pass asks for: torch stops before it.
+    """
+    everything, kept = 1 + config.num_patches, 1 + config.keep
+    encoder = _recomputed_block(everything if config.encoder_mask_tokens else kept, config.dim, config.mlp_ratio)
+    decoder = _recomputed_block(everything, config.decoder_dim, config.mlp_ratio)
+    return config.depth * encoder + config.decoder_depth * decoder
+
+
+def _recomputed_block(tokens: int, dim: int, mlp_ratio: float) -> int:
+    return _block_flops(tokens, dim, mlp_ratio) - 2 * tokens * int(dim * mlp_ratio) * dim
 
 
 def _embed_flops(config: MAEConfig) -> int:

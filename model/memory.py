@@ -127,14 +127,18 @@ def activation_bytes(config: MAEConfig, checkpointing: bool, element: int) -> in
     decoder = _Stack.of(
         places, config.decoder_dim, config.decoder_heads, config.decoder_depth, config.mlp_ratio, element
     )
-    pixels = config.num_patches * config.patch_dim + config.keep * config.patch_dim * element  # bytes in, patches kept
+    pixels = 4 * config.num_patches * config.patch_dim
+    given = pixels // 4 + config.keep * config.patch_dim * element  # bytes that came in, and kept patches to embed
     between = 2 * encoder.stream  # input and output of the encoder's norm
-    head = (decoder.stream + removed * config.decoder_dim * element) + 3 * 4 * removed * config.target_dim
-    whole = pixels + encoder.all_kept(checkpointing) + between + decoder.all_kept(checkpointing)
+    kept = given + encoder.all_kept(checkpointing) + between + decoder.all_kept(checkpointing)
+    # The blocks' output, its norm of removed places, prediction, target.
+    head = decoder.stream + removed * config.decoder_dim * element + 2 * 4 * removed * config.target_dim
+    # What `MAE.loss` holds until it returns: images and patches, and to make the target of, removed patches twice.
+    held = 2 * pixels + 2 * 4 * removed * config.patch_dim
     return max(
-        whole + head,  # the loss's backward: prediction, target and the gradient
-        pixels + encoder.all_kept(checkpointing) + between + decoder.peak(checkpointing),
-        pixels + encoder.peak(checkpointing),
+        kept + head + held,
+        given + encoder.all_kept(checkpointing) + between + decoder.peak(checkpointing),
+        given + encoder.peak(checkpointing),
     )
 
 

@@ -47,11 +47,11 @@ def test_what_is_not_known_bounds_nothing() -> None:
     assert (step.seconds, step.bound) == (1.0, "compute")
 
 
-def test_twice_the_gpus_halve_the_arithmetic_and_checkpointing_adds_up_to_a_third() -> None:
+def test_twice_the_gpus_halve_the_arithmetic_and_checkpointing_adds_a_fifth() -> None:
     one, two = (step_of(JOB._replace(ranks=ranks), DEVICES["h100"], 8) for ranks in (8, 16))
     assert one.products == pytest.approx(2 * two.products) and one.decode == pytest.approx(2 * (two.decode or 0))
     saving = step_of(JOB._replace(checkpointing=True), DEVICES["h100"], 8)
-    assert 1.25 < saving.products / one.products < 4 / 3
+    assert saving.products / one.products == pytest.approx(1.2, abs=0.05)
 
 
 def test_a_ring_is_as_fast_as_its_narrowest_part() -> None:

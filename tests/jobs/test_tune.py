@@ -1,5 +1,6 @@
 """Tuning: the search with an injected measure, the comparison, the file written; once for real, on a tiny recipe."""
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,10 +167,11 @@ def tiny(packed: Dataset, tmp_path: Path) -> Path:
     return recipe
 
 
-def test_for_real_within_a_small_budget(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_for_real_on_a_tiny_recipe(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     micro_batches = Axis("engine.micro_batch_size", (2, 16), True)
     monkeypatch.setattr("jobs.tune.axes_of", lambda *_: [micro_batches])
-    assert run("tune", [str(tiny), "--minutes", "1", "--trial-seconds", "0.2"]) == 0
+    monkeypatch.setattr("jobs.tune.ROUNDS", 1)
+    assert run("tune", [str(tiny), "--minutes", "5", "--trial-seconds", "0.2"]) == 0
     out = tiny.with_name("tiny.tuned.yaml")
     said = " ".join(capsys.readouterr().out.split())
     assert "2 settings tried" in said and f"written to {out}" in said
@@ -179,11 +181,33 @@ def test_for_real_within_a_small_budget(tiny: Path, monkeypatch: pytest.MonkeyPa
     assert load_recipe(out).engine.micro_batch_size == 16 and "times (medians of" in said
 
 
-def test_a_trial_that_fails_says_why(tiny: Path) -> None:
-    recipe = load_recipe(tiny)
-    trials = Trials(laid_over(recipe, {"data.dataset": "nowhere"}), 0.1, 60, Console(quiet=True))
-    assert trials({"engine.micro_batch_size": 2}) is None
-    assert "nowhere" in trials.failures[0]
+@pytest.mark.parametrize(
+    ("code", "stdout", "stderr", "said"),
+    [
+        (-9, "", "", "out of memory"),
+        (1, "", "Traceback\nRuntimeError: DefaultCPUAllocator: can't allocate memory: 9 bytes", "out of memory"),
+        (0, 'a line of DeepSpeed\n{"failed": "out of memory"}\n', "", "out of memory"),
+        (2, "", "warning\nDatasetError: nowhere is no dataset", "DatasetError: nowhere is no dataset"),
+        (0, 'a line of DeepSpeed\n{"images_per_s": 7.0}\n', "", "7.00 images/s"),
+    ],
+)
+def test_how_a_trial_ends_is_told(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, code: int, stdout: str, stderr: str, said: str
+) -> None:
+    done = subprocess.CompletedProcess([], code, stdout, stderr)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    trials = Trials(load_recipe(tiny), 0.1, 60, Console(width=200))
+    assert trials({"engine.micro_batch_size": 2}) == (7.0 if "7.0" in stdout else None)
+    assert said in capsys.readouterr().out and trials.failures == ([] if "7.0" in stdout else [said])
+
+
+def test_a_trial_that_does_not_end_is_ended(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_slow(*_: object, timeout: float, **__: object) -> None:
+        raise subprocess.TimeoutExpired("trial", timeout)
+
+    monkeypatch.setattr(subprocess, "run", too_slow)
+    trials = Trials(load_recipe(tiny), 0.1, 60, Console(quiet=True))
+    assert trials({"engine.micro_batch_size": 2}) is None and trials.failures == ["more than 60 s"]
 
 
 @pytest.mark.parametrize(
