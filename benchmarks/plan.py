@@ -43,7 +43,8 @@ SMALL = MAEConfig(dim=384, heads=6)
 ODD = MAEConfig(
     image_size=(20, 20), patch_size=5, dim=264, depth=2, heads=4, decoder_dim=36, decoder_depth=1, decoder_heads=4
 )
-RANKS, MICRO_BATCHES, STAGES = 2, 2, (1, 2, 3)
+RANKS, MICRO_BATCHES = 2, 2
+STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 
 
 @dataclass(frozen=True)

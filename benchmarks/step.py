@@ -133,7 +133,10 @@ def steps_of_base(batch: int, device: torch.device, bf16: bool) -> dict[str, Ste
         "its products alone": bare_products(batch, device, bf16),
     }
     if importlib.util.find_spec("transformers"):
-        steps["Hugging Face, sdpa"] = hugging_face(device, bf16)
+        try:
+            steps["Hugging Face, sdpa"] = hugging_face(device, bf16)
+        except Exception as error:
+            print(f"Hugging Face: failed, {type(error).__name__}: {str(error).splitlines()[0]}\n")
     return steps
 
 

@@ -119,10 +119,9 @@ class Step(NamedTuple):
     def bound(self) -> str:
         """The part that a faster one of would help most."""
         parts = self.parts
-        beside = {name: parts[name] for name in ("decode", "storage") if name in parts}
-        slowest = max(beside, key=lambda name: beside[name], default="")
-        if slowest and beside[slowest] >= self.seconds:
-            return slowest
+        slowest = max((parts.get(name, 0.0), name) for name in ("decode", "storage"))
+        if slowest[0] >= self.seconds:
+            return slowest[1]
         return "compute" if parts["compute"] >= parts.get("communication", 0) else "communication"
 
 

@@ -51,7 +51,8 @@ def measured(recipe: Recipe, seconds: float) -> float:
         decode=recipe.loader.decode,
         max_bad_share=recipe.loader.max_bad_share,
     )
-    passes, steps = [], []
+    passes: list[float] = []
+    steps: list[float] = []
     with process_group(ranks, 600), loader:
         engine = build_engine(recipe, slices, build_model(recipe, target))
         batches, began = iter(loader), time.perf_counter()

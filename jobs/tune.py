@@ -250,7 +250,8 @@ def tune(command: Tune, recipe: Recipe, out: Path, console: Console) -> None:
     found = search(ours, axes, trials, lambda: left_s() < min(budget_s / 2, 2 * ROUNDS * trials.longest_s))
     if found.rate is None:
         raise RecipeError(f"{command.recipe}: no trial ran; the last one ended with: {trials.failures[-1]}")
-    best, rates = found.best, ([], [])
+    best = found.best
+    rates: tuple[list[float], list[float]] = ([], [])
     if best != ours:
         console.print("the recipe as it is and the best take turns:")
         rates = compare(ours, best, trials, lambda: left_s() <= 0)
