@@ -51,7 +51,7 @@ def benchmarks(data: Path, threads: int) -> dict[Part, Benchmark]:
         "pack": Benchmark(
             "benchmarks.pack", (str(data), "--workers", str(threads)), ("--rounds", "1", "--repeat", "8")
         ),
-        "resume": Benchmark("benchmarks.resume", given, ("--rounds", "2")),
+        "resume": Benchmark("benchmarks.resume", given, ("--rounds", "1")),
     }
 
 

@@ -231,7 +231,7 @@ def part_step(batch: int, device: torch.device, bf16: bool, rounds: int) -> dict
         print(f"Hugging Face over {best}: {result['Hugging Face over best']:.2f} (at least 1.3 is asked)")
         print(f"Hugging Face over the products alone: {result['Hugging Face over the products alone']:.2f}")
     else:
-        print("Hugging Face: transformers is not installed")
+        print("Hugging Face: not measured; transformers is not installed, or failed above")
     return result
 
 
