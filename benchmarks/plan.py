@@ -137,7 +137,7 @@ def engines(config: MAEConfig) -> dict[int, dict[str, Any]]:
 
 
 def part_activations() -> dict[str, tuple[float, float]]:
-    rows = {}
+    rows: dict[str, tuple[float, float]] = {}
     for name, config in {"B/16": BASE, "L/16": LARGE, "H/14": HUGE}.items():
         for checkpointing in (False, True):
             measured = bytes_per_image(config, checkpointing, torch.device("cpu"), bf16=False)
@@ -158,7 +158,7 @@ def predicted_state(config: MAEConfig, stage: int) -> int:
 
 
 def part_traffic(found: dict[int, dict[str, Any]], config: MAEConfig) -> dict[str, tuple[float, float]]:
-    rows = {}
+    rows: dict[str, tuple[float, float]] = {}
     for stage in STAGES:
         predicted = traffic(config, stage, RANKS, MICRO_BATCHES)
         measured = found[stage]["traffic"]
@@ -169,7 +169,8 @@ def part_traffic(found: dict[int, dict[str, Any]], config: MAEConfig) -> dict[st
 
 
 def part_step(batch: int, rounds: int) -> dict[str, tuple[float, float]]:
-    rows, cpu = {}, torch.device("cpu")
+    rows: dict[str, tuple[float, float]] = {}
+    cpu = torch.device("cpu")
     for name, config in {"S/16": SMALL, "B/16": BASE, "L/16": LARGE}.items():
         model = MAE(config)
         step = training_step(model, adamw(weight_decay_groups(model, 0.05)), bf16=False)

@@ -203,12 +203,17 @@ class Trials:
 
     def __init__(self, recipe: Recipe, seconds: float, limit_s: float, console: Console) -> None:
         self._recipe, self._seconds, self._limit_s, self._console = recipe, seconds, limit_s, console
+        self._too_slow, self._ran = f"more than {limit_s:,.0f} s", False
         self.longest_s = 0.0
         self.failures: list[str] = []
 
     def __call__(self, setting: Setting) -> float | None:
         began = time.monotonic()
         answer = self._answer(setting)
+        failure = answer.get("failed", "")
+        if failure not in ("", OUT_OF_MEMORY, self._too_slow) and not self._ran:
+            raise RecipeError(f"the recipe as it is does not run here: {failure}")
+        self._ran = True
         self.longest_s = max(self.longest_s, time.monotonic() - began)
         rate = answer.get("images_per_s")
         if rate is None:
@@ -225,7 +230,7 @@ class Trials:
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=self._limit_s)
             except subprocess.TimeoutExpired:
-                return {"failed": f"more than {self._limit_s:,.0f} s"}
+                return {"failed": self._too_slow}
         if done.returncode == -9:
             return {"failed": OUT_OF_MEMORY}
         if done.returncode:

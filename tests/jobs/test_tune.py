@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from jobs.command import run
-from jobs.recipe import EngineConfig, LoaderConfig, OptimConfig, Recipe, load_recipe
+from jobs.recipe import EngineConfig, LoaderConfig, OptimConfig, Recipe, RecipeError, load_recipe
 from jobs.trial import fits
 from jobs.tune import (
     ROUNDS,
@@ -187,7 +187,6 @@ def test_for_real_on_a_tiny_recipe(tiny: Path, monkeypatch: pytest.MonkeyPatch, 
         (-9, "", "", "out of memory"),
         (1, "", "Traceback\nRuntimeError: DefaultCPUAllocator: can't allocate memory: 9 bytes", "out of memory"),
         (0, 'a line of DeepSpeed\n{"failed": "out of memory"}\n', "", "out of memory"),
-        (2, "", "warning\nDatasetError: nowhere is no dataset", "DatasetError: nowhere is no dataset"),
         (0, 'a line of DeepSpeed\n{"images_per_s": 7.0}\n', "", "7.00 images/s"),
     ],
 )
@@ -199,6 +198,17 @@ def test_how_a_trial_ends_is_told(
     trials = Trials(load_recipe(tiny), 0.1, 60, Console(width=200))
     assert trials({"engine.micro_batch_size": 2}) == (7.0 if "7.0" in stdout else None)
     assert said in capsys.readouterr().out and trials.failures == ([] if "7.0" in stdout else [said])
+
+
+def test_a_recipe_that_cannot_run_at_all_ends_the_search_at_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [subprocess.CompletedProcess([], 0, '{"images_per_s": 7.0}', "")]
+    failed = subprocess.CompletedProcess([], 1, "", "warning\nDatasetError: nowhere is no dataset")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answers.pop() if answers else failed)
+    setting = {"engine.micro_batch_size": 2}
+    trials = Trials(load_recipe(tiny), 0.1, 60, Console(quiet=True))
+    assert (trials(setting), trials(setting)) == (7.0, None)  # a later one may fail
+    with pytest.raises(RecipeError, match="does not run here: DatasetError: nowhere is no dataset"):
+        Trials(load_recipe(tiny), 0.1, 60, Console(quiet=True))(setting)
 
 
 def test_a_trial_that_does_not_end_is_ended(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
