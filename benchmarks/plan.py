@@ -6,18 +6,22 @@
 activations  Bytes that one more image adds, as benchmarks/step.py measures them (its part `memory`).
 state        Every tensor that lives in an engine of two ranks when the optimizer is about to step, ZeRO 1, 2 and 3.
 traffic      Bytes of those ranks' collectives in that step, two micro-batches.
-step         Seconds of forward + backward + AdamW, from FLOPs and this machine's measured products and memory.
+step         Seconds of forward + backward + AdamW, from FLOPs and the measured rates of products and memory: on one
+             thread of the CPU, in CPU time, so that other work on the machine does not count.
 """
 
 import functools
 import gc
 import json
+import multiprocessing
 import os
 import socket
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +29,8 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torch.multiprocessing.spawn import spawn
 
-from benchmarks.step import BASE, HUGE, LARGE, adamw, bytes_per_image, seconds_of, training_step
+from benchmarks.step import BASE, HUGE, LARGE, Step, adamw, bytes_per_image, training_step
 from jobs.devices import this_machine
 from jobs.engine import build_engine, build_model
 from jobs.plan import Job, step_of
@@ -90,7 +93,7 @@ class Collectives:
         return counted
 
 
-def _rank(rank: int, port: int, config: MAEConfig, out: str) -> None:
+def _rank(rank: int, port: int, config: MAEConfig, out: Path) -> None:
     """Body of a rank: an engine of each stage takes two steps; rank 0 writes what it saw before the second update."""
     environment = {
         "RANK": rank,
@@ -123,17 +126,22 @@ def _rank(rank: int, port: int, config: MAEConfig, out: str) -> None:
             engine.destroy()
             del engine, model
     if rank == 0:
-        Path(out).write_text(json.dumps(found))
+        out.write_text(json.dumps(found))
 
 
-def engines(config: MAEConfig) -> dict[int, dict[str, Any]]:
-    """By stage, of real engines on two ranks: `state`, bytes; `traffic`, bytes by collective."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+def engines(config: MAEConfig, context: BaseContext) -> dict[int, dict[str, Any]]:
+    """By stage, of real engines on two ranks of `context`: `state`, bytes; `traffic`, bytes by collective."""
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        out, port = f"{folder}/found.json", free.getsockname()[1]
-        free.close()
-        spawn(_rank, (port, config, out), nprocs=RANKS)
-        return {int(stage): found for stage, found in json.loads(Path(out).read_text()).items()}
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "found.json"
+        ranks = [context.Process(target=_rank, args=(rank, port, config, out)) for rank in range(RANKS)]  # type: ignore[attr-defined]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        return {int(stage): found for stage, found in json.loads(out.read_text()).items()}
 
 
 def part_activations() -> dict[str, tuple[float, float]]:
@@ -168,21 +176,33 @@ def part_traffic(found: dict[int, dict[str, Any]], config: MAEConfig) -> dict[st
     return rows
 
 
+def cpu_seconds(step: Step, batch: int, rounds: int) -> float:
+    """Median CPU time of a step on one thread, which other work on the machine does not stretch."""
+    images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8)
+    keys, seconds = torch.arange(batch), []
+    for _ in range(1 + rounds):
+        began = time.process_time()
+        step(images, keys)
+        seconds.append(time.process_time() - began)
+    return statistics.median(seconds[1:])
+
+
 def part_step(batch: int, rounds: int) -> dict[str, tuple[float, float]]:
-    rows: dict[str, tuple[float, float]] = {}
-    cpu = torch.device("cpu")
-    for name, config in {"S/16": SMALL, "B/16": BASE, "L/16": LARGE}.items():
+    torch.set_num_threads(1)
+    measured, devices = {}, [this_machine()]
+    sizes = {"S/16": SMALL, "B/16": BASE, "L/16": LARGE}
+    for name, config in sizes.items():
         model = MAE(config)
         step = training_step(model, adamw(weight_decay_groups(model, 0.05)), bf16=False)
-        # Rates before and after: a shared machine is not equally fast all the time.
-        devices = [this_machine()]
-        measured = seconds_of({name: step}, batch, cpu, rounds)[name]
+        measured[name] = cpu_seconds(step, batch, rounds)
         devices.append(this_machine())
-        job = Job(config, 1, 1, batch, False, 0, 0, None)
-        predicted = statistics.mean(step_of(job, device, 1).seconds for device in devices)
-        rows[f"{name}, s of a step of {batch} images"] = predicted, measured
         del model, step
         gc.collect()
+    rows: dict[str, tuple[float, float]] = {}
+    for name, config in sizes.items():
+        job = Job(config, 1, 1, batch, False, 0, 0, None)
+        predicted = statistics.median(step_of(job, device, 1).seconds for device in devices)
+        rows[f"{name}, s of a step of {batch} images"] = predicted, measured[name]
     return rows
 
 
@@ -193,7 +213,7 @@ def main() -> None:
     if "activations" in options.parts:
         parts["activations"] = part_activations()
     if {"state", "traffic"} & set(options.parts):
-        found = engines(ODD)
+        found = engines(ODD, multiprocessing.get_context("spawn"))
         parts |= {"state": part_state(found, ODD)} if "state" in options.parts else {}
         parts |= {"traffic": part_traffic(found, ODD)} if "traffic" in options.parts else {}
     if "step" in options.parts:

@@ -13,13 +13,14 @@ from jobs.devices import DEVICES, Device
 from jobs.plan import MODELS, Job, Step, count_of, memory_of, micro_batches_of, step_of
 from jobs.recipe import RecipeError
 from model.memory import traffic
+from tests.forked import CONTEXT
 
 JOB = Job(MODELS["vit-l16"], 8, 1, 4096, False, 1e9, 110_000, None)
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[int, dict[str, Any]]:
-    return engines(ODD)
+    return engines(ODD, CONTEXT)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -1,6 +1,8 @@
 """Tuning: the search with an injected measure, the comparison, the file written; once for real, on a tiny recipe."""
 
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from rich.console import Console
 
 from jobs.command import run
 from jobs.recipe import EngineConfig, LoaderConfig, OptimConfig, Recipe, RecipeError, load_recipe
-from jobs.trial import fits
+from jobs.trial import fits, main
 from jobs.tune import (
     ROUNDS,
     Axis,
@@ -26,6 +28,7 @@ from jobs.tune import (
     setting_of,
 )
 from shards.dataset import Dataset
+from tests.forked import CONTEXT
 
 AXES = [
     Axis("micro", (8, 16, 32, 64, 128), True),
@@ -167,7 +170,23 @@ def tiny(packed: Dataset, tmp_path: Path) -> Path:
     return recipe
 
 
+def _trial(path: str, seconds: str, output: Path) -> None:
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+    main(path, seconds)
+    sys.stdout.flush()
+
+
 def test_for_real_on_a_tiny_recipe(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def forked(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        """Without the seconds that imports take."""
+        assert command[:3] == [sys.executable, "-m", "jobs.trial"]
+        process = CONTEXT.Process(target=_trial, args=(*command[3:], tiny.with_name("said")))
+        process.start()
+        process.join()
+        return subprocess.CompletedProcess(command, process.exitcode or 0, tiny.with_name("said").read_text(), "")
+
+    monkeypatch.setattr(subprocess, "run", forked)
     micro_batches = Axis("engine.micro_batch_size", (2, 16), True)
     monkeypatch.setattr("jobs.tune.axes_of", lambda *_: [micro_batches])
     monkeypatch.setattr("jobs.tune.ROUNDS", 1)
