@@ -47,7 +47,7 @@ TINY = MAEConfig(
 
 def run_folder(path: Path, config: MAEConfig, steps: tuple[int, ...] = (12,)) -> Path:
     """A run as `maelstream pretrain` leaves it, without the training: a checkpoint holds parameters alone."""
-    recipe = Recipe(model=config, data=DataConfig(dataset="/home/somebody/data/photographs"))
+    recipe = Recipe(model=config, data=DataConfig(dataset="/disk/of/somebody/photographs"))
     for step in steps:
         checkpoint = path / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
@@ -218,7 +218,7 @@ def test_the_card_tells_the_step_the_loss_and_the_recipe_and_no_path_of_the_mach
     card = (out / "README.md").read_text()
     assert "# ViT/8 (32 x 2), 32 x 32 px, decoder 16 x 1" in card
     assert "step 8, loss 0.1250 on removed patches at step 8 (target pixel, 60% removed), on photographs." in card
-    assert "base_lr: 0.00015" in card and "engine" not in card and "/home" not in card and str(tiny) not in card
+    assert "base_lr: 0.00015" in card and "engine" not in card and "/disk" not in card and str(tiny) not in card
     listed = set(re.findall(r"^\| `(.*?)`", card, re.MULTILINE))
     assert listed | {"README.md", "export.json"} == {path.name for path in out.iterdir()}
 
