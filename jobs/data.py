@@ -1,6 +1,13 @@
-"""What a recipe trains on, opened: a packed dataset, a mix of several, or a stream that is read through."""
+"""What a recipe trains on, opened, and its loader: a packed dataset, a mix of several, or a stream."""
 
-from jobs.recipe import DataConfig
+import math
+from collections.abc import Callable
+
+from jobs.recipe import DataConfig, Recipe
+from pipeline.draws import AugmentDraws
+from pipeline.feed import BadSample
+from pipeline.line import Slices
+from pipeline.loader import PretrainLoader
 from pipeline.mix import Mix, MixOrder
 from pipeline.order import SampleOrder
 from pipeline.stream import Stream
@@ -24,3 +31,35 @@ def open_data(config: DataConfig, seed: int) -> tuple[Dataset | Mix | Stream, Sa
         return mix, MixOrder(mix, seed, config.shuffle)
     dataset = Dataset.open(config.dataset)
     return dataset, SampleOrder(len(dataset), seed, config.shuffle)
+
+
+def slices_of(recipe: Recipe, world_size: int) -> Slices:
+    """The global batch in the fewest slices of at most `engine.micro_batch_size`, equally many a rank."""
+    share = math.ceil(recipe.optim.batch_size / world_size)
+    return Slices(recipe.optim.batch_size, world_size, math.ceil(share / recipe.engine.micro_batch_size))
+
+
+def loader_of(
+    recipe: Recipe,
+    dataset: Dataset | Mix | Stream,
+    order: SampleOrder | MixOrder,
+    slices: Slices,
+    rank: int,
+    threads: int,
+    on_bad: Callable[[BadSample], None] = lambda _: None,
+) -> PretrainLoader:
+    """The loader with the draws and settings of a recipe."""
+    size = recipe.model.image_size
+    return PretrainLoader(
+        dataset,
+        order,
+        AugmentDraws(recipe.seed, recipe.data.crop, size),
+        size,
+        slices,
+        rank,
+        threads,
+        recipe.loader.prefetch,
+        decode=recipe.loader.decode,
+        max_bad_share=recipe.loader.max_bad_share,
+        on_bad=on_bad,
+    )

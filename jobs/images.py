@@ -8,10 +8,9 @@ from pathlib import Path
 from jaxtyping import UInt8
 from torch import Tensor
 
+from jobs.data import loader_of
 from jobs.recipe import Recipe, RecipeError, load_recipe
-from pipeline.draws import AugmentDraws
 from pipeline.line import Slices
-from pipeline.loader import PretrainLoader
 from pipeline.order import SampleOrder
 from shards.dataset import Dataset
 
@@ -38,18 +37,6 @@ def image_stream(
     """
     if recipe.model.in_chans != 3:
         raise RecipeError(f"model.in_chans {recipe.model.in_chans}: images are decoded to 3 channels")
-    size = recipe.model.image_size
-    loader = PretrainLoader(
-        dataset,
-        SampleOrder(len(dataset), recipe.seed, recipe.data.shuffle),
-        AugmentDraws(recipe.seed, recipe.data.crop, size),
-        size,
-        Slices(batch_size, 1, 1),
-        0,
-        threads=threads,
-        prefetch=recipe.loader.prefetch,
-        decode=recipe.loader.decode,
-        max_bad_share=recipe.loader.max_bad_share,
-    )
-    with loader:
+    order = SampleOrder(len(dataset), recipe.seed, recipe.data.shuffle)
+    with loader_of(recipe, dataset, order, Slices(batch_size, 1, 1), 0, threads) as loader:
         yield (batch.images for batch in loader)

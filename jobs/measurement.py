@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from jobs.data import open_data
+from jobs.data import open_data, slices_of
 from jobs.data_stages import Streamed, fits_in_memory, sequential
 from jobs.engine import build_engine, build_model
 from jobs.hardware import copy_bytes_per_s, datasheet_flops_per_s, matrix_flops_per_s, memory_bytes_per_s
@@ -71,8 +71,7 @@ def streamed_by(recipe: Recipe, ranks: Ranks, micro_batches: int | None = None) 
         MaelstreamError: no data, or fewer samples than a step takes.
     """
     dataset, order = open_data(recipe.data, recipe.seed)
-    share = math.ceil(recipe.optim.batch_size / ranks.world_size)
-    slices = Slices(recipe.optim.batch_size, ranks.world_size, math.ceil(share / recipe.engine.micro_batch_size))
+    slices = slices_of(recipe, ranks.world_size)
     if micro_batches is not None and micro_batches < slices.micro_batches:
         count = ranks.world_size * micro_batches
         slices = Slices(slices.largest * count, ranks.world_size, micro_batches)

@@ -21,7 +21,7 @@ import tyro
 
 from jobs.checkpoint import State
 from jobs.command import run
-from jobs.data import open_data
+from jobs.data import loader_of, open_data, slices_of
 from jobs.engine import (
     build_engine,
     build_model,
@@ -42,9 +42,7 @@ from jobs.stop import SIGNALS, Stop
 from jobs.targetfile import target_of_run
 from jobs.trackers import import_trackers, trackers
 from model.optimise import lr_at
-from pipeline.draws import AugmentDraws
-from pipeline.line import Slices
-from pipeline.loader import Batch, PretrainLoader
+from pipeline.loader import Batch
 from pipeline.ranges import stage
 
 
@@ -100,21 +98,9 @@ def train(recipe: Recipe, folder: RunFolder, stop_at_step: int | None, allowed: 
     dataset, order = open_data(recipe.data, recipe.seed)
     schedule = schedule_of(recipe, len(dataset))
     end = schedule.total_steps if stop_at_step is None else min(schedule.total_steps, stop_at_step)
-    share = math.ceil(recipe.optim.batch_size / ranks.world_size)
-    slices = Slices(recipe.optim.batch_size, ranks.world_size, math.ceil(share / recipe.engine.micro_batch_size))
-    loader = PretrainLoader(
-        dataset,
-        order,
-        AugmentDraws(recipe.seed, recipe.data.crop, recipe.model.image_size),
-        recipe.model.image_size,
-        slices,
-        ranks.rank,
-        threads=recipe.loader.threads or ranks.threads,
-        prefetch=recipe.loader.prefetch,
-        decode=recipe.loader.decode,
-        max_bad_share=recipe.loader.max_bad_share,
-        on_bad=folder.quarantine,
-    )
+    slices = slices_of(recipe, ranks.world_size)
+    threads = recipe.loader.threads or ranks.threads
+    loader = loader_of(recipe, dataset, order, slices, ranks.rank, threads, folder.quarantine)
     folder.refuse_other_experiment(recipe, allowed)
     target_file = target_of_run(recipe, folder)
     target = None if target_file is None else target_file.target(recipe.model)

@@ -15,16 +15,14 @@ from pathlib import Path
 
 import torch
 
-from jobs.data import open_data
+from jobs.data import loader_of, open_data
 from jobs.engine import build_engine, build_model
 from jobs.ranks import process_group, ranks_from_environment
 from jobs.recipe import Recipe, load_recipe
 from jobs.runfolder import RunFolder
 from jobs.targetfile import target_of_run
 from model.memory import activation_bytes, state_bytes
-from pipeline.draws import AugmentDraws
 from pipeline.line import Slices
-from pipeline.loader import PretrainLoader
 
 _WARM_UP, _LEAST = 2, 3  # micro-batches: the first ones compile and fill pools
 OUT_OF_MEMORY = "out of memory"
@@ -39,18 +37,7 @@ def measured(recipe: Recipe, seconds: float) -> float:
     dataset, order = open_data(recipe.data, recipe.seed)
     target_file = target_of_run(recipe, RunFolder(Path("no run")))
     target = None if target_file is None else target_file.target(recipe.model)
-    loader = PretrainLoader(
-        dataset,
-        order,
-        AugmentDraws(recipe.seed, recipe.data.crop, recipe.model.image_size),
-        recipe.model.image_size,
-        slices,
-        0,
-        threads=recipe.loader.threads or ranks.threads,
-        prefetch=recipe.loader.prefetch,
-        decode=recipe.loader.decode,
-        max_bad_share=recipe.loader.max_bad_share,
-    )
+    loader = loader_of(recipe, dataset, order, slices, 0, recipe.loader.threads or ranks.threads)
     passes: list[float] = []
     steps: list[float] = []
     with process_group(ranks, 600), loader:
