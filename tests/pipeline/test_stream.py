@@ -25,8 +25,6 @@ from shards.errors import DatasetError, MaelstreamError, StorageError
 from tests.pipeline.test_loader import DAMAGE, content, damaged_copy
 from tests.shards.test_sources import write_tar
 
-pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset fetches http by curl")
-
 
 class Server(http.server.ThreadingHTTPServer):
     """Serves a folder; every file's first `failures` requests get but its first half."""
@@ -58,6 +56,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def serve() -> Iterator[Any]:
     """`serve(folder, failures)` is the URL of a server of that folder."""
+    if shutil.which("curl") is None:
+        pytest.skip("webdataset fetches http by curl, which is not here")
     servers: list[Server] = []
 
     def start(folder: Path | str, failures: int = 0) -> str:
