@@ -72,6 +72,19 @@ def tensors_alive() -> dict[int, int]:
     return sizes
 
 
+def lasting_tensors(before: dict[int, int]) -> dict[int, int]:
+    """Those of `tensors_alive` that are not of `before` and still live half a second later.
+
+    gloo's threads let go of a collective's tensors some time after it has returned.
+    """
+    alive = {key: size for key, size in tensors_alive().items() if key not in before}
+    for _ in range(5):
+        time.sleep(0.1)
+        still = tensors_alive()
+        alive = {key: size for key, size in alive.items() if key in still}
+    return alive
+
+
 class Collectives:
     """Counts the bytes that pass through torch.distributed: of what is reduced, and of what is gathered."""
 
@@ -119,7 +132,7 @@ def _rank(rank: int, port: int, config: MAEConfig, out: Path) -> None:
                     engine.backward(engine(images, keys))
                     if number + 1 < MICRO_BATCHES:
                         engine.step()
-                alive = {key: size for key, size in tensors_alive().items() if key not in before}
+                alive = lasting_tensors(before)
                 engine.step()
             numbers = sum(size for size in alive.values() if size <= 8)  # losses, step counts, flags
             found[stage] = {"state": sum(alive.values()) - numbers - buffers, "traffic": dict(collectives.bytes)}
