@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from jobs.evaluations import best_of_each, read_evaluations
 from jobs.runfolder import RunFolder
 from jobs.status import is_locked, read_status
 from shards.errors import MaelstreamError
@@ -42,8 +43,11 @@ def ago(seconds: float) -> str:
 
 def listing(folders: list[RunFolder]) -> Table:
     """A row a run."""
+    best = [best_of_each(read_evaluations(folder.path)) for folder in folders]
     table = Table("run", "state", "step", "loss", "images/s", "ranks", "last heard of")
-    for folder in folders:
+    if any(best):  # the line is full enough without
+        table.add_column("best top-1, %")
+    for folder, evaluated in zip(folders, best, strict=True):
         status, metrics = read_status(folder.status), folder.read_metrics()
         last = metrics[-1] if metrics else {}
         table.add_row(
@@ -54,6 +58,7 @@ def listing(folders: list[RunFolder]) -> Table:
             f"{last['images_per_s']:,.0f}" if last else "",
             str(status.ranks) if status else "",
             ago(time.time() - status.updated) if status else "",
+            *([evaluated] if any(best) else []),
         )
     return table
 
