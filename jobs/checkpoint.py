@@ -1,7 +1,8 @@
 """Checkpoints of a run: `checkpoints/step-00001234/`, whole or absent, and never loaded before every byte is checked.
 
     weights.safetensors           float32, merged, under the reference's names: what export and reconstruct take
-    moments-00000-of-00002.safetensors ...     AdamW's moments, by parameter name and place, a file a rank
+    ema.safetensors               likewise their mean over steps, of runs that keep one
+    moments-00000-of-00002.safetensors ...     the optimizer's moments, by parameter name and place, a file a rank
     state.json                    where the data path stood, and the number of optimizer steps
     manifest.json                 size and SHA-256 of each of them; written last
 
@@ -20,13 +21,15 @@ from typing import TypedDict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jobs.partition import MOMENTS, Partition
+from jobs.partition import MEAN, Partition
 from jobs.ranks import AgreedError, Council
 from jobs.tensorfile import Digest, digest_of, fragments_of
 from pipeline.loader import LoaderState
 from shards.durable import sync, written_whole
 
 WEIGHTS, STATE, MANIFEST, NEWEST = "weights.safetensors", "state.json", "manifest.json", "newest"
+FILES = {"weight": WEIGHTS, MEAN: "ema.safetensors"}
+"""Of tensors that are merged, by kind."""
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -119,19 +122,20 @@ class CheckpointStore:
             )
         return state
 
-    def weights(self, step: int) -> dict[str, Tensor]:
-        """The float32 weights under the reference's names, whatever number of ranks wrote them."""
-        return load_file(self.at(step) / WEIGHTS)
+    def weights(self, step: int, kind: str = "weight") -> dict[str, Tensor]:
+        """The float32 weights, or their mean, under the reference's names, whatever number of ranks wrote them."""
+        return load_file(self.at(step) / FILES[kind])
 
     def restore(self, step: int, state: State, partition: Partition) -> None:
-        """Puts this rank's part of the float32 weights and moments of `step` into `partition`."""
-        weights = self.weights(step)  # mapped: what is not touched is not read
+        """Puts this rank's part of the float32 weights, their mean and moments of `step` into `partition`."""
+        weights = {kind: self.weights(step, kind) for kind in partition.weights}  # mapped: only what is touched is read
         with fragments_of(sorted(self.at(step).glob("moments-*.safetensors"))) as moments:
             values = {}
             for piece in partition.pieces:
-                flat = weights[piece.name].view(-1)
-                values["weight", piece] = flat[piece.start : piece.start + piece.size]
-                for kind in MOMENTS:
+                for kind in weights:
+                    flat = weights[kind][piece.name].view(-1)
+                    values[kind, piece] = flat[piece.start : piece.start + piece.size]
+                for kind in partition.moments:
                     values[kind, piece] = moments.read(kind, piece.name, piece.start, piece.size)
             partition.fill(state["optimizer_steps"], values)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from jobs.recipe import DataConfig, Recipe
+from jobs.recipe import AnyRecipe, DataConfig, Recipe
 from pipeline.draws import AugmentDraws
 from pipeline.feed import BadSample
 from pipeline.line import Slices
@@ -33,7 +33,7 @@ def open_data(config: DataConfig, seed: int) -> tuple[Dataset | Mix | Stream, Sa
     return dataset, SampleOrder(len(dataset), seed, config.shuffle)
 
 
-def slices_of(recipe: Recipe, world_size: int) -> Slices:
+def slices_of(recipe: AnyRecipe, world_size: int) -> Slices:
     """The global batch in the fewest slices of at most `engine.micro_batch_size`, equally many a rank."""
     share = math.ceil(recipe.optim.batch_size / world_size)
     return Slices(recipe.optim.batch_size, world_size, math.ceil(share / recipe.engine.micro_batch_size))

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from jobs import ranks  # noqa: F401  it chooses the accelerator, before DeepSpeed is imported
@@ -18,7 +19,7 @@ from jobs import ranks  # noqa: F401  it chooses the accelerator, before DeepSpe
 # isort: split
 import deepspeed
 
-from jobs.recipe import Recipe
+from jobs.recipe import AnyRecipe, Recipe
 from model.mae import MAE
 from model.optimise import weight_decay_groups
 from model.targets import PCATarget, TokenTarget
@@ -38,21 +39,42 @@ class Float32Arithmetic(MAE):
         return functional_call(self, widened, (images, keys))
 
 
+class Float32Classifier(VisionTransformer):
+    """Likewise a ViT with a head."""
+
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        if self.cls_token.dtype == torch.float32:
+            return super().forward(images)
+        widened = {name: parameter.float() for name, parameter in self.named_parameters()}
+        return functional_call(self, widened, (images.float(),))
+
+
 def build_model(recipe: Recipe, target: PCATarget | TokenTarget | None) -> MAE:
     """A freshly initialised MAE; the same weights on every rank and device."""
-    cpu_lacks_bf16 = not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    # At stage 3 a module's parameters are there while its forward runs; they cannot be widened all at once before.
-    widen = recipe.engine.precision == "bf16" and cpu_lacks_bf16 and recipe.engine.zero < 3
-    model = (Float32Arithmetic if widen else MAE)(recipe.model, recipe.seed, target)
+    model = (Float32Arithmetic if needs_widening(recipe) else MAE)(recipe.model, recipe.seed, target)
     model.activation_checkpointing = recipe.engine.activation_checkpointing
     return model
 
 
+def needs_widening(recipe: AnyRecipe) -> bool:
+    """Whether bf16 weights are to be multiplied in float32, because this CPU is so much slower otherwise."""
+    cpu_lacks_bf16 = not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # At stage 3 a module's parameters are there while its forward runs; they cannot be widened all at once before.
+    return recipe.engine.precision == "bf16" and cpu_lacks_bf16 and recipe.engine.zero < 3
+
+
+def adamw(recipe: AnyRecipe, groups: list[dict]) -> torch.optim.Optimizer:
+    """Over parameter groups, whose lr `set_lr` sets."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=recipe.optim.betas, fused=True)
+
+
 def build_engine(recipe: Recipe, slices: Slices, model: MAE) -> Any:
-    """A DeepSpeed engine around `model`, whose weights it starts from."""
-    optimizer = torch.optim.AdamW(
-        weight_decay_groups(model, recipe.optim.weight_decay), lr=0.0, betas=recipe.optim.betas, fused=True
-    )
+    """A DeepSpeed engine around `model`, whose weights it starts from; as pre-training has it."""
+    return engine_around(recipe, slices, model, adamw(recipe, weight_decay_groups(model, recipe.optim.weight_decay)))
+
+
+def engine_around(recipe: AnyRecipe, slices: Slices, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """A DeepSpeed engine around any model and optimizer."""
     zero: dict[str, Any] = {"stage": recipe.engine.zero, "overlap_comm": False}  # open race reports when it overlaps
     if recipe.engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -61,6 +83,7 @@ def build_engine(recipe: Recipe, slices: Slices, model: MAE) -> Any:
         "gradient_accumulation_steps": slices.micro_batches,
         "gradient_clipping": recipe.optim.clip_grad,
         "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # LARS; a test compares it with the reference's
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU, and needs no compiler
         "bf16": {"enabled": recipe.engine.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
@@ -77,7 +100,7 @@ def build_engine(recipe: Recipe, slices: Slices, model: MAE) -> Any:
 def set_lr(engine: Any, lr: float) -> None:
     """For the coming step. DeepSpeed's scheduler does not advance on a skipped step; ours is the step counter."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def gradients_are_finite(engine: Any) -> bool:

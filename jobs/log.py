@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from jobs.hardware import datasheet_flops_per_s
-from jobs.recipe import Recipe
+from jobs.recipe import AnyRecipe, Recipe
 from jobs.runfolder import RunFolder
 from jobs.trackers import Tracker
 from model.flops import training_flops
@@ -32,6 +32,13 @@ class Clock:
         yield
         self._waited_s += time.perf_counter() - start
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What happens in the block takes no time."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
     def take(self) -> tuple[float, float]:
         """(seconds, share of them spent waiting for data), and starts anew."""
         now = time.perf_counter()
@@ -45,12 +52,12 @@ class Log(Protocol):
 
 
 @contextmanager
-def run_log(folder: RunFolder, start: int, total: int, trackers: list[Tracker]) -> Iterator[Log]:
-    """A function that records the values of a step; for rank 0. `total` steps make the whole run."""
+def run_log(name: str, folder: RunFolder, start: int, total: int, trackers: list[Tracker]) -> Iterator[Log]:
+    """A function that records the values of a step; for rank 0. `total` steps make the whole run of command `name`."""
     console = Console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=console, disable=not console.is_terminal)
-    task = bar.add_task("pretrain", total=total, completed=start)
+    task = bar.add_task(name, total=total, completed=start)
     began = time.monotonic()
     with (
         folder.metrics.open("a") as metrics,
@@ -84,13 +91,14 @@ def described(values: dict[str, Any]) -> str:
     """A log step in a few words."""
     loss = "not finite, skipped" if values["loss"] is None else f"{values['loss']:.4f}"
     mfu = f"  MFU {values['mfu']:.1%}" if values.get("mfu") is not None else ""
+    top1 = f"  top-1 {values['top1']:.2f} %" if "top1" in values else ""
     return (
         f"loss {loss}  lr {values['lr']:.2e}  {values['images_per_s']:,.0f} images/s{mfu}  "
-        f"data wait {values['data_wait']:.1%}"
+        f"data wait {values['data_wait']:.1%}{top1}"
     )
 
 
-def peak_flops(recipe: Recipe) -> float:
+def peak_flops(recipe: AnyRecipe) -> float:
     """Of one rank's accelerator, a second; 0 where it is not known, rather than guessed."""
     if recipe.log.peak_tflops:
         return recipe.log.peak_tflops * 1e12
@@ -100,10 +108,11 @@ def peak_flops(recipe: Recipe) -> float:
     return datasheet_flops_per_s(torch.cuda.get_device_name(), dtype) or 0.0
 
 
-def mfu(recipe: Recipe, images_per_s: float, ranks: int) -> float | None:
-    """Model FLOPs utilisation: what the model needs (model.flops) over what the accelerators could do."""
-    peak = peak_flops(recipe)
-    return images_per_s * training_flops(recipe.model) / (peak * ranks) if peak else None
+def mfu(recipe: AnyRecipe, images_per_s: float, ranks: int) -> float | None:
+    """Model FLOPs utilisation: what the model needs (model.flops, of pre-training) over what the accelerators could."""
+    if not isinstance(recipe, Recipe) or not (peak := peak_flops(recipe)):
+        return None
+    return images_per_s * training_flops(recipe.model) / (peak * ranks)
 
 
 def memory_gib() -> float:

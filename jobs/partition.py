@@ -7,13 +7,15 @@ gives every group the first group's weight decay (measured, 0.19.8).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Of AdamW; LARS has `momentum`."""
+MEAN = "ema"
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,44 @@ class Piece:
 
 @dataclass(frozen=True)
 class Partition:
-    """This rank's float32 master weights and moments."""
+    """This rank's float32 master weights, moments and, where it is kept, the mean of the weights."""
 
     pieces: list[Piece]
     flats: list[Tensor]
     """Master weights, flat, as the optimizer holds them; on the device."""
     optimizer: torch.optim.Optimizer
+    moments: tuple[str, ...] = MOMENTS
+    """What the optimizer keeps of each number."""
+    means: list[Tensor] | None = None
+    """As `flats`: an exponential mean of them over steps; see `keep_mean`."""
+
+    def keep_mean(self) -> "Partition":
+        """The same with a mean, which begins as the weights are."""
+        return replace(self, means=[flat.detach().clone() for flat in self.flats])
+
+    @torch.no_grad()
+    def advance_mean(self, decay: float) -> None:
+        """After a step: mean = decay x mean + (1 - decay) x weights."""
+        assert self.means is not None
+        for mean, flat in zip(self.means, self.flats, strict=True):
+            mean.lerp_(flat, 1 - decay)
+
+    @property
+    def weights(self) -> dict[str, list[Tensor]]:
+        """`weight`, and the mean if there is one, each by partition."""
+        return {"weight": [flat.data for flat in self.flats]} | ({MEAN: self.means} if self.means is not None else {})
+
+    def whole(self, kind: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Float32 `weights` of all ranks put together, on the device; all ranks call it together."""
+        wholes = {}
+        for name, shape in shapes.items():
+            flat = torch.zeros(torch.Size(shape).numel(), device=self.flats[0].device)
+            for piece in (piece for piece in self.pieces if piece.name == name):
+                part = self.weights[kind][piece.flat][piece.offset : piece.offset + piece.size]
+                flat[piece.start : piece.start + piece.size] = part
+            torch.distributed.all_reduce(flat)
+            wholes[name] = flat.view(shape)
+        return wholes
 
     def moment(self, flat: int, kind: str) -> Tensor:
         """As long as `flats[flat]`; zeros before the first step."""
@@ -48,11 +82,12 @@ class Partition:
 
     @torch.no_grad()
     def fill(self, steps: int, values: Mapping[tuple[str, Piece], Tensor]) -> None:
-        """Puts the float32 `values` of every kind (`weight`, and those of `MOMENTS`) and piece in place."""
+        """Puts the float32 `values` of every kind (those of `weights` and `moments`) and piece in place."""
         for number, flat in enumerate(self.flats):
-            state = {kind: torch.zeros_like(flat) for kind in MOMENTS}
+            state = {kind: torch.zeros_like(flat) for kind in self.moments}
+            weights = {kind: flats[number] for kind, flats in self.weights.items()}
             for piece in (piece for piece in self.pieces if piece.flat == number):
-                for kind, whole in {"weight": flat.data, **state}.items():
+                for kind, whole in {**weights, **state}.items():
                     whole.narrow(0, piece.offset, piece.size).copy_(values[kind, piece])
             # Float32 and beside the parameters, as the fused AdamW makes it.
             step = torch.tensor(float(steps), device=flat.device)
@@ -63,6 +98,7 @@ def partition_of(engine: Any) -> Partition:
     """The partition of a DeepSpeed engine; its tensors are the engine's own, not copies."""
     zero = engine.optimizer
     named = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
+    moments = MOMENTS if isinstance(zero.optimizer, torch.optim.AdamW) else ("momentum",)
     pieces = []
     if engine.zero_optimization_stage() == 3:
         flats = zero.fp32_partitioned_groups_flat
@@ -72,7 +108,7 @@ def partition_of(engine: Any) -> Partition:
             whole = min(size, parameter.ds_numel - start)  # the last ranks' partitions are padded
             if whole > 0:
                 pieces.append(Piece(name, start, whole, flat, offset))
-        return Partition(pieces, list(flats), zero.optimizer)
+        return Partition(pieces, list(flats), zero.optimizer, moments)
     # A name each of DeepSpeed's two optimizers: that of bf16 at stage 1, and that of everything else.
     bf16 = hasattr(zero, "fp32_groups_flat_partition")
     flats = zero.fp32_groups_flat_partition if bf16 else zero.single_partition_of_fp32_groups
@@ -80,4 +116,4 @@ def partition_of(engine: Any) -> Partition:
         if (mapping := parameter._hp_mapping) is not None:  # part of it lies in this rank's partition
             low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
             pieces.append(Piece(name, low.start, low.numel, mapping.param_group_index, high.start))
-    return Partition(pieces, list(flats), zero.optimizer)
+    return Partition(pieces, list(flats), zero.optimizer, moments)

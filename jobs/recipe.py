@@ -1,20 +1,24 @@
 """Recipes: one YAML file an experiment, laid over its `base:`, resolved into frozen dataclasses.
 
-`model`, `data`, `optim` and `seed` are the experiment: a run keeps them for life. `engine`, `loader`, `log`,
-`checkpoint` and `health` say how it is carried out and may differ from one start of a run to the next.
+`engine`, `loader`, `log`, `checkpoint` and `health` say how a run is carried out and may differ from one start to the
+next; all else is the experiment, which a run keeps for life. `Recipe` is that of pre-training, `ClassificationRecipe`
+that of everything which is trained on labels.
 """
 
 import difflib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
+import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from model.classifier import ClassifierConfig
 from model.mae import MAEConfig
 from pipeline.decode import DecodeConfig
 from pipeline.draws import CropConfig
+from pipeline.mixup import MixupConfig
 from pipeline.order import Shuffle
 from pipeline.stream import Stream
 from shards.errors import MaelstreamError
@@ -190,33 +194,130 @@ class Recipe:
     health: HealthConfig = HealthConfig()
 
 
+Job = Literal["finetune", "linprobe", "partial", "scratch"]
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """What a classifier is trained and measured on."""
+
+    train: Annotated[str, tyro.conf.Suppress] = ""
+    """Folder or URI of a packed dataset with labels."""
+    val: Annotated[str, tyro.conf.Suppress] = ""
+    """Another, of the same classes."""
+    crop: CropConfig = CropConfig(scale=(0.08, 1.0), rand_augment=9.0, erase=0.25)
+    """Of training; validation takes the centre."""
+    shuffle: Shuffle = "global"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """What is subtracted from pixels scaled to 0..1, as in pre-training."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """Which parameters are trained, and by what."""
+
+    optimizer: Literal["adamw", "lars"] = "adamw"
+    momentum: float = 0.9
+    """Of LARS; AdamW has `optim.betas`."""
+    layer_decay: float = 1.0
+    """The lr of a layer over that of the layer above it."""
+    blocks: float = -1.0
+    """How many of the last blocks are trained: 0.5 is the MLP of the last, 0 the head alone, -1 everything."""
+    probe: bool = False
+    """Train nothing but a linear layer behind a BatchNorm of the frozen encoder's features."""
+    lrs: tuple[float, ...] = ()
+    """Base lrs of as many probes, side by side on the same features; one with `optim.base_lr` if empty."""
+    ema: float = 0.0
+    """Decay a step of the mean of the weights that is measured beside them; 0: no mean."""
+    evaluate_every_epochs: int = 1
+    """0: at the end alone."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.layer_decay <= 1 or not 0 <= self.ema < 1 or not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"layer_decay {self.layer_decay} must be in 0..1 and not 0, ema {self.ema} and momentum "
+                f"{self.momentum} in 0..1 without 1"
+            )
+        if self.blocks != -1 and self.blocks != 0.5 and (self.blocks < 0 or self.blocks % 1):
+            raise ValueError(f"blocks {self.blocks} is neither 0, 0.5, a whole number nor -1 for everything")
+        if self.lrs and (not self.probe or min(self.lrs) <= 0 or len(set(self.lrs)) < len(self.lrs)):
+            raise ValueError(f"lrs {self.lrs} are of linear probes, positive, and each given once")
+        if self.evaluate_every_epochs < 0:
+            raise ValueError(f"evaluate_every_epochs {self.evaluate_every_epochs} is negative; 0 is at the end alone")
+
+
+@dataclass(frozen=True)
+class ClassificationRecipe:
+    """Everything that defines a run which is trained on labels."""
+
+    job: Annotated[Job, tyro.conf.Suppress] = "finetune"
+    weights: Annotated[str, tyro.conf.Suppress] = ""
+    """What the encoder starts from: a run's folder or a file; "" for a fresh one."""
+    weights_step: Annotated[int | None, tyro.conf.Suppress] = None
+    """Of pre-training, where `weights` is a run."""
+    model: ClassifierConfig = ClassifierConfig()
+    data: LabelledData = LabelledData()
+    optim: OptimConfig = OptimConfig(1024, 5e-4, betas=(0.9, 0.999), warmup_epochs=5, epochs=100)
+    tuning: TuningConfig = TuningConfig(layer_decay=0.65)
+    mixup: MixupConfig = MixupConfig()
+    seed: int = 0
+    engine: EngineConfig = EngineConfig()
+    loader: LoaderConfig = LoaderConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = HealthConfig()
+
+    def __post_init__(self) -> None:
+        if self.tuning.blocks > self.model.depth:
+            raise ValueError(f"tuning.blocks {self.tuning.blocks:g}: the encoder has {self.model.depth}")
+        if len(self.tuning.lrs) > 1 and self.optim.clip_grad:
+            raise ValueError("optim.clip_grad measures the gradients of all tuning.lrs together; take one lr, or 0")
+
+
 EXPERIMENT = ("model", "data", "optim", "seed")
+_NO_EXPERIMENT = ("target_file", "weights_step", "engine", "loader", "log", "checkpoint", "health")
+AnyRecipe = Recipe | ClassificationRecipe
+R = TypeVar("R", Recipe, ClassificationRecipe)
 
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe of `path`; RecipeError for a missing file, a circle of bases, an unknown key or a wrong value."""
-    return resolve(_merged(path, ()), str(path))
+    return resolve(read_values(path), str(path))
 
 
 def resolve(values: dict[str, Any], where: str) -> Recipe:
     """A recipe from nested plain values; `where` names them in errors."""
-    _refuse_unknown(values, Recipe, where, "")
+    return resolve_as(Recipe, values, where)
+
+
+def resolve_as(schema: type[R], values: dict[str, Any], where: str) -> R:
+    """As `resolve`, of either kind."""
+    _refuse_unknown(values, schema, where, "")
     try:
-        return TypeAdapter(Recipe).validate_python(values)
+        return TypeAdapter(schema).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise RecipeError(f"{where}: {name}: {first['msg']} (found {first['input']!r})") from None
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def read_values(path: Path) -> dict[str, Any]:
+    """The nested values of a file over those of its bases, unchecked; RecipeError as `load_recipe`."""
+    return _merged(path, ())
+
+
+def dump_recipe(recipe: AnyRecipe) -> str:
     """YAML of every key; `load_recipe` gives the same recipe back."""
     return yaml.safe_dump(_plain(asdict(recipe)), sort_keys=False)
 
 
-def differing_keys(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+def differing_keys(old: AnyRecipe, new: AnyRecipe) -> dict[str, tuple[Any, Any]]:
     """The experiment's keys, dotted, in which two recipes differ, with the values of both."""
-    old_values, new_values = (_flat({name: asdict(recipe)[name] for name in EXPERIMENT}) for recipe in (old, new))
+    old_values, new_values = (
+        _flat({name: value for name, value in asdict(recipe).items() if name not in _NO_EXPERIMENT})
+        for recipe in (old, new)
+    )
     names = [*new_values, *(name for name in old_values if name not in new_values)]
     pairs = {name: (old_values.get(name), new_values.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -228,7 +329,10 @@ def may_change(name: str) -> bool:
     The schedule can change, and where the dataset lies: a checkpoint knows what the dataset holds. Weights of another
     shape, another line of samples or another batch cannot.
     """
-    return name == "data.dataset" or (name.startswith("optim.") and name != "optim.batch_size")
+    paths = ("data.dataset", "data.train", "data.val", "weights")
+    return name in (*paths, "tuning.evaluate_every_epochs") or (
+        name.startswith("optim.") and name != "optim.batch_size"
+    )
 
 
 def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
@@ -248,12 +352,13 @@ def _merged(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
     if (base := values.pop("base", None)) is None:
         return values
-    return _laid_over(_merged(path.parent / base, (*above, path.resolve())), values)
+    return laid_over(_merged(path.parent / base, (*above, path.resolve())), values)
 
 
-def _laid_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def laid_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """`values` over `base`, key by key."""
     both_dicts = {k for k in values.keys() & base.keys() if isinstance(values[k], dict) and isinstance(base[k], dict)}
-    return base | values | {key: _laid_over(base[key], values[key]) for key in both_dicts}
+    return base | values | {key: laid_over(base[key], values[key]) for key in both_dicts}
 
 
 def _refuse_unknown(values: dict[str, Any], schema: type, where: str, prefix: str) -> None:

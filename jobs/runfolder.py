@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from jobs.checkpoint import CheckpointStore
-from jobs.recipe import Recipe, RecipeError, differing_keys, dump_recipe, load_recipe, may_change
+from jobs.recipe import (
+    AnyRecipe,
+    ClassificationRecipe,
+    Recipe,
+    RecipeError,
+    differing_keys,
+    dump_recipe,
+    may_change,
+    read_values,
+    resolve_as,
+)
 from pipeline.loader import BadSample
 from shards.durable import written_whole
 from shards.errors import MaelstreamError
@@ -54,10 +64,20 @@ class RunFolder:
         return CheckpointStore(self.path / "checkpoints")
 
     def recipe(self) -> Recipe:
+        """The recipe that a pre-training was last started with; MaelstreamError when the folder holds none."""
+        found = self.any_recipe()
+        if not isinstance(found, Recipe):
+            raise MaelstreamError(f"{self.path} is a run of {found.job}; give one of `maelstream pretrain`")
+        return found
+
+    def any_recipe(self) -> AnyRecipe:
         """The recipe that the run was last started with; MaelstreamError when the folder is not a run's."""
         if not self.config.exists():
             raise MaelstreamError(f"{self.path} is not a run: it has no config.yaml; `maelstream pretrain` makes one")
-        return load_recipe(self.config)
+        values, where = read_values(self.config), str(self.config)
+        if "job" in values:
+            return resolve_as(ClassificationRecipe, values, where)
+        return resolve_as(Recipe, values, where)
 
     def last_step(self) -> int:
         """Step of the newest checkpoint; MaelstreamError when there is none."""
@@ -65,7 +85,7 @@ class RunFolder:
             raise MaelstreamError(f"{self.path} has no checkpoint yet; let the run reach its first one")
         return steps[-1]
 
-    def refuse_other_experiment(self, recipe: Recipe, allowed: tuple[str, ...]) -> None:
+    def refuse_other_experiment(self, recipe: AnyRecipe, allowed: tuple[str, ...]) -> None:
         """RecipeError when the folder holds a run of another experiment, `allowed` keys left out."""
         if forever := [name for name in allowed if not may_change(name)]:
             raise RecipeError(
@@ -73,7 +93,7 @@ class RunFolder:
             )
         if not self.config.exists():
             return
-        old = self.recipe()
+        old = self.any_recipe()
         if differences := {name: values for name, values in differing_keys(old, recipe).items() if name not in allowed}:
             listed = ", ".join(f"{name} ({was!r}, now {now!r})" for name, (was, now) in differences.items())
             harmless = [name for name in differences if may_change(name)]
@@ -82,7 +102,7 @@ class RunFolder:
                 f"{self.path} holds a run with another {listed}; give the old values again{hint}, or another --run"
             )
 
-    def start(self, recipe: Recipe, step: int) -> None:
+    def start(self, recipe: AnyRecipe, step: int) -> None:
         """Makes the folder ready to go on after `step` steps: later lines of the metrics were never checkpointed."""
         self.path.mkdir(parents=True, exist_ok=True)
         with written_whole(self.config) as file:

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from jobs.checkpoint import STATE, WEIGHTS, CheckpointStore, State
-from jobs.partition import MOMENTS, Partition, Piece
+from jobs.checkpoint import FILES, STATE, CheckpointStore, State
+from jobs.partition import Partition, Piece
 from jobs.ranks import AgreedError, Council
 from jobs.tensorfile import Digest, digest_of, fragment, fragments_of, write_tensors
 from shards.durable import sync, written_whole
@@ -34,7 +34,11 @@ class Snapshot:
 
     pieces: list[Piece]
     flats: dict[str, list[Tensor]]
-    """`weight` and the moments, each by partition."""
+    """Weights and moments of each kind, by partition."""
+    moments: tuple[str, ...]
+    """Kinds of the latter."""
+    fixed: dict[str, Tensor]
+    """Float32, on the CPU, whole: what is of the model but not of the optimizer."""
 
     def part(self, kind: str, piece: Piece) -> Tensor:
         return self.flats[kind][piece.flat][piece.offset : piece.offset + piece.size]
@@ -52,8 +56,8 @@ class Saver:
         keep_every_steps: int,
         beat: Callable[[], None],
     ):
-        """`shapes` are the parameters', by name; `keep` and `keep_every_steps` as in `CheckpointStore.prune`; `beat` is
-        called now and then while this rank waits for its own thread."""
+        """`shapes` are those of what is merged, by name; `keep` and `keep_every_steps` as in `CheckpointStore.prune`;
+        `beat` is called now and then while this rank waits for its own thread."""
         self._store, self._council, self._shapes = store, council, shapes
         self._keep, self._keep_every_steps, self._beat = keep, keep_every_steps, beat
         self._phase: Literal["idle", "parts", "publish"] = "idle"
@@ -62,17 +66,22 @@ class Saver:
         self._buffers: dict[str, list[Tensor]] = {}
         self._step = 0
         self._state: State
+        self._taken: Snapshot
 
     @property
     def signs(self) -> list[float]:
         """What the ranks add up: is this one still writing, and did it fail?"""
         return [float(self._thread is not None and self._thread.is_alive()), float(bool(self._failure))]
 
-    def save(self, partition: Partition, step: int, state: State) -> None:
-        """Takes the snapshot of `step` and starts writing; waits for an earlier save that is still being written."""
+    def save(self, partition: Partition, step: int, state: State, fixed: dict[str, Tensor] | None = None) -> None:
+        """Takes the snapshot of `step` and starts writing; waits for an earlier save that is still being written.
+
+        `fixed` are those tensors of the model, whole and the same on all ranks, which `partition` has no part of.
+        """
         self.finish()
-        snapshot = self._snapshot(partition)
+        snapshot = self._snapshot(partition, fixed or {})
         self._step, self._state, self._phase = step, state, "parts"
+        self._taken = snapshot
         self._start(lambda: self._write_part(snapshot))
 
     def advance(self, writing: float, failed: float) -> str:
@@ -88,7 +97,8 @@ class Saver:
         if self._phase == "parts":
             self._phase = "publish"
             if self._council.ranks.rank == 0:
-                self._start(self._publish)
+                snapshot = self._taken
+                self._start(lambda: self._publish(snapshot))
         else:
             self._phase = "idle"
         return ""
@@ -116,10 +126,10 @@ class Saver:
         self._thread = threading.Thread(target=run, name="save")
         self._thread.start()
 
-    def _snapshot(self, partition: Partition) -> Snapshot:
+    def _snapshot(self, partition: Partition, fixed: dict[str, Tensor]) -> Snapshot:
         """Copies into memory that is used again: on a GPU pinned, so that all copies run side by side."""
-        flats = {kind: [partition.moment(n, kind) for n in range(len(partition.flats))] for kind in MOMENTS}
-        flats["weight"] = [flat.data for flat in partition.flats]
+        flats = {kind: [partition.moment(n, kind) for n in range(len(partition.flats))] for kind in partition.moments}
+        flats |= partition.weights
         if not self._buffers:
             pin = torch.cuda.is_available()
             for kind, tensors in flats.items():
@@ -129,7 +139,7 @@ class Saver:
                 buffer.copy_(flat, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return Snapshot(partition.pieces, self._buffers)
+        return Snapshot(partition.pieces, self._buffers, partition.moments, fixed)
 
     def _name(self, kind: str, rank: int) -> str:
         return f"{kind}-{rank:05d}-of-{self._council.ranks.world_size:05d}.safetensors"
@@ -139,7 +149,8 @@ class Saver:
         rank, folder = self._council.ranks.rank, self._writing
         folder.mkdir(parents=True, exist_ok=True)
         digests = {}
-        for kinds, file in ((MOMENTS, "moments"), (("weight",), "weights")):
+        weights = tuple(kind for kind in FILES if kind in snapshot.flats)
+        for kinds, file in ((snapshot.moments, "moments"), (weights, "weights")):
             parts = [(kind, piece) for piece in snapshot.pieces for kind in kinds]
             shapes = {fragment(kind, piece.name, piece.start): (piece.size,) for kind, piece in parts}
             path = folder / self._name(file, rank)
@@ -147,7 +158,7 @@ class Saver:
         with (folder / f"{rank:05d}.json").open("w") as note:
             json.dump(asdict(digests["moments"]), note)
 
-    def _publish(self) -> None:
+    def _publish(self, snapshot: Snapshot) -> None:
         """Rank 0: parts of all ranks become one checkpoint."""
         folder = self._writing
         ranks = range(self._council.ranks.world_size)
@@ -159,11 +170,16 @@ class Saver:
         parts = [folder / self._name("weights", rank) for rank in ranks]
         with fragments_of(parts) as weights:
 
-            def merged() -> Iterator[Tensor]:
+            def merged(kind: str) -> Iterator[Tensor]:
                 for name, shape in self._shapes.items():
-                    yield weights.read("weight", name, 0, torch.Size(shape).numel())
+                    if name in snapshot.fixed:
+                        yield snapshot.fixed[name]
+                    else:
+                        yield weights.read(kind, name, 0, torch.Size(shape).numel())
 
-            digests[WEIGHTS] = write_tensors(folder / WEIGHTS, self._shapes, merged())
+            for kind, file in FILES.items():
+                if kind in snapshot.flats:
+                    digests[file] = write_tensors(folder / file, self._shapes, merged(kind))
         with written_whole(folder / STATE) as file:
             file.write(json.dumps(self._state).encode())
         digests[STATE] = digest_of(folder / STATE)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jobs.recipe import Recipe
+from jobs.recipe import AnyRecipe
 from jobs.runfolder import RunFolder
 from shards.durable import written_whole
 from shards.errors import MaelstreamError
@@ -19,7 +19,7 @@ from shards.errors import MaelstreamError
 Tracker = Callable[[int, dict[str, Any]], None]
 
 
-def import_trackers(recipe: Recipe) -> dict[str, ModuleType]:
+def import_trackers(recipe: AnyRecipe) -> dict[str, ModuleType]:
     """Those that the recipe asks for; MaelstreamError for one that is not installed."""
     modules = {}
     for name, wanted in (("wandb", recipe.log.wandb), ("mlflow", recipe.log.mlflow)):
@@ -34,7 +34,7 @@ def import_trackers(recipe: Recipe) -> dict[str, ModuleType]:
 
 
 @contextmanager
-def trackers(modules: dict[str, ModuleType], recipe: Recipe, folder: RunFolder) -> Iterator[list[Tracker]]:
+def trackers(modules: dict[str, ModuleType], recipe: AnyRecipe, folder: RunFolder) -> Iterator[list[Tracker]]:
     """Functions that record the values of a step; for rank 0."""
     file = folder.path / "trackers.json"
     known = json.loads(file.read_text()) if file.exists() else {}

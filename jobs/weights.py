@@ -28,6 +28,7 @@ from shards.errors import MaelstreamError
 EXPORT_NAME = "export.json"
 """In each folder that `maelstream export` wrote: the format, the step and the model's configuration."""
 _IN_A_FOLDER = ("weights.safetensors", "model.safetensors", "pytorch_model.bin")
+_SIZES = ("image_size", "patch_size", "in_chans", "dim", "depth", "heads", "mlp_ratio")
 _SHOWN = 3  # tensors that a message names
 
 
@@ -65,6 +66,21 @@ def read_weights(path: Path) -> StoredWeights:
     if names := not_finite(tensors):
         raise WeightsError(f"{file}: NaN or infinity in {_some(names, ', ')}; take weights of an earlier step")
     return StoredWeights(file, tensors, square_grid(tensors) if config is None else config.grid)
+
+
+def encoder_values(stored: StoredWeights) -> dict[str, Any]:
+    """Keys of a classification recipe that follow from the encoder: its sizes, and what pixels are normalised by."""
+    config, tensors = _config_of(stored.file), stored.tensors
+    if config is not None:
+        sizes = {name: getattr(config, name) for name in _SIZES}
+        return {"model": sizes, "data": {"mean": config.mean, "std": config.std}}
+    dim, in_chans, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    sizes = {"patch_size": patch_size, "in_chans": in_chans, "dim": dim, "depth": depth}
+    sizes["heads"] = 16 if (dim, depth) == (1280, 32) else dim // 64  # no tensor tells
+    if stored.grid is not None:
+        sizes["image_size"] = tuple(patch_size * side for side in stored.grid)
+    return {"model": sizes}
 
 
 def mae_weights(stored: StoredWeights, config: MAEConfig) -> dict[str, Tensor]:

@@ -17,9 +17,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from jobs.data_stages import Streamed
 from jobs.hardware import synchronise
 from jobs.log import Clock
-from jobs.pretrain import train_step
+from jobs.pretrain import reconstruction_loss
 from jobs.ranks import Council
 from jobs.stop import SIGNALS
+from jobs.trainer import train_step
 from pipeline.loader import Batch
 from pipeline.ranges import observed
 from shards.errors import MaelstreamError
@@ -60,7 +61,8 @@ def run_whole(
         torch.cuda.reset_peak_memory_stats()
 
     def step(batches: Iterator[Batch]) -> tuple[float, float]:
-        train_step(engine, batches, micro_batches, clock, lambda: None, council, lambda: [0.0] * len(SIGNALS))
+        signs = lambda: [0.0] * len(SIGNALS)  # noqa: E731
+        train_step(engine, reconstruction_loss, batches, micro_batches, clock, lambda: None, council, signs)
         synchronise(engine.device)
         return clock.take()
 

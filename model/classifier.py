@@ -4,7 +4,7 @@ Fine-tuning takes the mean of the patch tokens and a fresh LayerNorm, so the pre
 class token behind that norm. Linear probing freezes everything but a BatchNorm without affine and a linear layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -108,8 +108,42 @@ def fresh_parameters(config: ClassifierConfig) -> set[str]:
     return fresh | {"fc_norm.weight", "fc_norm.bias"} if config.pool == "mean" else fresh
 
 
-def make_linear_probe(model: VisionTransformer, seed: int = 0) -> None:
+class FeatureNorm(nn.BatchNorm1d):
+    """BatchNorm without affine over the batch of all ranks, in float32 whatever the features are.
+
+    torch's own synchronised one runs on GPUs alone. `summed` adds a tensor up over ranks, the same on each.
+    """
+
+    def __init__(self, dim: int, device: torch.device) -> None:
+        super().__init__(dim, eps=1e-6, affine=False, device=device)
+        self.summed: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) in any float dtype, without gradient, to (B, D) in the same."""
+        values = features.float()
+        if not self.training or self.summed is None:
+            return super().forward(values).to(features.dtype)
+        count = values.new_tensor([len(values)])
+        total = self.summed(torch.cat([values.sum(0), count]))
+        mean, count = total[:-1] / total[-1], total[-1]
+        variance = self.summed((values - mean).square().sum(0)) / count
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
+        self.num_batches_tracked += 1
+        return ((values - mean) / (variance + self.eps).sqrt()).to(features.dtype)
+
+
+class SideBySide(nn.ModuleList):
+    """Linear layers on the same features: (B, D) to (layers, B, classes)."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return torch.stack([layer(features) for layer in self])
+
+
+def make_linear_probe(model: VisionTransformer, seed: int = 0, heads: int = 1) -> None:
     """Freeze all of a classifier but a fresh head: BatchNorm without affine (eps 1e-6), then linear (normal 0.01).
+
+    Several `heads` behind the one BatchNorm begin alike, and make the logits (heads, B, classes).
 
     Raises:
         ValueError: a classifier with stochastic depth, which would blur the features that are probed.
@@ -117,13 +151,40 @@ def make_linear_probe(model: VisionTransformer, seed: int = 0) -> None:
     if rate := drop_path_rates(model)[-1]:
         raise ValueError(f"a linear probe reads exact features: build the classifier with drop_path 0, not {rate}")
     model.requires_grad_(False)
-    linear = nn.Linear(model.head.in_features, model.head.out_features, device=model.head.weight.device)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    with torch.no_grad():
-        linear.weight.copy_(torch.empty(linear.weight.shape, device="cpu").normal_(std=0.01, generator=generator))
-        linear.bias.zero_()
-    norm = nn.BatchNorm1d(linear.in_features, eps=1e-6, affine=False, device=linear.weight.device)
-    model.head = nn.Sequential(norm, linear)
+    device = model.head.weight.device
+    start = torch.empty(model.head.weight.shape, device="cpu")
+    start.normal_(std=0.01, generator=torch.Generator("cpu").manual_seed(seed))
+    layers = []
+    for _ in range(heads):
+        layers.append(nn.Linear(model.head.in_features, model.head.out_features, device=device))
+        with torch.no_grad():
+            layers[-1].weight.copy_(start)
+            layers[-1].bias.zero_()
+    head = layers[0] if heads == 1 else SideBySide(layers)
+    model.head = nn.Sequential(FeatureNorm(layers[0].in_features, device), head)
+
+
+def train_last_blocks(model: VisionTransformer, count: float) -> None:
+    """Freeze all but the last `count` blocks, the norm behind them and the head (paper, figure 9).
+
+    0.5 is the MLP of the last block with its norm; 0 the head alone.
+
+    Raises:
+        ValueError: more blocks than there are, or a part of one other than half the last.
+    """
+    depth = len(model.blocks)
+    if count != 0.5 and (count % 1 or not 0 <= count <= depth):
+        raise ValueError(f"{count:g} blocks: it must be 0, 0.5 or a whole number up to {depth}")
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    if count == 0.5:
+        model.blocks[-1].norm2.requires_grad_(True)
+        model.blocks[-1].mlp.requires_grad_(True)
+    for block in list(model.blocks)[depth - int(count) :] if count >= 1 else []:
+        block.requires_grad_(True)
+    if count:
+        model.norm.requires_grad_(True)
+        model.fc_norm.requires_grad_(True)
 
 
 def drop_path_rates(model: VisionTransformer) -> list[float]:

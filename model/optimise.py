@@ -5,8 +5,8 @@ The paper's appendix A.1: AdamW for pre-training and fine-tuning, LARS for linea
 
 import math
 import re
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,11 +67,21 @@ def lr_at(step: int, *, peak: float, floor: float, warmup_steps: float, total_st
     return floor + (peak - floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
+class Span(NamedTuple):
+    """Elements of a matrix in the memory of a parameter, in which there may be others of the matrix or of others."""
+
+    start: int
+    size: int
+    matrix: int
+    """Number of the matrix."""
+
+
 class LARS(torch.optim.Optimizer):
     """Momentum SGD whose step on each matrix is scaled to the matrix's own norm (You et al. 2017, arXiv 1708.03888).
 
     As the reference implementation has it for linear probing: tensors of two and more dimensions decay, and their
     gradient is scaled by trust x |p| / |g| (by 1 where either norm is 0); 1-D tensors are neither decayed nor scaled.
+    Norms are summed in float64, so that it hardly matters how a matrix is cut.
     """
 
     def __init__(
@@ -83,6 +93,16 @@ class LARS(torch.optim.Optimizer):
         trust: float = 0.001,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+        self._spans: Mapping[Tensor, list[Span]] | None = None
+        self._matrices = 0
+        self._summed: Callable[[Tensor], Tensor] = lambda squares: squares
+
+    def cut(self, spans: Mapping[Tensor, list[Span]], matrices: int, summed: Callable[[Tensor], Tensor]) -> None:
+        """From now on parameters are flat and hold parts of `matrices` matrices, others of which other ranks hold.
+
+        `summed` adds a tensor up over ranks; all of them call `step` together.
+        """
+        self._spans, self._matrices, self._summed = spans, matrices, summed
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -91,19 +111,33 @@ class LARS(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                update = parameter.grad
-                if parameter.ndim > 1:
-                    update = update.add(parameter, alpha=group["weight_decay"])
-                    norms = parameter.norm(), update.norm()
-                    trust = group["trust"] * norms[0] / norms[1]
-                    update = update * torch.where((norms[0] > 0) & (norms[1] > 0), trust, 1.0)
-                state = self.state[parameter]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].mul_(group["momentum"]).add_(update)
-                parameter.sub_(state["momentum"], alpha=group["lr"])
+        found = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self._spans is None:
+            spans = {p: [Span(0, p.numel(), n)] if p.ndim > 1 else [] for n, (_, p) in enumerate(found)}
+            squares = torch.zeros(len(found), 2, dtype=torch.float64)
+        else:
+            spans = {p: self._spans.get(p, []) for _, p in found}
+            squares = torch.zeros(self._matrices, 2, dtype=torch.float64)
+        updates: list[Tensor] = []
+        if found:
+            squares = squares.to(found[0][1].device)
+        for group, p in found:
+            updates.append(p.grad.flatten().clone())
+            for span in spans[p]:
+                part = slice(span.start, span.start + span.size)
+                whole, update = p.flatten()[part], updates[-1][part]
+                update.add_(whole, alpha=group["weight_decay"])
+                squares[span.matrix] += torch.stack([whole.double().square().sum(), update.double().square().sum()])
+        norms = self._summed(squares).sqrt()  # (matrices, 2)
+        for (group, p), update in zip(found, updates, strict=True):
+            for span in spans[p]:
+                of_weights, of_update = norms[span.matrix]
+                trust = torch.where((of_weights > 0) & (of_update > 0), group["trust"] * of_weights / of_update, 1.0)
+                update[span.start : span.start + span.size].mul_(trust.to(update.dtype))
+            state = self.state[p]
+            if "momentum" not in state:
+                state["step"], state["momentum"] = torch.zeros(()), torch.zeros_like(p)
+            state["step"] += 1
+            state["momentum"].mul_(group["momentum"]).add_(update.view_as(p))
+            p.sub_(state["momentum"], alpha=group["lr"])
         return loss

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.pretrain import schedule_of
 from jobs.recipe import Recipe, RecipeError, differing_keys, dump_recipe, load_recipe
 from jobs.runfolder import RunFolder
+from jobs.trainer import schedule_of
 from model.mae import MAE
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -1,0 +1,241 @@
+"""Classification on frozen or trained encoders: what `finetune`, `linprobe`, `partial` and `scratch` share.
+
+The four differ in their recipes: which parameters are trained, by which optimizer, on what the images are made
+(paper, appendix A.1, tables 9 and 10, and section 4.3). The loop, the checkpoints and the data path are those of
+pre-training (jobs.trainer). Mixing and stochastic depth are functions of (seed, step, rank, micro-batch), so a run
+that was stopped goes on exactly.
+"""
+
+import copy
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jobs.engine import Float32Classifier, adamw, engine_around, needs_widening
+from jobs.evaluations import RESULT, Evaluation, record
+from jobs.partition import MEAN, Partition
+from jobs.ranks import Council, Ranks
+from jobs.recipe import ClassificationRecipe
+from jobs.runfolder import RunFolder
+from jobs.scores import Scores, scores_of
+from jobs.trainer import Loss
+from jobs.weights import classifier_from, read_weights
+from model.classifier import FeatureNorm, build_classifier, make_linear_probe, train_last_blocks
+from model.optimise import LARS, Span, layer_decay_groups
+from model.patches import normalise
+from pipeline.decode import Output
+from pipeline.draws import AugmentDraws
+from pipeline.feed import BadSample
+from pipeline.hashing import sample_keys, seed_word
+from pipeline.line import Slices
+from pipeline.loader import Batch, PretrainLoader
+from pipeline.mixup import mixed
+from pipeline.order import SampleOrder
+from shards.dataset import Dataset
+
+
+def model_of(recipe: ClassificationRecipe, trained: dict[str, Tensor] | None) -> nn.Module:
+    """The classifier with the weights of a checkpoint, or as it begins: on the encoder of `recipe.weights`, or fresh.
+
+    Raises:
+        WeightsError: weights that cannot be read, or of another size than the recipe.
+    """
+    if recipe.weights and trained is None:
+        model = classifier_from(read_weights(Path(recipe.weights)), recipe.model, recipe.seed)
+    else:
+        model = build_classifier(recipe.model, recipe.seed)
+    if needs_widening(recipe):
+        model.__class__ = Float32Classifier
+    if recipe.tuning.probe:
+        make_linear_probe(model, recipe.seed, max(1, len(recipe.tuning.lrs)))
+    elif recipe.tuning.blocks >= 0:
+        train_last_blocks(model, recipe.tuning.blocks)
+    model.set_grad_checkpointing(recipe.engine.activation_checkpointing)
+    if trained is not None:
+        model.load_state_dict(trained, strict=False)  # but for how many batches a norm has seen
+    return model
+
+
+class Classification:
+    """The task: what `jobs.trainer` asks of it."""
+
+    def __init__(self, recipe: ClassificationRecipe, train: Dataset, val: Dataset, ranks: Ranks):
+        self.recipe, self.command, self.ema = recipe, recipe.job, recipe.tuning.ema
+        self.samples, self.fingerprint = len(train), train.fingerprint
+        self._train, self._val, self._ranks = train, val, ranks
+        self._fixed: dict[str, Tensor] = {}
+        self._measured: tuple[int, dict[str, Scores]] = (-1, {})
+
+    def loader(self, slices: Slices, rank: int, threads: int, on_bad: Callable[[BadSample], None]) -> PretrainLoader:
+        recipe, data, size = self.recipe, self.recipe.data, self.recipe.model.image_size
+        order = SampleOrder(len(self._train), recipe.seed, data.shuffle)
+        return PretrainLoader(
+            self._train,
+            order,
+            AugmentDraws(recipe.seed, data.crop, size),
+            size,
+            slices,
+            rank,
+            threads,
+            recipe.loader.prefetch,
+            Output(mean=data.mean, std=data.std),
+            recipe.loader.decode,
+            recipe.loader.max_bad_share,
+            on_bad,
+        )
+
+    def build(self, trained: dict[str, Tensor] | None) -> nn.Module:
+        model = model_of(self.recipe, trained)
+        learnt = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._fixed = {
+            name: tensor.detach().cpu().clone()
+            for name, tensor in model.state_dict().items()
+            if name not in learnt and tensor.is_floating_point()
+        }
+        self._plain = copy.deepcopy(model).requires_grad_(False).eval()  # ZeRO takes the other one apart
+        self._names = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+        return model
+
+    def engine(self, model: nn.Module, slices: Slices) -> Any:
+        recipe, tuning = self.recipe, self.recipe.tuning
+        if tuning.lrs:
+            heads = model.get_submodule("head.1")
+            heads = [heads] if len(tuning.lrs) == 1 else list(heads.children())
+            groups = [
+                {"params": list(head.parameters()), "lr_scale": lr / recipe.optim.base_lr}
+                for lr, head in zip(tuning.lrs, heads, strict=True)
+            ]
+        else:
+            groups = layer_decay_groups(model, recipe.optim.weight_decay, tuning.layer_decay)
+        if tuning.optimizer == "adamw":
+            return engine_around(recipe, slices, model, adamw(recipe, groups))
+        for group in groups:
+            group["weight_decay"] = recipe.optim.weight_decay  # LARS itself leaves vectors alone
+        return engine_around(recipe, slices, model, LARS(groups, 0.0, momentum=tuning.momentum))
+
+    def joined(self, engine: Any, partition: Partition, council: Council) -> None:
+        self._partition, self._council, self._model = partition, council, engine.module
+        if isinstance(partition.optimizer, LARS):
+            numbers = {name: n for n, name in enumerate(n for n, shape in self._names.items() if len(shape) > 1)}
+            spans: dict[Tensor, list[Span]] = {}
+            for piece in (piece for piece in partition.pieces if piece.name in numbers):
+                span = Span(piece.offset, piece.size, numbers[piece.name])
+                spans.setdefault(partition.flats[piece.flat], []).append(span)
+            partition.optimizer.cut(spans, len(numbers), summed)
+        for name, buffer in self._model.named_buffers():  # DeepSpeed makes them bf16
+            if name in self._fixed:
+                buffer.data = self._fixed[name].to(buffer.device, copy=True)
+        for norm in (module for module in self._model.modules() if isinstance(module, FeatureNorm)):
+            norm.summed = summed
+        self._plain.to(engine.device)
+
+    def fixed(self) -> dict[str, Tensor]:
+        moved = {name: buffer for name, buffer in self._moving() if name in self._fixed}
+        return self._fixed | {name: buffer.detach().cpu().clone() for name, buffer in moved.items()}
+
+    def _moving(self) -> list[tuple[str, Tensor]]:
+        model = getattr(self, "_model", None)
+        return [] if model is None else list(model.named_buffers())
+
+    def loss(self, step: int) -> Loss:
+        return partial(self._loss, step)
+
+    def _loss(self, step: int, engine: Any, images: Tensor, batch: Batch, number: int) -> Tensor:
+        recipe, mixing = self.recipe, self.recipe.mixup
+        part = self._ranks.rank * engine.gradient_accumulation_steps() + number  # of the global batch
+        key = sample_keys(seed_word(recipe.seed, "dropout"), np.array([step]), np.array([part]))
+        torch.manual_seed(int(key[0]))  # for stochastic depth, which draws from torch's own generator
+        levels = normalise(images, recipe.data.mean, recipe.data.std)  # (B, 3, H, W)
+        labels = torch.from_numpy(batch.labels).long().to(engine.device, non_blocking=True)
+        target: Tensor = labels
+        if mixing.mixup or mixing.cutmix:
+            levels, target = mixed(levels, labels, batch.keys, recipe.model.classes, mixing)
+        dtype = torch.float32 if recipe.engine.precision == "fp32" else torch.bfloat16
+        logits = engine(levels.to(dtype)).float()  # (B, classes), or (heads, B, classes)
+        smoothing = 0.0 if target is not labels else mixing.label_smoothing
+        heads = logits if logits.ndim == 3 else logits[None]
+        return torch.stack([F.cross_entropy(head, target, label_smoothing=smoothing) for head in heads]).sum()
+
+    def keep(self, folder: RunFolder) -> None:
+        pass
+
+    def due(self, step: int, total: int) -> bool:
+        every = self.recipe.tuning.evaluate_every_epochs
+        epochs = [each * self.recipe.optim.batch_size // self.samples for each in (step - 1, step)]
+        return step == total or bool(every and epochs[1] // every > epochs[0] // every)
+
+    def measure(self, step: int) -> dict[str, float]:
+        found = self._scores(step)
+        return {"top1": max(scores.top1 for scores in found.values()), "top5": max(s.top5 for s in found.values())}
+
+    def finished(self, folder: RunFolder) -> bool:
+        return (folder.path / RESULT).exists()
+
+    def finish(self, folder: RunFolder, step: int) -> None:
+        found = self._scores(step)
+        best = max(found, key=lambda name: found[name].top1)
+        if self._council.ranks.rank:
+            return
+        recipe = self.recipe
+        settings = {
+            "lr": recipe.optim.base_lr,
+            "batch_size": recipe.optim.batch_size,
+            "blocks": recipe.tuning.blocks,
+            "pool": recipe.model.pool,
+            "image_size": list(recipe.model.image_size),
+            "seed": recipe.seed,
+            "best": best,
+            "all": {name: {"top1": scores.top1, "top5": scores.top5} for name, scores in found.items()},
+        }
+        evaluation = Evaluation(
+            job=recipe.job,
+            name=folder.path.name,
+            top1=found[best].top1,
+            top5=found[best].top5,
+            images=found[best].images,
+            epochs=recipe.optim.epochs,
+            step=recipe.weights_step,
+            weights=recipe.weights,
+            train=recipe.data.train,
+            val=recipe.data.val,
+            folder=str(folder.path),
+            settings=settings,
+            finished=time.time(),
+        )
+        record(evaluation, Path(recipe.weights) if RunFolder(Path(recipe.weights or "-")).config.exists() else None)
+        print(f"maelstream {recipe.job}: top-1 {evaluation.top1:.2f} %, top-5 {evaluation.top5:.2f} % ({best})")
+        sys.stdout.flush()
+
+    def _scores(self, step: int) -> dict[str, Scores]:
+        """Of the weights as the checkpoint of this step has them, of their mean, and of each probe, by name."""
+        if self._measured[0] != step:
+            found: dict[str, Scores] = {}
+            for kind in self._partition.weights:
+                weights = self._partition.whole(kind, self._names) | self.fixed()
+                self._plain.load_state_dict(weights, strict=False)
+                for name, scores in zip(self._head_names(kind), self._score(), strict=True):
+                    found[name] = scores
+            self._measured = step, found
+        return self._measured[1]
+
+    def _head_names(self, kind: str) -> list[str]:
+        if self.recipe.tuning.lrs:
+            return [f"lr {lr:g}" for lr in self.recipe.tuning.lrs]
+        return ["mean of the weights" if kind == MEAN else "weights"]
+
+    def _score(self) -> list[Scores]:
+        return scores_of(self._plain, self.recipe, self._val, self._council, self._ranks)
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Over ranks."""
+    torch.distributed.all_reduce(tensor)
+    return tensor

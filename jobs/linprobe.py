@@ -1,0 +1,18 @@
+"""`maelstream linprobe WEIGHTS TRAIN VAL --run DIR`: trains linear layers on the features of a frozen encoder."""
+
+import jobs.orphan  # noqa: F401  before anything slow is imported
+
+# isort: split
+import sys
+
+from jobs.classify import classify
+from jobs.command import run
+
+
+def main(args: list[str]) -> int:
+    """`maelstream linprobe`; 0 when the run reached its end or --stop-at-step."""
+    return classify("linprobe", args)
+
+
+if __name__ == "__main__":
+    sys.exit(run("linprobe", sys.argv[1:]))

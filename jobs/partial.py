@@ -1,0 +1,18 @@
+"""`maelstream partial WEIGHTS TRAIN VAL --blocks K --run DIR`: only the last K blocks are trained (paper, figure 9)."""
+
+import jobs.orphan  # noqa: F401  before anything slow is imported
+
+# isort: split
+import sys
+
+from jobs.classify import classify
+from jobs.command import run
+
+
+def main(args: list[str]) -> int:
+    """`maelstream partial`; 0 when the run reached its end or --stop-at-step."""
+    return classify("partial", args)
+
+
+if __name__ == "__main__":
+    sys.exit(run("partial", sys.argv[1:]))
