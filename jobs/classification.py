@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jobs.engine import Float32Classifier, adamw, engine_around, needs_widening
-from jobs.evaluations import RESULT, Evaluation, record
+from jobs.evaluations import RESULT, Evaluation, read_evaluations, record
 from jobs.partition import MEAN, Partition
 from jobs.ranks import Council, Ranks
 from jobs.recipe import ClassificationRecipe
@@ -68,10 +68,14 @@ class Classification:
     """The task: what `jobs.trainer` asks of it."""
 
     def __init__(self, recipe: ClassificationRecipe, train: Dataset, val: Dataset, ranks: Ranks):
-        self.recipe, self.command, self.ema = recipe, recipe.job, recipe.tuning.ema
+        self.command: str = recipe.job
+        self.recipe, self.ema = recipe, recipe.tuning.ema
         self.samples, self.fingerprint = len(train), train.fingerprint
         self._train, self._val, self._ranks = train, val, ranks
+        weights = Path(recipe.weights)
+        self._pretraining = weights if recipe.weights and RunFolder(weights).config.exists() else None
         self._fixed: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}  # of the engine's model, which training moves
         self._measured: tuple[int, dict[str, Scores]] = (-1, {})
 
     def loader(self, slices: Slices, rank: int, threads: int, on_bad: Callable[[BadSample], None]) -> PretrainLoader:
@@ -104,11 +108,10 @@ class Classification:
         self._names = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         return model
 
-    def engine(self, model: nn.Module, slices: Slices) -> Any:
+    def engine(self, model: Any, slices: Slices) -> Any:
         recipe, tuning = self.recipe, self.recipe.tuning
         if tuning.lrs:
-            heads = model.get_submodule("head.1")
-            heads = [heads] if len(tuning.lrs) == 1 else list(heads.children())
+            heads = [model.head[1]] if len(tuning.lrs) == 1 else list(model.head[1])
             groups = [
                 {"params": list(head.parameters()), "lr_scale": lr / recipe.optim.base_lr}
                 for lr, head in zip(tuning.lrs, heads, strict=True)
@@ -122,7 +125,7 @@ class Classification:
         return engine_around(recipe, slices, model, LARS(groups, 0.0, momentum=tuning.momentum))
 
     def joined(self, engine: Any, partition: Partition, council: Council) -> None:
-        self._partition, self._council, self._model = partition, council, engine.module
+        self._partition, self._council = partition, council
         if isinstance(partition.optimizer, LARS):
             numbers = {name: n for n, name in enumerate(n for n, shape in self._names.items() if len(shape) > 1)}
             spans: dict[Tensor, list[Span]] = {}
@@ -130,20 +133,15 @@ class Classification:
                 span = Span(piece.offset, piece.size, numbers[piece.name])
                 spans.setdefault(partition.flats[piece.flat], []).append(span)
             partition.optimizer.cut(spans, len(numbers), summed)
-        for name, buffer in self._model.named_buffers():  # DeepSpeed makes them bf16
-            if name in self._fixed:
-                buffer.data = self._fixed[name].to(buffer.device, copy=True)
-        for norm in (module for module in self._model.modules() if isinstance(module, FeatureNorm)):
+        self._buffers = {name: buffer for name, buffer in engine.module.named_buffers() if name in self._fixed}
+        for name, buffer in self._buffers.items():  # DeepSpeed made them bf16
+            buffer.data = self._fixed[name].to(buffer.device, copy=True)
+        for norm in (module for module in engine.module.modules() if isinstance(module, FeatureNorm)):
             norm.summed = summed
         self._plain.to(engine.device)
 
     def fixed(self) -> dict[str, Tensor]:
-        moved = {name: buffer for name, buffer in self._moving() if name in self._fixed}
-        return self._fixed | {name: buffer.detach().cpu().clone() for name, buffer in moved.items()}
-
-    def _moving(self) -> list[tuple[str, Tensor]]:
-        model = getattr(self, "_model", None)
-        return [] if model is None else list(model.named_buffers())
+        return self._fixed | {name: buffer.cpu().clone() for name, buffer in self._buffers.items()}
 
     def loss(self, step: int) -> Loss:
         return partial(self._loss, step)
@@ -177,7 +175,10 @@ class Classification:
         return {"top1": max(scores.top1 for scores in found.values()), "top5": max(s.top5 for s in found.values())}
 
     def finished(self, folder: RunFolder) -> bool:
-        return (folder.path / RESULT).exists()
+        told = self._pretraining is None or any(
+            evaluation.folder == str(folder.path) for evaluation in read_evaluations(self._pretraining)
+        )
+        return told and (folder.path / RESULT).exists()
 
     def finish(self, folder: RunFolder, step: int) -> None:
         found = self._scores(step)
@@ -210,7 +211,7 @@ class Classification:
             settings=settings,
             finished=time.time(),
         )
-        record(evaluation, Path(recipe.weights) if RunFolder(Path(recipe.weights or "-")).config.exists() else None)
+        record(evaluation, self._pretraining)
         print(f"maelstream {recipe.job}: top-1 {evaluation.top1:.2f} %, top-5 {evaluation.top5:.2f} % ({best})")
         sys.stdout.flush()
 
@@ -227,8 +228,8 @@ class Classification:
         return self._measured[1]
 
     def _head_names(self, kind: str) -> list[str]:
-        if self.recipe.tuning.lrs:
-            return [f"lr {lr:g}" for lr in self.recipe.tuning.lrs]
+        if self.recipe.tuning.probe:
+            return [f"lr {lr:g}" for lr in self.recipe.tuning.lrs or (self.recipe.optim.base_lr,)]
         return ["mean of the weights" if kind == MEAN else "weights"]
 
     def _score(self) -> list[Scores]:

@@ -125,10 +125,30 @@ def refuse_unfit(train: Dataset, val: Dataset) -> None:
         )
 
 
+def refuse_nonsense(recipe: ClassificationRecipe, train: Dataset) -> None:
+    """RecipeError for values that do not go together, or not with the data."""
+    tuning = recipe.tuning
+    if recipe.model.classes != len(train.classes):
+        raise RecipeError(f"model.classes {recipe.model.classes}: {train.folder} has {len(train.classes)} classes")
+    if recipe.job == "partial" and tuning.blocks < 0:
+        raise RecipeError("partial needs --blocks: how many of the last blocks are trained; 0.5 is the MLP of the last")
+    if tuning.blocks > recipe.model.depth:
+        raise RecipeError(f"tuning.blocks {tuning.blocks:g}: the encoder has {recipe.model.depth}")
+    if tuning.probe != (recipe.job == "linprobe"):
+        raise RecipeError(f"tuning.probe {tuning.probe}: linprobe needs it, and {recipe.job} is another job")
+    if tuning.probe and recipe.model.drop_path:
+        raise RecipeError(f"model.drop_path {recipe.model.drop_path}: a probe reads exact features; take 0")
+    if len(tuning.lrs) > 1 and recipe.optim.clip_grad:
+        raise RecipeError("optim.clip_grad measures the gradients of all tuning.lrs together; take one lr, or 0")
+    if tuning.optimizer == "lars" and recipe.engine.offload_optimizer:
+        raise RecipeError("engine.offload_optimizer: LARS has little to offload; leave it out")
+
+
 def classify(job: Job, args: list[str]) -> int:
     """The exit code of a command; 0 when the run reached its end or --stop-at-step."""
     args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]  # deepspeed adds it
     args = ["--tuning.blocks" if arg == "--blocks" else arg for arg in args]
+    schema: Any
     schema, names = (Scratch, ["TRAIN", "VAL"]) if job == "scratch" else (Classify, ["WEIGHTS", "TRAIN", "VAL"])
     default: Any = tyro.MISSING  # for --help
     given = args[: len(names)]
@@ -144,13 +164,10 @@ def classify(job: Job, args: list[str]) -> int:
         default = schema(*given, recipe=recipe, run=run)
     command = tyro.cli(schema, args=args, default=default, prog=f"maelstream {job}")
     recipe = command.recipe
-    if recipe.model.classes != len(train_set.classes):
-        raise RecipeError(f"model.classes {recipe.model.classes}: {given[-2]} has {len(train_set.classes)} classes")
+    refuse_nonsense(recipe, train_set)
     if command.print_config:
         print(dump_recipe(recipe), end="")
         return 0
-    if job == "partial" and recipe.tuning.blocks < 0:
-        raise RecipeError("partial needs --blocks: how many of the last blocks are trained; 0.5 is the MLP of the last")
     folder, ranks = RunFolder(command.run), ranks_from_environment()
     folder.refuse_other_experiment(recipe, command.allow)
     return train(Classification(recipe, train_set, val_set, ranks), folder, command.stop_at_step, ranks)

@@ -42,7 +42,7 @@ class Float32Arithmetic(MAE):
 class Float32Classifier(VisionTransformer):
     """Likewise a ViT with a head."""
 
-    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, images: Tensor) -> Tensor:
         if self.cls_token.dtype == torch.float32:
             return super().forward(images)
         widened = {name: parameter.float() for name, parameter in self.named_parameters()}

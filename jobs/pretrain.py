@@ -70,7 +70,7 @@ class Pretraining:
             model.load_state_dict(trained, strict=False)  # buffers are no weights
         return model
 
-    def engine(self, model: MAE, slices: Slices) -> Any:
+    def engine(self, model: Any, slices: Slices) -> Any:
         return build_engine(self.recipe, slices, model)
 
     def joined(self, engine: Any, partition: Partition, council: Council) -> None:

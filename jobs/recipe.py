@@ -268,12 +268,6 @@ class ClassificationRecipe:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = HealthConfig()
 
-    def __post_init__(self) -> None:
-        if self.tuning.blocks > self.model.depth:
-            raise ValueError(f"tuning.blocks {self.tuning.blocks:g}: the encoder has {self.model.depth}")
-        if len(self.tuning.lrs) > 1 and self.optim.clip_grad:
-            raise ValueError("optim.clip_grad measures the gradients of all tuning.lrs together; take one lr, or 0")
-
 
 EXPERIMENT = ("model", "data", "optim", "seed")
 _NO_EXPERIMENT = ("target_file", "weights_step", "engine", "loader", "log", "checkpoint", "health")

@@ -177,9 +177,9 @@ class Saver:
                     else:
                         yield weights.read(kind, name, 0, torch.Size(shape).numel())
 
-            for kind, file in FILES.items():
+            for kind, name in FILES.items():
                 if kind in snapshot.flats:
-                    digests[file] = write_tensors(folder / file, self._shapes, merged(kind))
+                    digests[name] = write_tensors(folder / name, self._shapes, merged(kind))
         with written_whole(folder / STATE) as file:
             file.write(json.dumps(self._state).encode())
         digests[STATE] = digest_of(folder / STATE)

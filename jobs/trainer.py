@@ -57,7 +57,7 @@ class Task(Protocol):
     def build(self, trained: dict[str, Tensor] | None) -> nn.Module:
         """The model with the weights of a checkpoint, or as it begins."""
 
-    def engine(self, model: nn.Module, slices: Slices) -> Any: ...
+    def engine(self, model: Any, slices: Slices) -> Any: ...
 
     def joined(self, engine: Any, partition: Partition, council: Council) -> None:
         """The ranks have met and the engine stands, with the weights that the run goes on with."""
@@ -131,7 +131,7 @@ def train(task: Task, folder: RunFolder, stop_at_step: int | None, ranks: Ranks)
         if ranks.rank == 0:
             store.sweep()
         step, told = store.newest_good(council)
-        if step >= end and (step < schedule.total_steps or task.finished(folder)):
+        if step >= end and (step < schedule.total_steps or not council.any(not task.finished(folder))):
             return 0
         state = store.state(step, task.fingerprint) if step else None
         if state is not None:

@@ -127,9 +127,9 @@ class FeatureNorm(nn.BatchNorm1d):
         total = self.summed(torch.cat([values.sum(0), count]))
         mean, count = total[:-1] / total[-1], total[-1]
         variance = self.summed((values - mean).square().sum(0)) / count
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
-        self.num_batches_tracked += 1
         return ((values - mean) / (variance + self.eps).sqrt()).to(features.dtype)
 
 

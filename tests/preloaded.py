@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for _module in (
     "jobs.pretrain",
     "jobs.profile",
+    "jobs.classify",
     "tests.faults",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # every engine imports it, and it compiles kernels
     "deepspeed.runtime.zero.stage3",

@@ -1,0 +1,206 @@
+"""Fine-tuning, probing, partial tuning and the baseline: each goes on exactly, and trains what its name says."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from jobs.command import run
+from jobs.evaluations import read_evaluations
+from jobs.pack import main as pack
+from jobs.runfolder import RunFolder
+from shards.dataset import Dataset
+from tests.conftest import write_images
+from tests.forked import run_ranks
+
+STEPS = 8
+SMALL = """
+optim: {batch_size: 12, base_lr: 0.02, warmup_epochs: 0.5, epochs: 1.6}
+engine: {micro_batch_size: 3, precision: fp32}
+log: {every_steps: 1}
+checkpoint: {every_steps: 4, keep: 9}
+"""  # 8 steps, 5 an epoch
+Trained = Callable[..., RunFolder]
+JOBS = {
+    "finetune": ("--model.drop-path", "0.2"),
+    "linprobe": ("--tuning.lrs", "0.5", "2"),
+    "partial": ("--blocks", "0.5"),
+    "scratch": ("--tuning.ema", "0.6"),
+}
+
+
+@pytest.fixture(scope="module")
+def val(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """21 other samples of the classes of `packed`."""
+    folder = tmp_path_factory.mktemp("val")
+    write_images(folder / "images", classes=3, per_class=7, seed=5)
+    assert pack([str(folder / "images"), str(folder / "shards"), "--workers", "1"]) == 0
+    return Dataset.open(folder / "shards")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    run_ranks(1, tiny, "--run", str(folder / "run"), "--stop-at-step", "2", output=folder / "output")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def command(pretrained: Path, packed: Dataset, val: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable:
+    """Arguments of a job: the same small recipe laid over the job's own."""
+    folder = tmp_path_factory.mktemp("recipes")
+
+    def arguments(job: str) -> list[str]:
+        base = Path(__file__).parents[2] / "recipes" / f"{'finetune' if job == 'partial' else job}.yaml"
+        values = yaml.safe_load(SMALL) | {"base": str(base)}
+        if job == "scratch":
+            values["model"] = {"image_size": [32, 32], "patch_size": 8, "dim": 48, "depth": 2, "heads": 3}
+        path = folder / f"{job}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        weights = [] if job == "scratch" else [str(pretrained)]
+        return [*weights, packed.folder, val.folder, "--recipe", str(path)]
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def unbroken(command: Callable, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Runs that nobody stopped, each made once."""
+    made: dict[tuple, RunFolder] = {}
+
+    def trained(job: str, ranks: int, *options: str) -> RunFolder:
+        key = (job, ranks, *options)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("runs")
+            options_of_run = (*command(job), "--run", str(folder / "run"), *options)
+            run_ranks(ranks, *options_of_run, output=folder / "output", command=job)
+            made[key] = RunFolder(folder / "run")
+        return made[key]
+
+    return trained
+
+
+def told(folder: RunFolder) -> list[tuple]:
+    return [(line["step"], line["loss"], line["grad_norm"], line.get("top1")) for line in folder.read_metrics()]
+
+
+def same(ours: RunFolder, theirs: RunFolder, kind: str = "weight") -> bool:
+    one, other = ours.checkpoints.weights(STEPS, kind), theirs.checkpoints.weights(STEPS, kind)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_run_stopped_and_resumed_is_bit_identical(
+    unbroken: Trained, command: Callable, tmp_path: Path, job: str
+) -> None:
+    """On two ranks, in mid-epoch, with what is drawn in the forward pass, the running statistics and the mean."""
+    for more in (["--stop-at-step", "3"], []):
+        arguments = [*command(job), "--run", str(tmp_path / "run"), *JOBS[job], *more]
+        run_ranks(2, *arguments, output=tmp_path / "output", command=job)
+    ours, theirs = RunFolder(tmp_path / "run"), unbroken(job, 2, *JOBS[job])
+    assert [step for step, *_ in told(ours)] == list(range(1, STEPS + 1))
+    assert told(ours) == told(theirs) and same(ours, theirs)
+    (result,), (expected,) = read_evaluations(ours.path), read_evaluations(theirs.path)
+    assert (result.top1, result.settings["all"]) == (expected.top1, expected.settings["all"])
+    if job == "scratch":
+        assert same(ours, theirs, "ema")
+        mean, weights = theirs.checkpoints.weights(STEPS, "ema"), theirs.checkpoints.weights(STEPS)
+        assert not torch.equal(mean["head.weight"], weights["head.weight"])
+
+
+@pytest.mark.parametrize("zero", ["2", "3"])
+@pytest.mark.parametrize("job", ["linprobe", "scratch"])
+def test_stages_differ_by_the_order_of_sums_alone(
+    unbroken: Trained, command: Callable, tmp_path: Path, job: str, zero: str
+) -> None:
+    """Changing in the middle, from one rank to two and from stage 1; the mean and LARS's momentum go along."""
+    for ranks, more in ((1, ["--stop-at-step", "3"]), (2, ["--engine.zero", zero])):
+        micro = ["--engine.micro-batch-size", "6"] if ranks == 2 else ["--engine.micro-batch-size", "12"]
+        options = [*command(job), "--run", str(tmp_path / "run"), *JOBS[job], *micro, *more]
+        if job == "scratch":  # what is mixed depends on how the batch is cut
+            options += ["--mixup.mixup", "0", "--mixup.cutmix", "0", "--model.drop-path", "0"]
+        run_ranks(ranks, *options, output=tmp_path / "output", command=job)
+    alone = ["--mixup.mixup", "0", "--mixup.cutmix", "0", "--model.drop-path", "0"] if job == "scratch" else []
+    theirs = unbroken(job, 1, *JOBS[job], *alone, "--engine.micro-batch-size", "12")
+    ours = RunFolder(tmp_path / "run")
+    for (step, loss, *_), (_, expected, *_) in zip(told(ours), told(theirs), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5), step
+    for kind in ("weight", "ema") if job == "scratch" else ("weight",):
+        expected_weights = theirs.checkpoints.weights(STEPS, kind)
+        for name, weight in ours.checkpoints.weights(STEPS, kind).items():
+            if not name.endswith("qkv.bias"):  # that of keys has a gradient of nothing but rounding
+                torch.testing.assert_close(weight, expected_weights[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_probes_side_by_side_are_those_that_are_trained_alone(unbroken: Trained) -> None:
+    together = unbroken("linprobe", 1, "--tuning.lrs", "0.5", "2").checkpoints.weights(STEPS)
+    for number, lr in enumerate(("0.5", "2")):
+        alone = unbroken("linprobe", 1, "--tuning.lrs", lr).checkpoints.weights(STEPS)
+        for part in ("weight", "bias"):
+            assert torch.equal(together[f"head.1.{number}.{part}"], alone[f"head.1.{part}"])
+        assert torch.equal(together["head.0.running_mean"], alone["head.0.running_mean"])
+    assert not torch.equal(together["head.1.0.weight"], together["head.1.1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "moved"),
+    [
+        ("0", ["head."]),
+        ("0.5", ["blocks.1.mlp.", "blocks.1.norm2.", "fc_norm.", "head."]),
+        ("1", ["blocks.1.", "fc_norm.", "head."]),
+    ],
+)
+def test_partial_tuning_trains_what_it_names(unbroken: Trained, blocks: str, moved: list[str]) -> None:
+    store = unbroken("partial", 2 if blocks == "0.5" else 1, "--blocks", blocks).checkpoints
+    first, last = store.weights(4), store.weights(STEPS)
+    assert {name for name in last if not torch.equal(first[name], last[name])} == {
+        name for name in last if name.startswith(tuple(moved))
+    }
+
+
+def test_a_frozen_encoder_is_the_pretrained_one(unbroken: Trained, pretrained: Path) -> None:
+    encoder = RunFolder(pretrained).checkpoints.weights(2)
+    probe = unbroken("linprobe", 1, "--tuning.lrs", "0.5", "2").checkpoints.weights(STEPS)
+    shared = encoder.keys() & probe.keys()
+    assert len(shared) > 20 and all(torch.equal(encoder[name], probe[name]) for name in shared)
+
+
+def test_results_stand_in_the_run_and_in_that_of_the_weights(unbroken: Trained, pretrained: Path, val: Dataset) -> None:
+    folder = unbroken("linprobe", 1, "--tuning.lrs", "0.5", "2")
+    (result,) = read_evaluations(folder.path)
+    assert result in read_evaluations(pretrained)
+    assert (result.job, result.step, result.images, result.epochs) == ("linprobe", 2, len(val), 1.6)
+    assert set(result.settings["all"]) == {"lr 0.5", "lr 2"}
+    assert result.top1 == max(scores["top1"] for scores in result.settings["all"].values())
+    assert told(folder)[-1][-1] == result.top1
+
+
+def test_a_result_that_was_not_written_is_made_up_for(command: Callable, unbroken: Trained, tmp_path: Path) -> None:
+    """Killed between the last checkpoint and the result."""
+    folder = unbroken("linprobe", 1, "--tuning.lrs", "0.5")
+    before = (folder.path / "result.json").read_text()
+    (folder.path / "result.json").unlink()
+    arguments = [*command("linprobe"), "--run", str(folder.path), "--tuning.lrs", "0.5"]
+    run_ranks(1, *arguments, output=tmp_path / "output", command="linprobe")
+    assert (folder.path / "result.json").read_text().split('"finished"')[0] == before.split('"finished"')[0]
+
+
+@pytest.mark.parametrize(
+    ("job", "more", "complaint"),
+    [
+        ("finetune", ["--model.depth", "3"], "and the model is ViT/8 (48 x 3)"),
+        ("linprobe", ["--model.classes", "5"], "model.classes 5"),
+        ("partial", [], "partial needs --blocks"),
+        ("linprobe", ["--model.drop-path", "0.1"], "exact features"),
+        ("partial", ["--blocks", "3"], "tuning.blocks 3: the encoder has 2"),
+    ],
+)
+def test_bad_input_gets_one_line(
+    command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], job: str, more: list[str], complaint: str
+) -> None:
+    assert run(job, [*command(job), "--run", str(tmp_path / "run"), *more]) == 2
+    said = capsys.readouterr().err
+    assert complaint in said and said.count("\n") == 1
+    assert not (tmp_path / "run" / "checkpoints").exists()
