@@ -280,13 +280,19 @@ def load_recipe(path: Path) -> Recipe:
     return resolve(read_values(path), str(path))
 
 
+def load_any_recipe(path: Path) -> AnyRecipe:
+    """As `load_recipe`, of pre-training or of a `job` on labels."""
+    values = read_values(path)
+    return resolve_as(ClassificationRecipe if "job" in values else Recipe, values, str(path))
+
+
 def resolve(values: dict[str, Any], where: str) -> Recipe:
     """A recipe from nested plain values; `where` names them in errors."""
     return resolve_as(Recipe, values, where)
 
 
 def resolve_as(schema: type[R], values: dict[str, Any], where: str) -> R:
-    """As `resolve`, of either kind."""
+    """As `resolve`, of the kind that is asked for."""
     _refuse_unknown(values, schema, where, "")
     try:
         return TypeAdapter(schema).validate_python(values)

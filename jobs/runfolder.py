@@ -9,17 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.checkpoint import CheckpointStore
-from jobs.recipe import (
-    AnyRecipe,
-    ClassificationRecipe,
-    Recipe,
-    RecipeError,
-    differing_keys,
-    dump_recipe,
-    may_change,
-    read_values,
-    resolve_as,
-)
+from jobs.recipe import AnyRecipe, Recipe, RecipeError, differing_keys, dump_recipe, load_any_recipe, may_change
 from pipeline.loader import BadSample
 from shards.durable import written_whole
 from shards.errors import MaelstreamError
@@ -74,10 +64,7 @@ class RunFolder:
         """The recipe that the run was last started with; MaelstreamError when the folder is not a run's."""
         if not self.config.exists():
             raise MaelstreamError(f"{self.path} is not a run: it has no config.yaml; `maelstream pretrain` makes one")
-        values, where = read_values(self.config), str(self.config)
-        if "job" in values:
-            return resolve_as(ClassificationRecipe, values, where)
-        return resolve_as(Recipe, values, where)
+        return load_any_recipe(self.config)
 
     def last_step(self) -> int:
         """Step of the newest checkpoint; MaelstreamError when there is none."""

@@ -2,18 +2,31 @@
 
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from jobs.recipe import Recipe, RecipeError, differing_keys, dump_recipe, load_recipe
+from jobs.classification import model_of
+from jobs.recipe import (
+    ClassificationRecipe,
+    Recipe,
+    RecipeError,
+    differing_keys,
+    dump_recipe,
+    load_any_recipe,
+    load_recipe,
+    read_values,
+)
 from jobs.runfolder import RunFolder
 from jobs.trainer import schedule_of
 from model.mae import MAE
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+EVERY = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+LABELLED = [path for path in EVERY if "job" in read_values(path)]
+RECIPES = [path for path in EVERY if path not in LABELLED]
 
 
 def recipe_file(folder: Path, text: str, name: str = "mine.yaml") -> Path:
@@ -31,10 +44,55 @@ def test_every_recipe_parses_and_builds(path: Path) -> None:
     assert schedule_of(recipe, 1_281_167).total_steps > 0
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EVERY, ids=lambda path: path.stem)
 def test_a_printed_recipe_is_the_same_recipe(path: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(path)
-    assert load_recipe(recipe_file(tmp_path, dump_recipe(recipe))) == recipe
+    recipe = load_any_recipe(path)
+    assert load_any_recipe(recipe_file(tmp_path, dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize("path", LABELLED, ids=lambda path: path.stem)
+def test_every_recipe_on_labels_parses_and_builds(path: Path) -> None:
+    recipe = load_any_recipe(path)
+    assert isinstance(recipe, ClassificationRecipe)
+    with torch.device("meta"):
+        model = model_of(replace(recipe, weights=""), None)
+    learnt = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    probed = recipe.model.dim * recipe.model.classes + recipe.model.classes
+    assert learnt == probed if recipe.tuning.probe else learnt > 50_000_000
+
+
+# recipes.md: base lr, epochs, warm-up, batch, weight decay, layer decay, drop path
+LABELLED_TABLE = {
+    "finetune_vit_b16": (5e-4, 100, 5, 1024, 0.05, 0.65, 0.1),
+    "finetune_vit_l16": (1e-3, 50, 5, 1024, 0.05, 0.75, 0.2),
+    "finetune_vit_h14": (1e-3, 50, 5, 1024, 0.05, 0.75, 0.3),
+    "finetune_vit_h14_448": (1e-3, 50, 5, 1024, 0.05, 0.75, 0.3),
+    "linprobe_vit_b16": (0.1, 90, 10, 16384, 0, 1, 0),
+    "linprobe_vit_l16": (0.1, 50, 10, 16384, 0, 1, 0),
+    "linprobe_vit_h14": (0.1, 50, 10, 16384, 0, 1, 0),
+    "scratch_vit_b16": (1e-4, 300, 20, 4096, 0.3, 1, 0.1),
+    "scratch_vit_l16": (1e-4, 200, 20, 4096, 0.3, 1, 0.2),
+    "scratch_vit_h14": (1e-4, 200, 20, 4096, 0.3, 1, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", LABELLED_TABLE)
+def test_recipes_on_labels_have_the_papers_numbers(name: str) -> None:
+    recipe = load_any_recipe(EVERY[0].with_name(f"{name}.yaml"))
+    assert isinstance(recipe, ClassificationRecipe)
+    optim, tuning = recipe.optim, recipe.tuning
+    numbers = (optim.base_lr, optim.epochs, optim.warmup_epochs, optim.batch_size, optim.weight_decay)
+    assert (*numbers, tuning.layer_decay, recipe.model.drop_path) == LABELLED_TABLE[name]
+    mixed = (0, 0, 0) if recipe.job == "linprobe" else (0.8, 1.0, 0.1)
+    assert (recipe.mixup.mixup, recipe.mixup.cutmix, recipe.mixup.label_smoothing) == mixed
+    assert tuning.optimizer == ("lars" if recipe.job == "linprobe" else "adamw")
+    assert tuning.ema == (0.9999 if recipe.job == "scratch" else 0)
+
+
+def test_the_papers_fine_tuning_is_the_default() -> None:
+    recipe = load_any_recipe(EVERY[0].with_name("finetune_vit_b16.yaml"))
+    assert isinstance(recipe, ClassificationRecipe)
+    assert recipe == ClassificationRecipe()
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("b16", 111_907_840), ("l16", 329_541_888), ("h14", 657_074_508)])
