@@ -1,5 +1,6 @@
 """Fine-tuning, probing, partial tuning and the baseline: each goes on exactly, and trains what its name says."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from jobs.pack import main as pack
 from jobs.runfolder import RunFolder
 from shards.dataset import Dataset
 from tests.conftest import write_images
-from tests.forked import run_ranks
+from tests.forked import run_ranks, start
 
 STEPS = 8
 SMALL = """
@@ -28,6 +29,12 @@ JOBS = {
     "linprobe": ("--tuning.lrs", "0.5", "2"),
     "partial": ("--blocks", "0.5"),
     "scratch": ("--tuning.ema", "0.6"),
+}
+ENGINES = {
+    "finetune": ("--engine.zero", "2", "--engine.precision", "bf16"),
+    "linprobe": ("--engine.zero", "3", "--engine.precision", "bf16"),
+    "partial": ("--engine.zero", "1", "--engine.precision", "bf16"),
+    "scratch": ("--engine.zero", "3"),
 }
 
 
@@ -97,9 +104,9 @@ def test_a_run_stopped_and_resumed_is_bit_identical(
 ) -> None:
     """On two ranks, in mid-epoch, with what is drawn in the forward pass, the running statistics and the mean."""
     for more in (["--stop-at-step", "3"], []):
-        arguments = [*command(job), "--run", str(tmp_path / "run"), *JOBS[job], *more]
+        arguments = [*command(job), "--run", str(tmp_path / "run"), *JOBS[job], *ENGINES[job], *more]
         run_ranks(2, *arguments, output=tmp_path / "output", command=job)
-    ours, theirs = RunFolder(tmp_path / "run"), unbroken(job, 2, *JOBS[job])
+    ours, theirs = RunFolder(tmp_path / "run"), unbroken(job, 2, *JOBS[job], *ENGINES[job])
     assert [step for step, *_ in told(ours)] == list(range(1, STEPS + 1))
     assert told(ours) == told(theirs) and same(ours, theirs)
     (result,), (expected,) = read_evaluations(ours.path), read_evaluations(theirs.path)
@@ -108,6 +115,20 @@ def test_a_run_stopped_and_resumed_is_bit_identical(
         assert same(ours, theirs, "ema")
         mean, weights = theirs.checkpoints.weights(STEPS, "ema"), theirs.checkpoints.weights(STEPS)
         assert not torch.equal(mean["head.weight"], weights["head.weight"])
+
+
+def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(
+    unbroken: Trained, command: Callable, tmp_path: Path
+) -> None:
+    arguments = [*command("finetune"), "--run", str(tmp_path / "run"), *JOBS["finetune"], *ENGINES["finetune"]]
+    running, ours = start(2, *arguments, output=tmp_path / "output", command="finetune"), RunFolder(tmp_path / "run")
+    while not (lines := ours.read_metrics()) or lines[-1]["step"] < 6:
+        assert any(rank.is_alive() for rank in running.ranks), running.said
+        time.sleep(0.005)
+    running.kill()
+    run_ranks(2, *arguments, output=tmp_path / "output", command="finetune")
+    theirs = unbroken("finetune", 2, *JOBS["finetune"], *ENGINES["finetune"])
+    assert told(ours) == told(theirs) and same(ours, theirs)
 
 
 @pytest.mark.parametrize("zero", ["2", "3"])

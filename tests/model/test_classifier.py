@@ -10,12 +10,14 @@ import torch
 
 from model.classifier import (
     ClassifierConfig,
+    FeatureNorm,
     Pool,
     build_classifier,
     drop_path_rates,
     encoder_weights,
     fresh_parameters,
     make_linear_probe,
+    train_last_blocks,
 )
 from model.mae import MAE, MAEConfig
 from model.patches import normalise
@@ -130,3 +132,46 @@ def test_a_probe_with_stochastic_depth_is_refused() -> None:
 def test_values_that_do_not_go_together_are_refused(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClassifierConfig(**(vars(SMALL) | values))
+
+
+def test_a_norm_over_ranks_is_that_of_all_their_features() -> None:
+    """Two ranks with the same features: what is summed is twice one's own."""
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    shared, alone = FeatureNorm(4, torch.device("cpu")), torch.nn.BatchNorm1d(4, 1e-6, affine=False)
+    shared.summed = lambda tensor: 2 * tensor
+    for _ in range(3):
+        expected = alone(torch.cat([features, features]))
+        torch.testing.assert_close(shared(features), expected[:6])
+    torch.testing.assert_close(shared.running_mean, alone.running_mean)
+    torch.testing.assert_close(shared.running_var, alone.running_var)
+    assert shared.eval()(features.bfloat16()).dtype == torch.bfloat16
+
+
+def test_probes_side_by_side_begin_alike() -> None:
+    model = build_classifier(ClassifierConfig(**(vars(SMALL) | {"pool": "class_token"})))
+    make_linear_probe(model, seed=3, heads=2)
+    logits = model(torch.randn(2, 3, 64, 64))
+    assert logits.shape == (2, 2, 10) and torch.equal(logits[0], logits[1])
+
+
+@pytest.mark.parametrize(
+    ("count", "trained"),
+    [
+        (0, {"head"}),
+        (0.5, {"blocks.2.norm2", "blocks.2.mlp", "fc_norm", "head"}),
+        (2, {"blocks.1", "blocks.2", "fc_norm", "head"}),
+        (3, {"blocks.0", "blocks.1", "blocks.2", "fc_norm", "head"}),
+    ],
+)
+def test_partial_tuning_leaves_all_but_the_last_blocks_alone(count: float, trained: set[str]) -> None:
+    model = build_classifier(SMALL)
+    train_last_blocks(model, count)
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = {name for name, _ in model.named_parameters() if any(name.startswith(f"{part}.") for part in trained)}
+    assert names == expected
+
+
+@pytest.mark.parametrize("count", [-1, 1.5, 4])
+def test_blocks_that_are_not_there_are_refused(count: float) -> None:
+    with pytest.raises(ValueError, match=r"0, 0\.5 or a whole number up to 3"):
+        train_last_blocks(build_classifier(SMALL), count)

@@ -12,7 +12,7 @@ import torch
 
 from model.classifier import ClassifierConfig, build_classifier
 from model.mae import MAE, MAEConfig
-from model.optimise import LARS, layer_decay_groups, lr_at, weight_decay_groups
+from model.optimise import LARS, Span, layer_decay_groups, lr_at, weight_decay_groups
 
 Golden = Callable[[str], Mapping[str, np.ndarray]]
 
@@ -190,3 +190,26 @@ def test_lars_leaves_gradients_alone_and_takes_a_closure() -> None:
     optimizer = LARS([parameter], lr=0.1, weight_decay=0.5)
     assert optimizer.step(lambda: torch.tensor(7.0)) == 7
     assert torch.equal(parameter.grad, torch.full((2, 2), 3.0))
+
+
+def test_lars_on_cut_matrices_steps_as_on_whole_ones() -> None:
+    """Each of two flat parameters holds a part of both matrices, as ZeRO cuts them, and one a vector as well."""
+    draw = torch.Generator().manual_seed(0)
+    matrices = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in ((4, 6), (5, 3))]
+    vector = torch.nn.Parameter(torch.randn(4, generator=draw))
+    flats = [
+        torch.nn.Parameter(torch.cat([matrices[0].flatten()[:10], matrices[1].flatten()[:9], vector]).detach()),
+        torch.nn.Parameter(torch.cat([matrices[0].flatten()[10:], matrices[1].flatten()[9:]]).detach()),
+    ]
+    whole, cut = (LARS(each, 0.3, weight_decay=0.01) for each in ([*matrices, vector], flats))
+    cut.cut({flats[0]: [Span(0, 10, 0), Span(10, 9, 1)], flats[1]: [Span(0, 14, 0), Span(14, 6, 1)]}, 2, lambda s: s)
+    for _ in range(3):
+        for parameter in (*matrices, vector):
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+        grads = [matrix.grad.flatten() for matrix in matrices if matrix.grad is not None]
+        flats[0].grad = torch.cat([grads[0][:10], grads[1][:9], vector.grad])  # type: ignore[list-item]
+        flats[1].grad = torch.cat([grads[0][10:], grads[1][9:]])
+        whole.step()
+        cut.step()
+    assert torch.equal(flats[0][:10], matrices[0].flatten()[:10]) and torch.equal(flats[0][19:], vector)
+    assert torch.equal(flats[1][14:], matrices[1].flatten()[9:])
