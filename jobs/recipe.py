@@ -283,7 +283,9 @@ def load_recipe(path: Path) -> Recipe:
 def load_any_recipe(path: Path) -> AnyRecipe:
     """As `load_recipe`, of pre-training or of a `job` on labels."""
     values = read_values(path)
-    return resolve_as(ClassificationRecipe if "job" in values else Recipe, values, str(path))
+    if "job" in values:
+        return resolve_as(ClassificationRecipe, values, str(path))
+    return resolve_as(Recipe, values, str(path))
 
 
 def resolve(values: dict[str, Any], where: str) -> Recipe:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ class Engine:
 
 @pytest.fixture
 def task(packed: Dataset) -> Callable[..., Classification]:
-    def made(mixup: MixupConfig, rank: int = 0, **recipe: object) -> Classification:
+    def made(mixup: MixupConfig, rank: int = 0, **recipe: Any) -> Classification:
         model = ClassifierConfig(3, (8, 8), 4, dim=12, depth=1, heads=2)
         whole = ClassificationRecipe(model=model, mixup=mixup, engine=EngineConfig(precision="fp32"))
         return Classification(replace(whole, **recipe), packed, packed, Ranks(rank, 2, rank, 2))
