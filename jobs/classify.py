@@ -4,6 +4,7 @@ The encoder's sizes come from its weights, the number of classes from the data, 
 for ViT-B, L and H, or the job's own for every other size. What the recipe says of the sizes must fit the weights.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,7 @@ from jobs.recipe import (
 )
 from jobs.runfolder import RunFolder
 from jobs.trainer import train
-from jobs.weights import encoder_values, read_weights
+from jobs.weights import WeightsError, encoder_values, read_weights
 from shards.dataset import Dataset
 from shards.errors import MaelstreamError
 
@@ -91,7 +92,14 @@ def recipe_of(
         told["weights_step"] = begun.weights_step
         encoder: dict[str, Any] = {"model": sizes, "data": {"mean": begun.data.mean, "std": begun.data.std}}
     elif weights:
-        encoder = encoder_values(read_weights(Path(weights)))
+        stored = read_weights(Path(weights))
+        heads = [tensor for name, tensor in stored.tensors.items() if re.match(r"head\..*weight$", name)]
+        if heads:
+            raise WeightsError(
+                f"{stored.file} holds a classifier of {len(heads[0])} classes, {train.folder} has "
+                f"{len(train.classes)}: training begins with an encoder; `maelstream evaluate` measures a classifier"
+            )
+        encoder = encoder_values(stored)
         run = RunFolder(Path(weights))
         told["weights_step"] = run.last_step() if run.config.exists() else None
     else:
@@ -116,8 +124,8 @@ def refuse_unfit(train: Dataset, val: Dataset) -> None:
             raise MaelstreamError(f"{dataset.folder} has no labels; pack class folders, or what brings labels along")
     if train.classes != val.classes:
         raise MaelstreamError(
-            f"{train.folder} has {len(train.classes)} classes, {val.folder} {len(val.classes)} or others of the same "
-            "number; pack both from the same classes"
+            f"{train.folder} has {len(train.classes)} classes and {val.folder} {len(val.classes)}, which are not the "
+            "same; pack both from folders of the same names"
         )
     if len(train.classes) > len(train):
         raise MaelstreamError(

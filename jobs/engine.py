@@ -59,8 +59,10 @@ def build_model(recipe: Recipe, target: PCATarget | TokenTarget | None) -> MAE:
 def needs_widening(recipe: AnyRecipe) -> bool:
     """Whether bf16 weights are to be multiplied in float32, because this CPU is so much slower otherwise."""
     cpu_lacks_bf16 = not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    # At stage 3 a module's parameters are there while its forward runs; they cannot be widened all at once before.
-    return recipe.engine.precision == "bf16" and cpu_lacks_bf16 and recipe.engine.zero < 3
+    # At stage 3 a module's parameters are there while its forward runs; they cannot be widened all at once before. And
+    # what is computed again in the backward pass meets them as they are.
+    whole = recipe.engine.zero < 3 and not recipe.engine.activation_checkpointing
+    return recipe.engine.precision == "bf16" and cpu_lacks_bf16 and whole
 
 
 def adamw(recipe: AnyRecipe, groups: list[dict]) -> torch.optim.Optimizer:

@@ -62,7 +62,7 @@ def main(args: list[str]) -> int:
     """`maelstream watch`; ends when the run does. On something that is no terminal: one look."""
     command = tyro.cli(Watch, args=args, prog="maelstream watch")
     folder, console = RunFolder(command.run), Console()
-    folder.recipe()  # before anything else: is it a run?
+    folder.any_recipe()  # before anything else: is it a run?
     width = max(20, min(80, console.width - 2))
     if not console.is_terminal:
         console.print(view(folder, folder.read_metrics(), width))

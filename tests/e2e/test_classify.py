@@ -1,5 +1,6 @@
 """Fine-tuning, probing, partial tuning and the baseline: each goes on exactly, and trains what its name says."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from jobs.command import run
 from jobs.evaluations import read_evaluations
 from jobs.pack import main as pack
 from jobs.runfolder import RunFolder
-from shards.dataset import Dataset
+from shards.dataset import Dataset, sealed
 from tests.conftest import write_images
 from tests.forked import run_ranks, start
 
@@ -206,6 +208,52 @@ def test_a_result_that_was_not_written_is_made_up_for(command: Callable, unbroke
     arguments = [*command("linprobe"), "--run", str(folder.path), "--tuning.lrs", "0.5"]
     run_ranks(1, *arguments, output=tmp_path / "output", command="linprobe")
     assert (folder.path / "result.json").read_text().split('"finished"')[0] == before.split('"finished"')[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activation_checkpointing_computes_the_same_numbers_twice(unbroken: Trained, precision: str) -> None:
+    """The paths that stochastic depth drops, too. A CPU without bf16 rounds more where it computes twice."""
+    options = (*JOBS["finetune"], "--engine.precision", precision)
+    twice = unbroken("finetune", 1, *options, "--engine.activation-checkpointing")
+    for (step, loss, *_), (_, expected, *_) in zip(told(twice), told(unbroken("finetune", 1, *options)), strict=True):
+        assert loss == (expected if precision == "fp32" else pytest.approx(expected, rel=1e-2)), step
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        ("others", "3, which are not the same"),
+        ("unlabelled", "has no labels"),
+        ("few", "each class needs one at least"),
+    ],
+)
+def test_data_that_no_classifier_fits_gets_one_line(
+    pretrained: Path, packed: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: str, complaint: str
+) -> None:
+    folder = write_images(tmp_path / "images", classes=2 if data == "others" else 1, per_class=3)
+    src = folder / "class00" if data == "unlabelled" else folder
+    assert pack([str(src), str(tmp_path / "shards"), "--workers", "1"]) == 0
+    if data == "few":
+        manifest = tmp_path / "shards" / "dataset.json"
+        values = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps(sealed(values | {"classes": ["a", "b", "c", "d"]})))
+    other = str(tmp_path / "shards")
+    capsys.readouterr()
+    val = other if data == "few" else packed.folder
+    assert run("linprobe", [str(pretrained), other, val, "--run", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert complaint in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_classifier_is_no_encoder_to_start_from(
+    unbroken: Trained, packed: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = unbroken("linprobe", 1, "--tuning.lrs", "0.5").checkpoints
+    table = torch.zeros(1, 17, 48)
+    save_file(store.weights(STEPS) | {"pos_embed": table}, tmp_path / "classifier.safetensors")
+    arguments = [str(tmp_path / "classifier.safetensors"), packed.folder, packed.folder]
+    assert run("finetune", [*arguments, "--run", str(tmp_path / "run")]) == 2
+    assert "holds a classifier of 3 classes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
