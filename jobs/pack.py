@@ -65,8 +65,9 @@ class Pack:
     """Pack images into tar shards. Started again, it goes on where it stopped.
 
     SRC is a folder that holds one folder of images a class; or the ILSVRC2012 tars as downloaded, WebDataset shards, or
-    Parquet files as Hugging Face stores them: a folder of these, one of them, or a pattern ('train-{0000..1023}.tar').
-    SRC and DST are local or s3:// and gs:// URIs.
+    Parquet files as Hugging Face stores them: a folder of these, one of them, or a pattern ('train-{0000..1023}.tar');
+    or iNaturalist's or Places' lists with their images, or one of the lists. SRC and DST are local or s3:// and gs://
+    URIs.
     """
 
     src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow.fs import FileType
 
 from shards.dataset import FORMAT_VERSION, INFO_NAME, MANIFEST_NAME, QUARANTINE_NAME, sealed
@@ -213,8 +214,8 @@ def _claimed(build: _Build) -> bool:
 def _scan_and_plan(build: _Build, executor: Executor, report: Report, part: tuple[int, int]) -> None:
     sources, options = build.sources, build.options
     cut = as_found(sources.files["path"].to_pylist()) if build.adopt else shuffled(options.seed, options.shard_bytes)
-    if sources.kind == "folders":
-        write_plan(build.destination, _rows_of_folders(sources.files), sources.classes, True, cut)
+    if sources.kind in ("folders", "listed"):
+        write_plan(build.destination, _rows_of_images(sources.files), sources.classes, sources.kind == "folders", cut)
         return
     files = list(zip(sources.files["path"].to_pylist(), sources.files["size"].to_pylist(), strict=True))
     jobs = [
@@ -240,12 +241,13 @@ def _scan_and_plan(build: _Build, executor: Executor, report: Report, part: tupl
     write_plan(build.destination, tables, classes, any(fact["named"] for fact in facts), cut)
 
 
-def _rows_of_folders(files: pa.Table) -> Iterator[pa.Table]:
+def _rows_of_images(files: pa.Table) -> Iterator[pa.Table]:
     for batch in files.to_batches(max_chunksize=2**16):
         path, size, label = batch.columns
-        zeros, empty = pa.array([0] * len(batch), pa.uint64()), pa.array([""] * len(batch), pa.large_string())
+        reason = pc.if_else(size.is_null(), "listed, but not there", "").cast(pa.large_string())
+        zeros = pa.array([0] * len(batch), pa.uint64())
         names = ["file", "path", "offset", "size", "label", "label_offset", "label_size", "reason"]
-        yield pa.table([path, path, zeros, size, label, zeros, zeros, empty], names=names)
+        yield pa.table([path, path, zeros, size.fill_null(0), label, zeros, zeros, reason], names=names)
 
 
 def _shard_jobs(build: _Build, count: int) -> list[ShardJob]:

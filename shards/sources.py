@@ -1,6 +1,7 @@
-"""What SRC is, found by looking at it: class folders, the ILSVRC2012 tars, WebDataset shards, or Parquet files.
+"""What SRC is, found by looking at it: class folders, lists of images, the ILSVRC2012 tars, WebDataset shards, or
+Parquet files.
 
-Nothing but names and sizes is read here; what lies inside tars and Parquet files is for `shards.scan`.
+Nothing but lists, names and sizes is read here; what lies inside tars and Parquet files is for `shards.scan`.
 """
 
 import fnmatch
@@ -17,6 +18,7 @@ import braceexpand
 import pyarrow as pa
 from pyarrow.fs import FileType
 
+from shards.annotations import from_above, is_list, published_lists, read_annotations
 from shards.errors import DatasetError
 from shards.storage import Entry, Storage
 
@@ -33,12 +35,13 @@ FILES = pa.schema([("path", pa.large_string()), ("size", pa.uint64()), ("class",
 
 @dataclass(frozen=True)
 class Sources:
-    """Files to take samples from. In `folders` each is an image; in the other kinds each holds many."""
+    """Files to take samples from. In `folders` and `listed` each is an image; in the other kinds each holds many."""
 
     storage: Storage
-    kind: Literal["folders", "tars", "parquet"]
+    kind: Literal["folders", "listed", "tars", "parquet"]
     files: pa.Table
-    """Of `FILES`: path below `storage`, bytes, and the class folder (empty but in `folders`)."""
+    """Of `FILES`: path below `storage`, bytes (null for a file of a list that is not there), and the class folder, or
+    the label in a list (empty in the other kinds)."""
     classes: list[str] | None
     """By label, where this is known before the samples are read."""
     ground_truth: list[str] | None = None
@@ -54,7 +57,7 @@ class Sources:
 
 
 def find_sources(source: str, split: str, classes: list[str] | None) -> Sources:
-    """Looks at `source`: a folder, one tar or Parquet file, or a pattern of them (`train-{0000..1023}.tar`, `*.tar`).
+    """Looks at `source`: a folder, one list, tar or Parquet file, or a pattern (`train-{0000..1023}.tar`, `*.tar`).
 
     `split` chooses where there are files of several. `classes` are names by label, where the user has given them.
 
@@ -71,9 +74,13 @@ def find_sources(source: str, split: str, classes: list[str] | None) -> Sources:
     kind = where.kind()
     if kind == FileType.NotFound:
         raise DatasetError(f"{source}: no such folder or file; SRC holds one folder of images a class, tars or Parquet")
+    if kind == FileType.File and is_list(where.name):
+        return _listed(*from_above(where.parent, where.name), classes)
     if kind == FileType.File:
         return _containers(where.parent, {where.name: _size(where)}, classes)
     entries = where.entries()
+    if lists := published_lists(where, entries):
+        return _listed(where, _list_of_split(where, lists, split), classes)
     tars = {entry.name: entry.size for entry in entries if entry.name.endswith((".tar", ".tar.gz", ".tgz"))}
     tars = {name: size for name, size in tars.items() if not fnmatch.fnmatch(name, _DEVKIT)}
     parquet = {entry.name: entry.size for entry in entries if entry.name.endswith(".parquet")}
@@ -84,6 +91,32 @@ def find_sources(source: str, split: str, classes: list[str] | None) -> Sources:
     if tars or parquet:
         return _containers(folder, _of_split(folder, tars or parquet, split), classes)
     return _class_folders(where, entries, classes)
+
+
+def _list_of_split(folder: Storage, lists: list[str], split: str) -> str:
+    wanted = SPLITS.get(split, {split})
+    chosen = [name for name in lists if wanted & set(re.split(r"[^a-z]+", name.rpartition("/")[2]))]
+    if len(chosen) != 1:
+        raise DatasetError(
+            f"{folder} holds {len(chosen) or 'no'} lists of split {split} (of {', '.join(lists[:4])}); choose by "
+            f"--split, or give the list itself as SRC, such as {folder}/{lists[0]}"
+        )
+    return chosen[0]
+
+
+def _listed(folder: Storage, name: str, given: list[str] | None) -> Sources:
+    """What the list says, and the size of each image."""
+    read = read_annotations(folder, name)
+    paths = [f"{read.root}/{path}".lstrip("/") for path in read.labels]
+    sizes: dict[str, int] = {}
+    for above in sorted({path.rpartition("/")[0] for path in paths}):
+        sizes |= {f"{above}/{e.name}".lstrip("/"): e.size for e in folder.entries(above) if e.is_file}
+    if not sizes.keys() & set(paths):
+        raise DatasetError(
+            f"{folder}: none of the {len(paths):,} images of {name} is there ({paths[0]}, ...); unpack them"
+        )
+    files = pa.table([paths, [sizes.get(path) for path in paths], list(read.labels.values())], schema=FILES)
+    return Sources(folder, "listed", files, given or read.classes)
 
 
 def _containers(folder: Storage, sizes: dict[str, int], classes: list[str] | None) -> Sources:
