@@ -27,6 +27,7 @@ COMMANDS = {
     "partial": "train the last blocks of an encoder and a classifier",
     "scratch": "train the same classifier without pre-training",
     "launch": "pretrain on many ranks, here or on many hosts; starts them again after a failure",
+    "sweep": "a table of runs and their evaluations, over grids and seeds; printed and plotted as the paper does",
     "runs": "the runs of a folder and how they stand",
     "watch": "a run that is going on, from another terminal",
     "reconstruct": "original, masked and reconstructed images of a run, side by side",
