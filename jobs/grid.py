@@ -62,7 +62,7 @@ class Cell:
 
 def slug(text: str) -> str:
     """A name for a file."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip(".").rstrip("-")
 
 
 def grid_of(text: str) -> Grid:

@@ -68,6 +68,11 @@ class Step:
     def name(self) -> str:
         return " ".join((self.job, *self.options))
 
+    @property
+    def folder(self) -> str:
+        """Name of its own run's folder, below the run whose weights it takes."""
+        return slug(self.name.replace("--", ""))
+
 
 def steps_of(then: Sequence[str]) -> list[Step]:
     """RecipeError for what is no evaluation of weights, or one that comes twice."""
@@ -99,13 +104,13 @@ def is_finished(folder: RunFolder) -> bool:
 def result_of(step: Step, run: Path, train: str, val: str) -> Evaluation | None:
     """What a finished evaluation of a run found; RecipeError when it was made on other data."""
     if step.job in _TRAINERS:
-        found = read_evaluations(run / slug(step.name))[:1]
+        found = read_evaluations(run / step.folder)[:1]
     else:
         found = [evaluation for evaluation in read_evaluations(run) if evaluation.job == step.job][-1:]
     for evaluation in found:
         if step.job in _TRAINERS and (evaluation.train, evaluation.val) != (train, val):
             raise RecipeError(
-                f"{run / slug(step.name)} was trained on {evaluation.train} and measured on {evaluation.val}; give "
+                f"{run / step.folder} was trained on {evaluation.train} and measured on {evaluation.val}; give "
                 "these --train and --val, or another --dir"
             )
         if (evaluation.train, evaluation.val) == (train, val):
@@ -143,7 +148,7 @@ def sweep(command: Sweep, cells: Sequence[Cell], steps: Sequence[Step], start: S
             options = [*step.options]
             if step.job in _TRAINERS:
                 own = [] if "--seed" in options else ["--seed", str(cell.seed)]
-                options += ["--run", str(run / slug(step.name)), *own]
+                options += ["--run", str(run / step.folder), *own]
             if code := start([step.job, str(run), train, val, *options]):
                 return _told(code, shown, step.name, console)
     return 0
@@ -169,7 +174,7 @@ def _told(code: int, shown: str, what: str, console: Console) -> int:
 
 
 def launched(nproc: int, max_restarts: int) -> Start:
-    """Commands through `maelstream launch`, in a session of their own: signals come through us, and our end is theirs."""
+    """Commands through `maelstream launch`, in a session of their own: signals come through us; our end is theirs."""
 
     def start(arguments: list[str]) -> int:
         launch = ["launch", "--nproc", str(nproc), "--max-restarts", str(max_restarts)] if arguments[0] != "knn" else []

@@ -116,7 +116,11 @@ def _series(
             for row, outcomes in rows.items()
             if (points := [(name.rpartition(" ")[2], one) for name in names if (one := top1(outcomes, name))])
         }
-    points = [(row.rpartition("=")[2], one) for row, outcomes in rows.items() if (one := top1(outcomes, panel))]
+    points = [
+        (row.partition("=")[2] if row.count("=") == 1 else row, one)
+        for row, outcomes in rows.items()
+        if (one := top1(outcomes, panel))
+    ]
     return {panel: points} if points else {}
 
 

@@ -1,0 +1,151 @@
+"""Sweeps, with a start that only leaves the files of a run: what is done, what is done again, and what comes of it."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from jobs import sweep
+from jobs.command import run
+from jobs.evaluations import Evaluation, record
+from jobs.recipe import load_recipe
+from jobs.runfolder import RunFolder
+from jobs.status import Status
+
+RATIOS = ["--grid", "model.mask_ratio=0.5,0.75", "--seeds", "0,1"]
+TOP1 = {("0.5", "0"): 60.0, ("0.5", "1"): 62.0, ("0.75", "0"): 70.0, ("0.75", "1"): 71.0}
+
+
+class Machine:
+    """What `maelstream launch` would do; the `fails`-th command (from 1) is stopped as by Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+        self.fails = 0
+
+    def __call__(self, arguments: list[str]) -> int:
+        self.commands.append(arguments)
+        if len(self.commands) == self.fails:
+            return 130
+        if arguments[0] == "pretrain":
+            folder = RunFolder(Path(arguments[3]))
+            folder.start(load_recipe(Path(arguments[1])), 12)
+            folder.metrics.write_text(json.dumps({"step": 12, "loss": 0.5}) + "\n")
+            (folder.checkpoints.folder / "step-00000012").mkdir(parents=True)
+            Status("finished", 12, 12, 1).write(folder.status)
+            return 0
+        job, weights, train, val, *options = arguments
+        folder = Path(options[options.index("--run") + 1]) if "--run" in options else Path(weights) / "knn"
+        ratio, seed = Path(weights).name.removeprefix("mask-ratio-").split("_seed-")
+        top1 = TOP1[ratio, seed] + (10 if job == "finetune" else 0)
+        record(Evaluation(job, job, top1, 90.0, 100, 1.0, 12, weights, train, val, str(folder), {}, 0.0), Path(weights))  # type: ignore[arg-type]
+        return 0
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    made = Machine()
+    monkeypatch.setattr(sweep, "launched", lambda nproc, max_restarts: made)
+    return made
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "tiny.yaml"
+    path.write_text("data: {dataset: train}\nmodel: {depth: 2}\n")
+    return str(path)
+
+
+def test_every_cell_is_a_run_with_its_evaluations_and_the_table_has_means_and_spreads(
+    tmp_path: Path, machine: Machine, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    then = ["--then", "linprobe --optim.epochs 3", "--then", "finetune", "--then", "knn", "--val", "val"]
+    assert run("sweep", [recipe, "--dir", str(tmp_path / "out"), *RATIOS, *then]) == 0
+    assert [command[0] for command in machine.commands] == ["pretrain", "linprobe", "finetune", "knn"] * 4
+    cell = tmp_path / "out" / "mask-ratio-0.5_seed-1"
+    assert RunFolder(cell).recipe().model.mask_ratio == 0.5 and RunFolder(cell).recipe().seed == 1
+    own = ["--run", str(cell / "linprobe-optim.epochs-3"), "--seed", "1"]
+    assert ["linprobe", str(cell), "train", "val", "--optim.epochs", "3", *own] in machine.commands
+    said = capsys.readouterr().out
+    assert "61.0 ± 1.4" in said and "70.5 ± 0.7" in said and "71.0 ± 1.4" in said
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["rows"][1]["finetune"] == {"mean": 80.5, "deviation": pytest.approx(0.7071, 1e-3), "seeds": 2}
+    with (tmp_path / "out" / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["model.mask_ratio"] for line in lines] == ["0.5", "0.5", "0.75", "0.75"]
+    assert [float(line["knn"]) for line in lines] == list(TOP1.values())
+    assert Image.open(tmp_path / "out" / "sweep.png").size[0] > 1000
+
+
+@pytest.mark.parametrize("fails", [1, 2, 4, 8])
+def test_a_stopped_sweep_goes_on_and_does_nothing_twice(
+    tmp_path: Path, machine: Machine, recipe: str, fails: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [recipe, "--dir", str(tmp_path / "out"), *RATIOS, "--then", "linprobe", "--val", "val"]
+    machine.fails = fails
+    assert run("sweep", options) == 130
+    assert "the same command goes on from here" in capsys.readouterr().out
+    before, machine.commands, machine.fails = machine.commands, [], 0
+    assert run("sweep", options) == 0
+    assert machine.commands[0] == before[-1] and len(before) + len(machine.commands) == 8 + 1
+    machine.commands = []
+    assert run("sweep", options) == 0 and machine.commands == []
+    longer = [*options, "--then", "finetune"]
+    assert run("sweep", longer) == 0
+    assert {command[0] for command in machine.commands} == {"finetune"}
+
+
+def test_a_grid_of_table_1_stands_beside_the_papers_numbers(
+    tmp_path: Path, machine: Machine, recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.TOP1", {(f"{depth}", "0"): 50.0 + depth for depth in (1, 2, 4, 8, 12)})
+    options = ["--grid", "decoder_depth", "--then", "finetune", "--then", "linprobe", "--val", "val"]
+    assert run("sweep", [recipe, "--dir", str(tmp_path / "out"), *options]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ 12 "))
+    assert line.replace("│", " ").split() == ["12", "1/1", "0.5000", "72.0", "62.0", "84.4", "73.3"]
+
+
+def test_partial_tuning_is_one_run_and_a_curve_over_blocks(
+    tmp_path: Path, machine: Machine, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.TOP1", {("MAE", "0"): 50.0})
+    assert run("sweep", [recipe, "--dir", str(tmp_path / "out"), "--grid", "partial_blocks", "--val", "val"]) == 0
+    assert [command[0] for command in machine.commands] == ["pretrain"] + ["partial"] * 9
+    assert (tmp_path / "out" / "sweep.png").exists()
+
+
+def test_a_changed_recipe_or_other_data_is_refused_before_anything_starts(
+    tmp_path: Path, machine: Machine, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [recipe, "--dir", str(tmp_path / "out"), *RATIOS, "--then", "linprobe", "--val"]
+    assert run("sweep", [*options, "val"]) == 0
+    machine.commands = []
+    assert run("sweep", [*options, "other"]) == 2
+    assert "measured on val; give these --train and --val" in capsys.readouterr().err
+    Path(recipe).write_text("data: {dataset: train}\nmodel: {depth: 3}\n")
+    assert run("sweep", [*options, "val"]) == 2
+    assert "another model.depth (2, now 3)" in capsys.readouterr().err.replace("\n", " ") and not machine.commands
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ([], "a sweep has a --grid"),
+        (["--grid", "model.depth=2", "--then", "linprobe"], "needs --val"),
+        (["--grid", "model.depth=2", "--then", "reconstruct"], "finetune, linprobe, partial, knn"),
+        (["--grid", "model.depth=2", "--then", "knn", "--then", "knn", "--val", "v"], "comes twice"),
+        (["--seeds", "0,a"], "'a' is no seed"),
+        (["--seeds", "1,1"], "the same cell twice"),
+        (["--grid", "model.depth=2", "--nproc", "0"], "--nproc starts at 1"),
+        (["--grid", "model.dept=2"], "the nearest is model.depth"),
+    ],
+)
+def test_bad_options_are_one_line(
+    tmp_path: Path, machine: Machine, recipe: str, capsys: Any, options: list[str], complaint: str
+) -> None:
+    assert run("sweep", [recipe, "--dir", str(tmp_path / "out"), *options]) == 2
+    said = capsys.readouterr().err
+    assert complaint in said and said.count("\n") == 1 and not machine.commands
