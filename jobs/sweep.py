@@ -4,6 +4,7 @@ A cell is a run of its own below DIR, started through `maelstream launch`, then 
 `--then`. What is finished is not done again, and what was stopped goes on from its checkpoint: the same command again.
 """
 
+import hashlib
 import os
 import shlex
 import subprocess
@@ -71,7 +72,8 @@ class Step:
     @property
     def folder(self) -> str:
         """Name of its own run's folder, below the run whose weights it takes."""
-        return slug(self.name.replace("--", ""))
+        name = slug(self.name.replace("--", ""))
+        return name if len(name) <= 80 else f"{name[:80]}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
 
 
 def steps_of(then: Sequence[str]) -> list[Step]:
@@ -214,7 +216,9 @@ def main(args: list[str]) -> int:
     except OSError as error:
         raise MaelstreamError(f"{command.dir} cannot be written ({error.strerror})") from None
     console.print(table(found, names, title))
+    written = ["results.json", "results.csv"]
     if any(result is not None for outcome in found for result in outcome.results.values()):
         draw(found, names, title, command.dir / "sweep.png")
-    console.print(f"{command.dir}: results.json, results.csv, sweep.png")
+        written.append("sweep.png")
+    console.print(f"{command.dir}: {', '.join(written)}")
     return code

@@ -63,11 +63,20 @@ def top1(outcomes: Sequence[Outcome], name: str) -> Spread | None:
     return spread([result.top1 for outcome in outcomes if (result := outcome.results[name]) is not None])
 
 
+def headings(names: Sequence[str]) -> dict[str, str]:
+    """What each evaluation is called: its job, or with its options where the job comes twice."""
+    jobs = [name.partition(" ")[0] for name in names]
+    return {name: job if jobs.count(job) == 1 else name for name, job in zip(names, jobs, strict=True)}
+
+
 def table(found: Sequence[Outcome], names: Sequence[str], title: str) -> Table:
     """A row a setting: the loss and each evaluation's top-1, and the paper's where it has the row."""
     jobs = {name: name.partition(" ")[0] for name in names}
     told = [name for name in names if any(jobs[name] in outcome.cell.paper for outcome in found)]
-    shown = Table("row", "seeds", "loss", *names, *(f"paper, {jobs[name]} (ViT-L)" for name in told), title=title)
+    heads = headings(names)
+    shown = Table(
+        "row", "seeds", "loss", *heads.values(), *(f"paper, {jobs[name]} (ViT-L)" for name in told), title=title
+    )
     for row, outcomes in rows_of(found).items():
         loss = spread([outcome.loss for outcome in outcomes if outcome.loss is not None])
         done = sum(outcome.loss is not None for outcome in outcomes)
@@ -98,7 +107,7 @@ def draw(found: Sequence[Outcome], names: Sequence[str], title: str, path: Path)
             axes.set_xticks(places, labels, rotation=0 if numeric else 30, ha="center" if numeric else "right")
         axes.set_ylabel("top-1 (%)")
         axes.set_xlabel("blocks fine-tuned" if blocks else title)
-        axes.set_title(panel)
+        axes.set_title(panel if blocks else headings(names)[panel])
         axes.grid(alpha=0.3)
         if blocks:
             axes.legend()
