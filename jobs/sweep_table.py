@@ -103,7 +103,8 @@ def draw(found: Sequence[Outcome], names: Sequence[str], title: str, path: Path)
             places = [float(text) for text in labels] if numeric and not blocks else list(range(len(labels)))
             errors = [one.deviation or 0.0 for one in spreads]
             means = [one.mean for one in spreads]
-            axes.errorbar(places, means, errors, marker="o", capsize=3, label=label, color=None if blocks else _COLOUR)
+            line, colour = "-" if numeric else "none", None if blocks else _COLOUR
+            axes.errorbar(places, means, errors, marker="o", linestyle=line, capsize=3, label=label, color=colour)
             axes.set_xticks(places, labels, rotation=0 if numeric else 30, ha="center" if numeric else "right")
         axes.set_ylabel("top-1 (%)")
         axes.set_xlabel("blocks fine-tuned" if blocks else title)
