@@ -27,8 +27,8 @@ from jobs.sweep_table import Outcome, draw, table, write_results
 from shards.durable import written_whole
 from shards.errors import MaelstreamError
 
-_TRAINERS = ("finetune", "linprobe", "partial")
-_JOBS = (*_TRAINERS, "knn")
+_FOLDER = {"finetune": "--run", "linprobe": "--run", "partial": "--run", "knn": "--folder"}
+"""Each job's option for the folder of its result."""
 
 Start = Callable[[list[str]], int]
 """Runs a command of maelstream to its end; its exit code."""
@@ -81,8 +81,8 @@ def steps_of(then: Sequence[str]) -> list[Step]:
     steps = []
     for text in then:
         job, *options = shlex.split(text) or [""]
-        if job not in _JOBS:
-            raise RecipeError(f"--then {text!r}: {', '.join(_JOBS)}, with options in the same quotes")
+        if job not in _FOLDER:
+            raise RecipeError(f"--then {text!r}: {', '.join(_FOLDER)}, with options in the same quotes")
         if Step(job, tuple(options)) in steps:
             raise RecipeError(f"--then {text!r} comes twice; leave one out")
         steps.append(Step(job, tuple(options)))
@@ -105,18 +105,14 @@ def is_finished(folder: RunFolder) -> bool:
 
 def result_of(step: Step, run: Path, train: str, val: str) -> Evaluation | None:
     """What a finished evaluation of a run found; RecipeError when it was made on other data."""
-    if step.job in _TRAINERS:
-        found = read_evaluations(run / step.folder)[:1]
-    else:
-        found = [evaluation for evaluation in read_evaluations(run) if evaluation.job == step.job][-1:]
-    for evaluation in found:
-        if step.job in _TRAINERS and (evaluation.train, evaluation.val) != (train, val):
+    folder = run / step.folder
+    for found in read_evaluations(folder)[:1]:
+        if (found.train, found.val) != (train, val):
             raise RecipeError(
-                f"{run / step.folder} was trained on {evaluation.train} and measured on {evaluation.val}; give "
-                "these --train and --val, or another --dir"
+                f"{folder} was made with {found.train} and measured on {found.val}; give these --train and --val, or "
+                "another --dir"
             )
-        if (evaluation.train, evaluation.val) == (train, val):
-            return evaluation
+        return found
     return None
 
 
@@ -147,10 +143,9 @@ def sweep(command: Sweep, cells: Sequence[Cell], steps: Sequence[Step], start: S
             if result_of(step, run, train, val) is not None:
                 continue
             console.print(f"{shown}: {step.name}")
-            options = [*step.options]
-            if step.job in _TRAINERS:
-                own = [] if "--seed" in options else ["--seed", str(cell.seed)]
-                options += ["--run", str(run / step.folder), *own]
+            options = [*step.options, _FOLDER[step.job], str(run / step.folder)]
+            if step.job != "knn" and "--seed" not in options:
+                options += ["--seed", str(cell.seed)]
             if code := start([step.job, str(run), train, val, *options]):
                 return _told(code, shown, step.name, console)
     return 0
@@ -179,7 +174,7 @@ def launched(nproc: int, max_restarts: int) -> Start:
     """Commands through `maelstream launch`, in a session of their own: signals come through us; our end is theirs."""
 
     def start(arguments: list[str]) -> int:
-        launch = ["launch", "--nproc", str(nproc), "--max-restarts", str(max_restarts)] if arguments[0] != "knn" else []
+        launch = ["launch", "--nproc", str(nproc), "--max-restarts", str(max_restarts)]
         command = [sys.executable, "-m", "jobs.command", *launch, *arguments]
         with Signals() as signals:
             process = subprocess.Popen(

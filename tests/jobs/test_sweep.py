@@ -38,7 +38,7 @@ class Machine:
             Status("finished", 12, 12, 1).write(folder.status)
             return 0
         job, weights, train, val, *options = arguments
-        where = options[options.index("--run") + 1] if "--run" in options else f"{weights}/knn"
+        where = options[options.index("--folder" if job == "knn" else "--run") + 1]
         ratio, seed = Path(weights).name.removeprefix("mask-ratio-").split("_seed-")
         top1 = TOP1[ratio, seed] + (10 if job == "finetune" else 0)
         record(Evaluation(job, job, top1, 90.0, 100, 1.0, 12, weights, train, val, where, {}, 0.0), Path(weights))  # type: ignore[arg-type]
