@@ -63,7 +63,7 @@ def main() -> None:
     gib = 12 * len(partition.flats[0]) / 2**30
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        saver = Saver(CheckpointStore(folder / "ours"), council(), shapes, 1, 0, lambda: None)
+        saver = Saver(CheckpointStore(folder / "ours"), council(), shapes, 1, 0, lambda: None, lambda step: None)
         stands, takes, plain = [], [], []
         for step in range(1, options.rounds + 2):  # the first one allocates the memory for copies
             began = time.perf_counter()

@@ -64,6 +64,14 @@ class CheckpointStore:
             return []
         return sorted(int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name)))
 
+    def step_of(self, path: Path) -> int | None:
+        """Step of the checkpoint that `path` is, or a file in it; None where it is none of these."""
+        path = path.resolve()
+        if path.is_file():
+            path = path.parent
+        match = _NAME.fullmatch(path.name)
+        return int(match[1]) if match and path.parent == self.folder.resolve() else None
+
     def fault(self, step: int, share: int = 0, shares: int = 1) -> str:
         """What is wrong with a checkpoint, "" if nothing; of its files every `shares`th from `share` on is read."""
         try:
@@ -77,6 +85,19 @@ class CheckpointStore:
                     return f"{name} has {path.stat().st_size:,} bytes instead of {digest.bytes:,}"
                 if digest_of(path) != digest:
                     return f"{name} is damaged: its SHA-256 is another than {MANIFEST}'s"
+        except OSError as error:
+            return f"{Path(error.filename or MANIFEST).name}: {error.strerror}"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return f"{MANIFEST} cannot be read"
+        return ""
+
+    def size_fault(self, step: int) -> str:
+        """As `fault`, from the sizes of the files alone."""
+        try:
+            files = json.loads((self.at(step) / MANIFEST).read_text())["files"]
+            for name, digest in sorted(files.items()):
+                if (size := (self.at(step) / name).stat().st_size) != digest["bytes"]:
+                    return f"{name} has {size:,} bytes instead of {digest['bytes']:,}"
         except OSError as error:
             return f"{Path(error.filename or MANIFEST).name}: {error.strerror}"
         except (ValueError, KeyError, TypeError, AttributeError):

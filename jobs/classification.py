@@ -174,6 +174,9 @@ class Classification:
         found = self._scores(step)
         return {"top1": max(scores.top1 for scores in found.values()), "top5": max(s.top5 for s in found.values())}
 
+    def published(self, step: int, total: int) -> None:
+        pass
+
     def finished(self, folder: RunFolder) -> bool:
         told = self._pretraining is None or any(
             evaluation.folder == str(folder.path) for evaluation in read_evaluations(self._pretraining)

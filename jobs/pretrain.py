@@ -20,6 +20,7 @@ from torch import Tensor
 from jobs.command import run
 from jobs.data import loader_of, open_data
 from jobs.engine import build_engine, build_model
+from jobs.gallery import Gallery
 from jobs.partition import Partition
 from jobs.ranks import Council, ranks_from_environment
 from jobs.recipe import Recipe, RecipeError, dump_recipe, load_recipe
@@ -59,6 +60,7 @@ class Pretraining:
         self._dataset, self._order = open_data(recipe.data, recipe.seed)
         self.samples, self.fingerprint = len(self._dataset), self._dataset.fingerprint
         self._target_file = target_of_run(recipe, folder)
+        self._gallery = Gallery(recipe, folder, self.samples)
 
     def loader(self, slices: Slices, rank: int, threads: int, on_bad: Callable[[BadSample], None]) -> PretrainLoader:
         return loader_of(self.recipe, self._dataset, self._order, slices, rank, threads, on_bad)
@@ -91,6 +93,9 @@ class Pretraining:
 
     def measure(self, step: int) -> dict[str, float]:
         return {}
+
+    def published(self, step: int, total: int) -> None:
+        self._gallery(step, total)
 
     def finished(self, folder: RunFolder) -> bool:
         return True

@@ -128,6 +128,8 @@ class LoaderConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every_steps: int = 20
+    reconstruct_every_epochs: float = 20.0
+    """Pictures of the first checkpoint in every so many epochs, and of the last, in RUN/reconstructions/; 0: none."""
     peak_tflops: float = 0.0
     """The accelerator's dense peak at this precision, for MFU; 0: known from its name, or MFU is left out."""
     wandb: bool = False
@@ -138,6 +140,8 @@ class LogConfig:
     def __post_init__(self) -> None:
         if self.every_steps < 1:
             raise ValueError(f"every_steps {self.every_steps} must be at least 1")
+        if self.reconstruct_every_epochs < 0:
+            raise ValueError(f"reconstruct_every_epochs {self.reconstruct_every_epochs} is negative; 0 is never")
         if self.peak_tflops < 0:
             raise ValueError(f"peak_tflops {self.peak_tflops} is negative")
 
@@ -317,7 +321,7 @@ def dump_recipe(recipe: AnyRecipe) -> str:
 def differing_keys(old: AnyRecipe, new: AnyRecipe) -> dict[str, tuple[Any, Any]]:
     """The experiment's keys, dotted, in which two recipes differ, with the values of both."""
     old_values, new_values = (
-        _flat({name: value for name, value in asdict(recipe).items() if name not in _NO_EXPERIMENT})
+        flat_values({name: value for name, value in asdict(recipe).items() if name not in _NO_EXPERIMENT})
         for recipe in (old, new)
     )
     names = [*new_values, *(name for name in old_values if name not in new_values)]
@@ -383,8 +387,9 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_values(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flat_values(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

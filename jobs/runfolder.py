@@ -1,6 +1,7 @@
 """A run's folder: what was asked (`config.yaml`), what was seen (`metrics.jsonl`), what was kept (`checkpoints/`).
 
-Beside them: `status.json` and `run.lock` (jobs.status), `ranks/` (jobs.health), `tensorboard/`, `quarantine.jsonl`.
+Beside them: `status.json` and `run.lock` (jobs.status), `ranks/` (jobs.health), `environment.json`, `tensorboard/`,
+`quarantine.jsonl`, `reconstructions/` (jobs.pictures).
 """
 
 import json
@@ -48,6 +49,21 @@ class RunFolder:
     def ranks(self) -> Path:
         """A file a rank of the start that is going on."""
         return self.path / "ranks"
+
+    @property
+    def environment(self) -> Path:
+        """What each start was carried out with (jobs.environment)."""
+        return self.path / "environment.json"
+
+    @property
+    def quarantined(self) -> Path:
+        """A line a sample that was replaced."""
+        return self.path / "quarantine.jsonl"
+
+    @property
+    def reconstructions(self) -> Path:
+        """Pictures, a folder for each set of weights and images (jobs.pictures)."""
+        return self.path / "reconstructions"
 
     @property
     def checkpoints(self) -> CheckpointStore:
@@ -101,7 +117,7 @@ class RunFolder:
     def quarantine(self, bad: BadSample) -> None:
         """Notes a sample that was replaced, a line of quarantine.jsonl; every rank adds those that it meets."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / "quarantine.jsonl").open("a") as file:
+        with self.quarantined.open("a") as file:
             file.write(json.dumps(asdict(bad)) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:

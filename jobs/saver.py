@@ -55,11 +55,14 @@ class Saver:
         keep: int,
         keep_every_steps: int,
         beat: Callable[[], None],
+        published: Callable[[int], None],
     ):
         """`shapes` are those of what is merged, by name; `keep` and `keep_every_steps` as in `CheckpointStore.prune`;
-        `beat` is called now and then while this rank waits for its own thread."""
+        `beat` is called now and then while this rank waits for its own thread; `published`, by rank 0's thread, with
+        the step of a checkpoint that stands."""
         self._store, self._council, self._shapes = store, council, shapes
         self._keep, self._keep_every_steps, self._beat = keep, keep_every_steps, beat
+        self._published = published
         self._phase: Literal["idle", "parts", "publish"] = "idle"
         self._thread: threading.Thread | None = None
         self._failure = ""
@@ -188,3 +191,4 @@ class Saver:
         sync(folder)
         self._store.publish(folder, self._step, digests)
         self._store.prune(self._keep, self._keep_every_steps)
+        self._published(self._step)

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from jobs.checkpoint import State
 from jobs.data import slices_of
 from jobs.engine import forget_gradients, gradients_are_finite, set_lr, without_update
+from jobs.environment import record_start
 from jobs.health import BadSteps, Spikes, Watch
 from jobs.log import Clock, Log, memory_gib, mfu, run_log
 from jobs.partition import Partition, partition_of
@@ -76,6 +78,9 @@ class Task(Protocol):
 
     def measure(self, step: int) -> dict[str, float]:
         """What the metrics say beside the loss; all ranks call it together."""
+
+    def published(self, step: int, total: int) -> None:
+        """A checkpoint of `step` of `total` stands; called in the thread of rank 0 that wrote it."""
 
     def finished(self, folder: RunFolder) -> bool:
         """Whether the result of a run that has taken all steps stands."""
@@ -153,11 +158,13 @@ def train(task: Task, folder: RunFolder, stop_at_step: int | None, ranks: Ranks)
                 print(f"maelstream {task.command}: {line}", file=sys.stderr, flush=True)
             task.keep(folder)
             folder.start(recipe, step)
+            record_start(folder, step, ranks)
             recorders = stack.enter_context(trackers(modules, recipe, folder))
             log = stack.enter_context(run_log(task.command, folder, step, schedule.total_steps, recorders))
         watch = stack.enter_context(Watch(folder.ranks, ranks.rank, ranks.world_size, health.silent_s))
         checkpoint = recipe.checkpoint
-        saver = Saver(store, council, shapes, checkpoint.keep, checkpoint.keep_every_steps, watch.beat)
+        published = partial(task.published, total=schedule.total_steps)
+        saver = Saver(store, council, shapes, checkpoint.keep, checkpoint.keep_every_steps, watch.beat, published)
         reporter = Reporter(recipe, folder, schedule, ranks, step, log)
         stack.enter_context(reporter)
         batches = iter(stack.enter_context(loader))

@@ -37,7 +37,7 @@ def state(step: int) -> State:
 
 
 def saver(folder: Path, keep: int = 3, keep_every_steps: int = 0) -> Saver:
-    return Saver(CheckpointStore(folder), council(), SHAPES, keep, keep_every_steps, lambda: None)
+    return Saver(CheckpointStore(folder), council(), SHAPES, keep, keep_every_steps, lambda: None, lambda step: None)
 
 
 def save(folder: Path, step: int, **keeping: int) -> None:

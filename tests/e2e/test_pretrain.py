@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from jobs.command import run
+from jobs.pictures import read_about
 from jobs.runfolder import RunFolder
 from shards.dataset import Dataset
 from tests.forked import start
@@ -134,15 +135,32 @@ def test_a_changed_experiment_is_refused(
 
 
 def test_reconstruct_writes_a_picture(undisturbed: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("reconstruct", [str(undisturbed.path), "--count", "3"]) == 0
-    picture = undisturbed.path / "reconstructions" / "step-00000012.png"
-    assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in capsys.readouterr().out
+    shown = undisturbed.reconstructions / "step-00000012"
+    assert read_about(shown) is not None  # the run's own, of its last checkpoint
+    assert run("reconstruct", [str(undisturbed.path), "--count", "3", "--ratios", "0.5,0.75"]) == 0
+    assert sorted(path.name for path in shown.glob("*.png")) == ["grid.png", "ratio-0.5.png", "ratio-0.75.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in shown.glob("*.png"))
+    about = read_about(shown)
+    assert about is not None and (about.step, len(about.names)) == (12, 3)
+    assert f"{shown}: 3 images" in capsys.readouterr().out
 
 
-def test_report_writes_a_page_that_loads_nothing(undisturbed: RunFolder) -> None:
-    assert run("report", [str(undisturbed.path)]) == 0
+def test_reconstruct_takes_plain_files_and_older_checkpoints(
+    undisturbed: RunFolder, packed: Dataset, tmp_path: Path
+) -> None:
+    images, older = Path(packed.folder).parent / "images", undisturbed.checkpoints.at(8)
+    options = [str(undisturbed.path), "--images", str(images), "--weights", str(older)]
+    assert run("reconstruct", [*options, "--count", "2"]) == 0
+    about = read_about(undisturbed.reconstructions / "step-00000008-images")
+    assert about is not None and about.step == 8 and about.names == ("class00/000.jpg", "class02/019.jpg")
+    assert run("reconstruct", [*options, "--out", str(tmp_path / "one.png")]) == 0
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_trained_run_is_reported(undisturbed: RunFolder) -> None:
+    assert run("report", [str(undisturbed.path), "--verify"]) == 0
     page = (undisturbed.path / "report.html").read_text()
-    assert "<svg" in page and 'src="http' not in page and 'href="http' not in page.replace('xlink:href="#', "")
+    assert "every byte as it was written" in page and "data:image/png;base64," in page
 
 
 def test_print_config_prints_a_recipe_that_resolves_to_itself(

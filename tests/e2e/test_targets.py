@@ -94,7 +94,7 @@ def test_reconstruct_shows_predicted_targets_as_pixels(
 ) -> None:
     _, folder = trained
     assert run("reconstruct", [str(folder.path), "--count", "3"]) == 0
-    assert (folder.path / "reconstructions" / f"step-{STEPS:08d}.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder.path / "reconstructions" / f"step-{STEPS:08d}" / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_another_file_than_the_run_began_with_is_refused(
