@@ -30,9 +30,9 @@ COMMANDS = {
     "sweep": "a table of runs and their evaluations, over grids and seeds; printed and plotted as the paper does",
     "runs": "the runs of a folder and how they stand",
     "watch": "a run that is going on, from another terminal",
-    "reconstruct": "original, masked and reconstructed images of a run, side by side",
+    "reconstruct": "original, masked and reconstructed images of a run at several mask ratios, side by side",
     "export": "a run's weights for the reference's code, for timm or for Hugging Face, with a model card",
-    "report": "one HTML page of a run: curves, reconstructions, recipe",
+    "report": "one HTML page of a run: curves, reconstructions, evaluations and all else; or of several, compared",
     "demo": "all of it on a small scale: pack, pre-train on two ranks, resume, look",
 }
 

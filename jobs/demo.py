@@ -122,7 +122,7 @@ def main(args: list[str]) -> int:
     step(*pretrain, "--stop-at-step", str(STEPS // 4))
     step(*pretrain)
     step("maelstream", "reconstruct", str(run), *held_out)
-    step("maelstream", "report", str(run))
+    step("maelstream", "report", str(run), "--verify")
 
     metrics = RunFolder(run).read_metrics()
     first, last = metrics[0]["loss"], metrics[-1]["loss"]

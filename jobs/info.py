@@ -1,5 +1,6 @@
 """`maelstream info DST`: what a packed dataset holds."""
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -28,13 +29,12 @@ class Info:
     """Write a picture of the distributions, too: FILE.png (or .pdf, .svg)."""
 
 
-def summary(dataset: Dataset) -> Table:
-    """What the manifest and the index tell, a row a fact."""
+def facts(dataset: Dataset) -> dict[str, str]:
+    """What the manifest and the index tell."""
     manifest = dataset.manifest
     shard_bytes = [shard["bytes"] for shard in manifest["shards"]]
     kept = "as they were" if manifest["options"]["resize"] is None else f"short side {manifest['options']['resize']} px"
-    table = Table(title=f"{manifest['name']} / {manifest['split']}", show_header=False)
-    for name, value in {
+    return {
         "samples": f"{len(dataset):,}",
         "quarantined": f"{manifest['quarantined']:,}",
         "classes": _classes(dataset),
@@ -44,7 +44,13 @@ def summary(dataset: Dataset) -> Table:
         "bytes a sample": f"{dataset.size.min():,} to {dataset.size.max():,}, median {np.median(dataset.size):,.0f}",
         "width": f"{dataset.width.min():,} to {dataset.width.max():,} px, median {np.median(dataset.width):,.0f}",
         "height": f"{dataset.height.min():,} to {dataset.height.max():,} px, median {np.median(dataset.height):,.0f}",
-    }.items():
+    }
+
+
+def summary(dataset: Dataset) -> Table:
+    """A row a fact."""
+    table = Table(title=f"{dataset.manifest['name']} / {dataset.manifest['split']}", show_header=False)
+    for name, value in facts(dataset).items():
         table.add_row(name, value)
     return table
 
@@ -56,31 +62,40 @@ def _classes(dataset: Dataset) -> str:
     return f"{len(dataset.classes):,}, {per_class.min():,} to {per_class.max():,} samples each"
 
 
+def short_sides(dataset: Dataset) -> dict[str, int]:
+    """Samples by the length of their short side, in a few steps of it; those that there are."""
+    counts, _ = np.histogram(np.minimum(dataset.width, dataset.height), bins=_EDGES)
+    names = [
+        f"{low:,} px and more" if high == _EDGES[-1] else f"{low:,} to {high - 1:,} px"
+        for low, high in itertools.pairwise(_EDGES)
+    ]
+    return {name: int(count) for name, count in zip(names, counts, strict=True) if count}
+
+
 def resolutions(dataset: Dataset) -> Table:
     """Histogram of short sides."""
-    counts, _ = np.histogram(np.minimum(dataset.width, dataset.height), bins=_EDGES)
+    counts = short_sides(dataset)
     table = Table("short side", "samples", "", title="resolutions")
-    for low, high, count in zip(_EDGES, _EDGES[1:], counts, strict=False):
-        if count:
-            side = f"{low:,} px and more" if high == _EDGES[-1] else f"{low:,} to {high - 1:,} px"
-            table.add_row(side, f"{count:,}", "█" * max(1, round(40 * count / counts.max())))
+    for side, count in counts.items():
+        table.add_row(side, f"{count:,}", "█" * max(1, round(40 * count / max(counts.values()))))
     return table
 
 
-def left_out(dataset: Dataset) -> Table:
-    """What did not enter, by reason."""
+def left_out(dataset: Dataset) -> list[tuple[str, str, str]]:
+    """What did not enter, by reason: number of files, reason, the first of them."""
     lines = dataset.storage.read(QUARANTINE_NAME).decode().splitlines()
-    table = Table("files", "reason", "the first", title="left out")
+    rows = []
     firsts: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for line in map(json.loads, lines):
         firsts.setdefault(line["reason"], line["source"])
         counts[line["reason"]] += 1
     for reason, count in counts.most_common(_REASONS):
-        table.add_row(f"{count:,}", reason, firsts[reason])
+        rows.append((f"{count:,}", reason, firsts[reason]))
     if len(counts) > _REASONS:
-        table.add_row(f"{sum(counts.values()) - sum(n for _, n in counts.most_common(_REASONS)):,}", "other reasons")
-    return table
+        rest = sum(counts.values()) - sum(count for _, count in counts.most_common(_REASONS))
+        rows.append((f"{rest:,}", "other reasons", ""))
+    return rows
 
 
 def plot(dataset: Dataset, file: Path) -> None:
@@ -124,7 +139,10 @@ def main(args: list[str]) -> int:
     console.print(summary(dataset))
     console.print(resolutions(dataset))
     if dataset.manifest["quarantined"]:
-        console.print(left_out(dataset))
+        table = Table("files", "reason", "the first", title="left out")
+        for row in left_out(dataset):
+            table.add_row(*row)
+        console.print(table)
     if command.plot is not None:
         plot(dataset, command.plot)
         console.print(f"distributions: {command.plot}")

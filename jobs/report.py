@@ -1,85 +1,136 @@
-"""`maelstream report RUN`: one HTML file of a run: curves, reconstructions, recipe. It loads nothing from outside."""
+"""`maelstream report RUN [RUN ...]`: one HTML page of a run, or of several beside each other. It loads nothing.
 
-import base64
-import html
-import io
-from dataclasses import dataclass
+Numbers and pictures are embedded; jobs/page/ holds the templates, the style and the script that draws the curves.
+"""
+
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # a file is written; a display is not asked for
-
-import matplotlib.pyplot as plt
+import jinja2
 import tyro
 
+from jobs.album import album, data_uri
+from jobs.curves import Metrics, charts_of, curves_of, events_of
+from jobs.environment import version
+from jobs.overview import (
+    changed_keys,
+    checkpoints,
+    dataset_cards,
+    differing_values,
+    environment,
+    evaluation_rows,
+    heading,
+    replaced_samples,
+)
+from jobs.pictures import COLUMNS
 from jobs.recipe import dump_recipe
 from jobs.runfolder import RunFolder
+from shards.durable import written_whole
 from shards.errors import MaelstreamError
-
-CURVES = {
-    "loss": "loss on removed patches",
-    "lr": "learning rate",
-    "images_per_s": "images/s",
-    "data_wait": "share of time waiting for data",
-}
-_STYLE = "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}img{max-width:100%}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """Write RUN/report.html: curves, reconstructions and the recipe of a run."""
+    """Write RUN/report.html: state, curves, reconstructions, evaluations, recipe, data, checkpoints, environment.
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """A run's folder."""
+    Of several runs, a page that compares them: curves on top of each other, what their recipes differ in, evaluations.
+    """
 
-
-def curves_svg(metrics: list[dict[str, Any]]) -> str:
-    """The curves over steps as one SVG element."""
-    figure, axes = plt.subplots(2, 2, figsize=(10, 5.5))
-    for axis, (name, title) in zip(axes.flat, CURVES.items(), strict=True):
-        axis.plot([line["step"] for line in metrics], [line[name] for line in metrics])
-        axis.set_title(title, fontsize=10)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    plt.close(figure)
-    return buffer.getvalue().partition("<svg")[2].join(["<svg", ""])
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Folders of runs."""
+    out: Path | None = None
+    """The page; if not given RUN/report.html, of several runs compare.html in the folder that holds the first."""
+    verify: bool = False
+    """Read every byte of the checkpoints, instead of comparing their sizes."""
 
 
-def page(folder: RunFolder, metrics: list[dict[str, Any]]) -> str:
-    """The report as HTML."""
+def read_curves(folder: RunFolder) -> Metrics:
+    """The log steps of a run; MaelstreamError for a folder that is none, or has logged none."""
+    folder.recipe()
+    if not (metrics := folder.read_metrics()):
+        raise MaelstreamError(f"{folder.path} has logged no step yet; let it reach its first log step")
+    return metrics
+
+
+def page_of_run(folder: RunFolder, metrics: Metrics, verify: bool) -> str:
+    """The report of one run, as HTML."""
     last = metrics[-1]
-    pictures = [
-        f'<h2>Reconstructions, {path.stem}</h2><img alt="{path.stem}" src="data:image/png;base64,'
-        f'{base64.b64encode(path.read_bytes()).decode()}">'
-        for path in sorted(folder.path.glob("reconstructions/*.png"))
+    epochs_a_step = last["epoch"] / last["step"]
+    pictures = album(folder, epochs_a_step)
+    quarantine_count, quarantine = replaced_samples(folder)
+    told, starts = environment(folder)
+    profile = folder.path / "profile.png"
+    return _rendered(
+        "run.html",
+        [(folder, metrics)],
+        [asdict(series) for series in pictures],
+        run=heading(folder, metrics),
+        title=f"{folder.path.resolve().name}: a run of maelstream",
+        heads=COLUMNS,
+        evaluation_rows=evaluation_rows([folder]),
+        profile=data_uri(profile.read_bytes(), "png") if profile.exists() else None,
+        differences=changed_keys(folder),
+        recipe=dump_recipe(folder.recipe()),
+        cards=dataset_cards(folder),
+        quarantine_count=quarantine_count,
+        quarantine=quarantine,
+        checkpoints=checkpoints(folder, epochs_a_step, verify),
+        environment=told,
+        starts=starts,
+    )
+
+
+def page_of_runs(runs: list[tuple[RunFolder, Metrics]]) -> str:
+    """The comparison of several, as HTML."""
+    folders = [folder for folder, _ in runs]
+    return _rendered(
+        "compare.html",
+        runs,
+        [],
+        runs=[heading(folder, metrics) for folder, metrics in runs],
+        title=f"{len(runs)} runs of maelstream",
+        evaluation_rows=evaluation_rows(folders),
+        differences=differing_values(folders),
+    )
+
+
+def _rendered(
+    template: str, drawn: list[tuple[RunFolder, Metrics]], pictures: list[dict[str, Any]], **context: Any
+) -> str:
+    """The page, with what its script draws."""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("jobs", "page"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    lines = [
+        {"name": str(folder.path), "curves": curves_of(metrics), "events": events_of(metrics)}
+        for folder, metrics in drawn
     ]
-    return "\n".join(
-        [
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(str(folder.path))}</title>',
-            f"<style>{_STYLE}</style><h1>{html.escape(str(folder.path))}</h1>",
-            f"<p>Step {last['step']}, epoch {last['epoch']:.1f}: loss {last['loss']:.4f} (first logged "
-            f"{metrics[0]['loss']:.4f}), {last['images_per_s']:,.0f} images/s.</p>",
-            curves_svg(metrics),
-            *pictures,
-            f"<h2>Recipe</h2><pre>{html.escape(dump_recipe(folder.recipe()))}</pre></html>",
-        ]
+    return templates.get_template(template).render(
+        charts=charts_of([metrics for _, metrics in drawn]),
+        pictures=pictures,
+        data={"runs": lines, "pictures": pictures},
+        version=version("maelstream"),
+        written=time.strftime("%F %H:%M"),
+        **context,
     )
 
 
 def main(args: list[str]) -> int:
     """`maelstream report`; 0 when the page is written."""
     command = tyro.cli(Report, args=args, prog="maelstream report")
-    folder = RunFolder(command.run)
-    folder.recipe()  # before anything else: is it a run?
-    # A skipped step has no loss.
-    if not (metrics := [line for line in folder.read_metrics() if line["loss"] is not None]):
-        raise MaelstreamError(f"{folder.path} has logged no step yet; let it reach its first log step")
-    out = folder.path / "report.html"
-    out.write_text(page(folder, metrics))
-    print(out)
+    if not command.runs:
+        raise MaelstreamError("RUN is missing; give the folder of a run, or of several")
+    runs = [(folder := RunFolder(path), read_curves(folder)) for path in command.runs]
+    if len(runs) == 1:
+        page, out = page_of_run(*runs[0], command.verify), command.runs[0] / "report.html"
+    else:
+        page, out = page_of_runs(runs), command.runs[0].absolute().parent / "compare.html"
+    out = command.out or out
+    if not out.absolute().parent.is_dir():
+        raise MaelstreamError(f"--out {out} cannot be written (there is no folder {out.parent})")
+    with written_whole(out) as file:
+        file.write(page.encode())
+    print(f"{out}: {len(page) / 2**10:,.0f} KiB")
     return 0

@@ -1,0 +1,149 @@
+"use strict";
+// Curves and pictures of a report, drawn from the JSON in the page; nothing is fetched.
+const data = JSON.parse(document.getElementById("data").textContent);
+const SVG = "http://www.w3.org/2000/svg";
+const MARGIN = { top: 8, right: 8, bottom: 20, left: 46 };
+
+function element(name, attributes, parent) {
+  const made = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  parent.append(made);
+  return made;
+}
+
+function shown(value, form) {
+  if (form === "share") return (100 * value).toFixed(Math.abs(value) < 0.1 ? 2 : 1) + " %";
+  const size = Math.abs(value);
+  if (value !== 0 && size < 0.0001) return value.toExponential(1);
+  if (size >= 1000) return Math.round(value).toLocaleString("en");
+  return String(+value.toPrecision(4));
+}
+
+// Round numbers that cut low..high into about `count` parts; powers of ten on a logarithmic scale.
+function ticks(low, high, count, log) {
+  if (log) {
+    const places = [];
+    const mantissas = Math.log10(high / low) > 2 ? [1] : Math.log10(high / low) > 0.8 ? [1, 2, 5] : [1, 1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9];
+    for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++)
+      for (const mantissa of mantissas) places.push(mantissa * 10 ** power);
+    return places.filter((place) => place >= low && place <= high);
+  }
+  const rough = (high - low) / count;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 2.5, 5, 10].map((factor) => factor * power).find((size) => size >= rough);
+  const places = [];
+  for (let place = Math.ceil(low / step) * step; place <= high + step / 1e6; place += step) places.push(place);
+  return places;
+}
+
+function drawChart(figure) {
+  const { name, form, zero } = figure.dataset;
+  const axis = document.querySelector("[name=axis]:checked").value;
+  const log = document.getElementById("log").checked && zero !== "yes";
+  const lines = data.runs
+    .map((run, number) => ({ run: run.name, number, events: run.events, ...run.curves[name] }))
+    .filter((line) => line.value);
+  const svg = figure.querySelector("svg");
+  svg.replaceChildren();
+  const width = svg.clientWidth, height = svg.clientHeight;
+  if (!width) return;
+  const finite = (values) => values.filter((value) => value !== null && (!log || value > 0));
+  const xs = lines.flatMap((line) => line[axis]), ys = lines.flatMap((line) => finite(line.value));
+  if (!ys.length) return;
+  const minimum = (values) => values.reduce((a, b) => Math.min(a, b));
+  const maximum = (values) => values.reduce((a, b) => Math.max(a, b));
+  const left = 0;
+  const right = maximum(xs) || 1;
+  let [low, high] = [zero === "yes" ? 0 : minimum(ys), maximum(ys)];
+  if (low === high) high = low + (Math.abs(low) || 1);
+  if (!log) high += 0.04 * (high - low);
+  const scale = log ? Math.log : (value) => value;
+  const x = (value) => MARGIN.left + ((value - left) / (right - left)) * (width - MARGIN.left - MARGIN.right);
+  const y = (value) =>
+    height - MARGIN.bottom - ((scale(value) - scale(low)) / (scale(high) - scale(low))) * (height - MARGIN.top - MARGIN.bottom);
+  for (const place of ticks(low, high, 4, log)) {
+    element("line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: y(place), y2: y(place) }, svg);
+    element("text", { x: MARGIN.left - 6, y: y(place) + 4, "text-anchor": "end" }, svg).textContent = shown(place, form);
+  }
+  for (const place of ticks(left, right, Math.max(2, width / 90), false))
+    element("text", { x: x(place), y: height - 5, "text-anchor": "middle" }, svg).textContent = shown(place, "");
+  for (const line of lines) {
+    let path = "", pen = "M";
+    line.value.forEach((value, n) => {
+      if (value === null || (log && value <= 0)) pen = "M";
+      else (path += `${pen}${x(line[axis][n]).toFixed(1)} ${y(value).toFixed(1)}`), (pen = "L");
+    });
+    element("path", { class: "curve", d: path, stroke: `var(--run-${line.number % 8})` }, svg);
+    if (name === "loss")
+      for (const place of line.events[axis])
+        element("line", { class: "event", x1: x(place), x2: x(place), y1: height - MARGIN.bottom, y2: height - MARGIN.bottom - 7 }, svg);
+  }
+  figure.onpointermove = (event) => point(figure, svg, event, lines, axis, x, y, form, left, right, width);
+  figure.onpointerleave = () => {
+    figure.querySelectorAll(".tip, .cursor, circle").forEach((old) => old.remove());
+  };
+}
+
+function point(figure, svg, event, lines, axis, x, y, form, left, right, width) {
+  figure.onpointerleave();
+  const at = event.clientX - svg.getBoundingClientRect().left;
+  const wanted = left + ((at - MARGIN.left) / (width - MARGIN.left - MARGIN.right)) * (right - left);
+  const tip = document.createElement("div");
+  tip.className = "tip";
+  let place = null;
+  for (const line of lines) {
+    let best = -1;
+    line.value.forEach((value, n) => {
+      if (value !== null && (best < 0 || Math.abs(line[axis][n] - wanted) < Math.abs(line[axis][best] - wanted))) best = n;
+    });
+    if (best < 0) continue;
+    place ??= line[axis][best];
+    const colour = `var(--run-${line.number % 8})`;
+    element("circle", { cx: x(line[axis][best]), cy: y(line.value[best]), r: 3.5, fill: colour }, svg);
+    const row = document.createElement("div");
+    row.textContent = shown(line.value[best], form) + (lines.length > 1 ? "  " + line.run : "");
+    row.style.color = lines.length > 1 ? colour : "";
+    tip.append(row);
+  }
+  if (place === null) return;
+  element("line", { class: "cursor", x1: x(place), x2: x(place), y1: MARGIN.top, y2: svg.clientHeight - MARGIN.bottom }, svg);
+  const head = document.createElement("small");
+  head.textContent = `${axis} ${shown(place, "")}`;
+  tip.prepend(head);
+  figure.append(tip);
+  tip.style.top = "1.9rem";
+  const room = figure.clientWidth - tip.offsetWidth - 4;
+  tip.style.left = `${Math.max(4, at + 22 > room ? Math.min(room, at - tip.offsetWidth) : at + 22)}px`;
+}
+
+function drawCharts() {
+  document.querySelectorAll(".chart").forEach(drawChart);
+}
+
+function showPictures(panel) {
+  const series = data.pictures[panel.dataset.series];
+  const [time, ratio] = panel.querySelectorAll("input");
+  const [timeText, ratioText] = panel.querySelectorAll("output");
+  const image = panel.querySelector("img");
+  const show = () => {
+    const entry = series.entries[time.value], wanted = series.ratios[ratio.value];
+    // Pictures that were made with other ratios than these show their nearest.
+    const have = Object.keys(entry.files).reduce((a, b) => (Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a));
+    image.src = entry.files[have].src;
+    image.alt = `${entry.label}, ${Math.round(100 * have)} % removed`;
+    timeText.value = entry.label;
+    ratioText.value = `${+(100 * have).toFixed(1)} % removed, loss ${entry.files[have].loss.toFixed(3)}`;
+  };
+  for (const [slider, last] of [[time, series.entries.length - 1], [ratio, series.ratios.length - 1]]) {
+    slider.max = last;
+    slider.disabled = last === 0;
+    slider.addEventListener("input", show);
+  }
+  time.value = time.max;
+  ratio.value = 0;
+  show();
+}
+
+document.querySelectorAll(".pictures").forEach(showPictures);
+document.querySelectorAll(".curve-controls input").forEach((input) => input.addEventListener("change", drawCharts));
+if (document.querySelector(".chart")) new ResizeObserver(drawCharts).observe(document.querySelector(".charts"));

@@ -1,0 +1,121 @@
+"""The pages of `maelstream report` in a browser without a screen; what it saw lies in tests/artefacts/."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.command import run
+from jobs.runfolder import RunFolder
+from tests.jobs.reported import make_run
+
+ARTEFACTS = Path(__file__).parents[1] / "artefacts"
+PHONE, DESK = {"width": 375, "height": 740}, {"width": 1200, "height": 900}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    with playwright.sync_playwright() as driver:
+        found = next(filter(None, map(shutil.which, names)), driver.chromium.executable_path)
+        if not Path(found).exists():
+            pytest.skip(f"no browser here: none of {', '.join(names)}, nor playwright's own")
+        browser = driver.chromium.launch(executable_path=found)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page that was opened, what it asked for and what it complained of."""
+
+    def __init__(self, browser: Any, path: Path, viewport: dict[str, int], scheme: str = "light") -> None:
+        self.page = browser.new_page(viewport=viewport, color_scheme=scheme)
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_function("document.querySelectorAll('.chart .curve').length > 0")
+
+    def keep(self, name: str) -> None:
+        """A picture of the whole page, to look at."""
+        ARTEFACTS.mkdir(exist_ok=True)
+        self.page.screenshot(path=str(ARTEFACTS / name), full_page=True)
+
+
+@pytest.fixture(scope="module")
+def reported(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = make_run(tmp_path_factory.mktemp("page") / "one", tiny)
+    assert run("report", [str(folder.path)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("viewport", "scheme"), [(DESK, "light"), (PHONE, "dark")], ids=["desk", "phone"])
+def test_a_page_opens_without_a_complaint_loads_nothing_and_fits(
+    browser: Any, reported: RunFolder, viewport: dict[str, int], scheme: str
+) -> None:
+    path = reported.path / "report.html"
+    visit = Visit(browser, path, viewport, scheme)
+    visit.keep(f"report-{viewport['width']}-{scheme}.png")
+    assert visit.complaints == []
+    assert [address for address in visit.requests if not address.startswith("data:")] == [path.as_uri()]
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    assert visit.page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+    background = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert sum(map(int, background[4:-1].split(","))) < 150 if scheme == "dark" else background.startswith("rgb(25")
+
+
+def test_the_sliders_move_the_picture_through_epochs_and_ratios(browser: Any, reported: RunFolder) -> None:
+    visit = Visit(browser, reported.path / "report.html", DESK)
+    panel = visit.page.locator(".pictures").first
+    time, ratio, picture = panel.locator("input").first, panel.locator("input").last, panel.locator("img")
+    seen = {}
+    for epoch in (2, 1, 0):
+        for place in (0, 1):
+            time.fill(str(epoch))
+            ratio.fill(str(place))
+            texts = panel.locator("output").all_inner_texts()
+            seen[picture.get_attribute("src")] = (texts[0], texts[1].partition(",")[0])
+    assert list(seen.values()) == [
+        (label, removed)
+        for label in ("2.4 (step 12)", "1.6 (step 8)", "0.8 (step 4)")
+        for removed in ("75 % removed", "85 % removed")
+    ]
+    time.focus()
+    before = picture.get_attribute("src")
+    visit.page.keyboard.press("ArrowRight")  # as people without a mouse do
+    assert picture.get_attribute("src") != before and visit.complaints == []
+    assert picture.evaluate("(image) => getComputedStyle(image).imageRendering") == "pixelated"
+
+
+def test_a_curve_tells_its_value_under_the_pointer(browser: Any, reported: RunFolder) -> None:
+    visit = Visit(browser, reported.path / "report.html", DESK)
+    chart = visit.page.locator(".chart[data-name=loss]")
+    box = chart.locator("svg").bounding_box()
+    visit.page.mouse.move(box["x"] + box["width"] - 9, box["y"] + 50)
+    last = reported.read_metrics()[-1]
+    assert chart.locator(".tip").inner_text().split() == ["epoch", "8", f"{last['loss']:.4f}"]
+    visit.page.locator("input[value=step]").check()
+    visit.page.locator("#log").check()
+    visit.page.mouse.move(box["x"] + box["width"] - 9, box["y"] + 51)
+    assert chart.locator(".tip").inner_text().split()[:2] == ["step", "40"]
+    assert chart.locator(".event").count() == 1  # the skipped step
+    visit.page.mouse.move(1, 1)
+    assert chart.locator(".tip").count() == 0 and visit.complaints == []
+
+
+def test_compared_runs_lie_on_top_of_each_other(browser: Any, reported: RunFolder, tiny: str, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "two", tiny)
+    assert run("report", [str(reported.path), str(other.path), "--out", str(tmp_path / "compare.html")]) == 0
+    visit = Visit(browser, tmp_path / "compare.html", DESK)
+    visit.keep("compare.png")
+    chart = visit.page.locator(".chart[data-name=loss]")
+    strokes = chart.locator(".curve").evaluate_all("(curves) => curves.map((c) => getComputedStyle(c).stroke)")
+    assert len(set(strokes)) == 2 and visit.complaints == []
+    box = chart.locator("svg").bounding_box()
+    visit.page.mouse.move(box["x"] + 150, box["y"] + 50)
+    assert str(other.path) in chart.locator(".tip").inner_text()

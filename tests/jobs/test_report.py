@@ -1,0 +1,192 @@
+"""`maelstream report`: what the page of a run holds, that it loads nothing, and how several runs are compared."""
+
+import json
+import math
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobs
+from jobs.album import album
+from jobs.command import run
+from jobs.curves import charts_of, curves_of, thinned
+from jobs.evaluations import Evaluation, record
+from jobs.runfolder import RunFolder
+from shards.dataset import Dataset
+from tests.jobs.reported import make_run
+
+
+class Page(HTMLParser):
+    """Everything of a page that a test asks for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.text, self.data, self._in = "", "", ""
+        self.feed(path.read_text())
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._in = "data" if dict(attrs).get("id") == "data" else tag
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "action", "data") and value is not None:
+                self.addresses.append(value)
+            if name == "id" and value is not None:
+                self.ids.append(value)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._in == "data":
+            self.data += data
+        elif self._in not in ("script", "style"):
+            self.text += f"{data} "
+
+
+@pytest.fixture(scope="module")
+def reported(packed: Dataset, tiny: str, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    folder = make_run(tmp_path_factory.mktemp("reported") / "one", tiny)
+    assert run("report", [str(folder.path)]) == 0
+    return folder
+
+
+def test_a_page_loads_nothing_from_outside(reported: RunFolder) -> None:
+    page = Page(reported.path / "report.html")
+    assert page.addresses and all(address.startswith(("#", "data:")) for address in page.addresses)
+    assert len(page.ids) == len(set(page.ids))
+    assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(page.ids)
+    for name in ("report.css", "report.js"):
+        text = (Path(jobs.__path__[0]) / "page" / name).read_text()
+        assert "url(" not in text and "@import" not in text and "fetch(" not in text and "import(" not in text
+
+
+def test_a_page_tells_how_the_run_stands_and_what_it_is(reported: RunFolder, packed: Dataset) -> None:
+    text = Page(reported.path / "report.html").text
+    for part in (
+        "stopped: SIGTERM",
+        "model.dim 48 768",  # here, in the defaults
+        "linprobe 41.20 % 71.20 % 20 147 10,000",
+        f"where {packed.folder}",
+        "a.tar: 000000007 not a JPEG",  # replaced in the run
+        "weights.safetensors has 3 bytes instead of 4",  # of a checkpoint
+        "Python ",
+        "maelstream pretrain tiny.yaml",
+        "mean and variance",  # how the normalised target is shown
+    ):
+        assert part in text, part
+
+
+def test_a_page_holds_every_curve_and_every_picture(reported: RunFolder) -> None:
+    data = json.loads(Page(reported.path / "report.html").data)
+    loss = data["runs"][0]["curves"]["loss"]
+    metrics = reported.read_metrics()
+    assert loss["step"] == [line["step"] for line in metrics] and loss["value"] == [line["loss"] for line in metrics]
+    assert None in loss["value"] and data["runs"][0]["events"]["step"] == [15]
+    own, others = data["pictures"]
+    assert [entry["label"] for entry in own["entries"]] == ["0.8 (step 4)", "1.6 (step 8)", "2.4 (step 12)"]
+    assert own["ratios"] == [0.75, 0.85] and own["tiny"] and len(others["entries"]) == 1
+    sources = [file["src"] for entry in own["entries"] for file in entry["files"].values()]
+    assert len(set(sources)) == 6 and all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def test_markup_in_names_and_metrics_stays_text(tiny: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "<b>&run", tiny)
+    with folder.metrics.open("a") as file:
+        line = folder.read_metrics()[-1] | {"step": 41, "</script><script>alert(1)</script>": 1.0}
+        file.write(json.dumps(line) + "\n")
+    assert run("report", [str(folder.path), "--out", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "<script>alert" not in text and "<b>&run" not in text and "&lt;b&gt;&amp;run" in text
+
+
+def test_verify_finds_a_byte_that_sizes_do_not_tell_of(tiny: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", tiny)
+    weights = folder.checkpoints.at(8) / "weights.safetensors"
+    weights.write_bytes(b"bad!")
+    for more, said in (([], "sizes as they were written"), (["--verify"], "weights.safetensors is damaged")):
+        assert run("report", [str(folder.path), *more]) == 0
+        assert said in Page(folder.path / "report.html").text
+
+
+def test_several_runs_are_compared(reported: RunFolder, tiny: str, tmp_path: Path) -> None:
+    other = make_run(tmp_path / "two", tiny)
+    other.config.write_text(other.config.read_text().replace("decoder_depth: 1", "decoder_depth: 2"))
+    record(evaluation(tmp_path / "probe", top1=50.0), other.path)
+    out = tmp_path / "page.html"
+    assert run("report", [str(reported.path), str(other.path), "--out", str(out)]) == 0
+    page = Page(out)
+    assert all(address.startswith(("#", "data:")) for address in page.addresses)
+    assert [one["name"] for one in json.loads(page.data)["runs"]] == [str(reported.path), str(other.path)]
+    assert "model.decoder_depth 1 2" in page.text and "model.dim" not in page.text
+    assert "41.20 %" in page.text and "50.00 %" in page.text
+    assert '<td class="number best">50.00 %' in out.read_text() and '<td class="number best">41' not in out.read_text()
+
+
+def evaluation(folder: Path, top1: float) -> Evaluation:
+    told: dict[str, Any] = {"job": "linprobe", "name": "linprobe", "top1": top1, "top5": 80.0, "images": 100, "step": 4}
+    told |= {"epochs": 20.0, "weights": "run", "train": "t", "val": "v", "settings": {"lr": 0.1}, "finished": 1.0}
+    return Evaluation(folder=str(folder), **told)
+
+
+def test_a_dataset_that_is_gone_is_told_of(tiny: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", tiny)
+    recipe = folder.config.read_text().splitlines()
+    folder.config.write_text("\n".join("  dataset: gone" if "  dataset:" in line else line for line in recipe))
+    assert run("report", [str(folder.path)]) == 0
+    assert "It cannot be opened now: gone is no packed dataset" in Page(folder.path / "report.html").text
+
+
+def test_bad_input_gets_one_line(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path / "run", tiny)
+    (folder.reconstructions / "step-00000004" / "ratio-0.75.png").write_bytes(b"no picture")
+    assert run("report", [str(folder.path)]) == 2
+    assert "ratio-0.75.png cannot be read" in capsys.readouterr().err
+    shutil.rmtree(folder.reconstructions)
+    assert run("report", [str(folder.path), "--out", str(tmp_path / "nowhere" / "page.html")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    folder.metrics.write_text("")
+    assert run("report", [str(folder.path)]) == 2
+    said = capsys.readouterr().err
+    assert "has logged no step yet" in said and said.count("\n") == 1
+
+
+def test_a_long_curve_keeps_its_ends_and_its_peaks() -> None:
+    values: list[float | None] = [math.sin(n / 900) for n in range(20_000)]
+    values[7000], values[13_000], values[50] = 99.0, -99.0, None
+    chosen = thinned(values, 1000)
+    assert chosen == sorted(set(chosen)) and len(chosen) <= 1002
+    assert {0, 7000, 13_000, 19_999} <= set(chosen)
+    assert thinned(values[:1000], 1000) == list(range(1000))
+    assert thinned([None] * 3000, 1000)
+
+
+def test_values_that_nobody_foresaw_have_charts_of_their_own() -> None:
+    metrics = [{"step": 1, "epoch": 0.1, "loss": None, "lr": 0.1, "top1_of_lr_0.1": 3.0, "skipped": 0, "spike": False}]
+    assert [chart.name for chart in charts_of([metrics])] == ["lr", "top1_of_lr_0.1"]
+    assert curves_of(metrics)["lr"]["value"] == [0.1]
+
+
+def test_a_series_is_thinned_to_what_a_page_can_hold(tiny: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", tiny)
+    first = folder.reconstructions / "step-00000004"
+    for step in range(13, 60):
+        copy = shutil.copytree(first, folder.reconstructions / f"step-{step:08d}")
+        about = json.loads((copy / "about.json").read_text())
+        (copy / "about.json").write_text(json.dumps(about | {"step": step}))
+    (series, _) = album(folder, None)
+    assert len(series.entries) == 24 and series.left_out == 50 - 24
+    assert (series.entries[0]["label"], series.entries[-1]["label"]) == ("step 4", "step 59")
+
+
+def test_the_script_is_sound_javascript() -> None:
+    if (node := shutil.which("node")) is None:
+        pytest.skip("no node here")
+    script = Path(jobs.__path__[0]) / "page" / "report.js"
+    checked = subprocess.run([node, "--check", str(script)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
