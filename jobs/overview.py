@@ -11,7 +11,7 @@ from jobs.curves import Metrics
 from jobs.environment import Start, read_starts
 from jobs.evaluations import Evaluation, read_evaluations
 from jobs.info import facts, left_out, short_sides
-from jobs.recipe import flat_values
+from jobs.recipe import LabelledData, flat_values
 from jobs.runfolder import RunFolder
 from jobs.runs import ago, state_of
 from jobs.status import read_status
@@ -38,7 +38,7 @@ def heading(folder: RunFolder, metrics: Metrics) -> dict[str, Any]:
         "data wait": f"{waits[len(waits) // 2]:.2%}",
     }
     if state == "running" and last["images_per_s"]:
-        images_a_step = folder.recipe().optim.batch_size
+        images_a_step = folder.any_recipe().optim.batch_size
         figures["left"] = f"about {_hours((total - step) * images_a_step / last['images_per_s'])}"
     ranks = "1 rank" if status and status.ranks == 1 else f"{status.ranks} ranks" if status else ""
     heard = f"on {ranks}, last heard of {ago(time.time() - status.updated)}" if status else ""
@@ -55,12 +55,12 @@ def heading(folder: RunFolder, metrics: Metrics) -> dict[str, Any]:
 
 def flat_recipe(folder: RunFolder) -> dict[str, Any]:
     """Every key of the recipe, dotted."""
-    return flat_values(asdict(folder.recipe()))
+    return flat_values(asdict(folder.any_recipe()))
 
 
 def changed_keys(folder: RunFolder) -> dict[str, tuple[str, str]]:
     """What is not as in the defaults, with both values."""
-    recipe = folder.recipe()
+    recipe = folder.any_recipe()
     default = flat_values(asdict(type(recipe)()))
     return {
         name: (shown_value(value), shown_value(default.get(name)))
@@ -86,11 +86,13 @@ def shown_value(value: Any) -> str:
 
 def dataset_cards(folder: RunFolder) -> list[dict[str, Any]]:
     """Of each dataset that the recipe names; one that is not there any more is told of."""
-    recipe = folder.recipe()
-    if recipe.data.stream.urls:
-        told = {"samples an epoch": f"{recipe.data.stream.samples:,}"}
-        return [{"title": recipe.data.stream.urls, "missing": "", "facts": told, "sides": [], "left_out": None}]
-    return [_card(path) for path in recipe.data.mix or [recipe.data.dataset]]
+    data = folder.any_recipe().data
+    if isinstance(data, LabelledData):
+        return [_card(path) for path in (data.train, data.val)]
+    if data.stream.urls:
+        told = {"samples an epoch": f"{data.stream.samples:,}"}
+        return [{"title": data.stream.urls, "missing": "", "facts": told, "sides": [], "left_out": None}]
+    return [_card(path) for path in data.mix or [data.dataset]]
 
 
 def _card(path: str) -> dict[str, Any]:

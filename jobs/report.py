@@ -48,7 +48,7 @@ class Report:
 
 def read_curves(folder: RunFolder) -> Metrics:
     """The log steps of a run; MaelstreamError for a folder that is none, or has logged none."""
-    folder.recipe()
+    folder.any_recipe()
     if not (metrics := folder.read_metrics()):
         raise MaelstreamError(f"{folder.path} has logged no step yet; let it reach its first log step")
     return metrics
@@ -72,7 +72,7 @@ def page_of_run(folder: RunFolder, metrics: Metrics, verify: bool) -> str:
         evaluation_rows=evaluation_rows([folder]),
         profile=data_uri(profile.read_bytes(), "png") if profile.exists() else None,
         differences=changed_keys(folder),
-        recipe=dump_recipe(folder.recipe()),
+        recipe=dump_recipe(folder.any_recipe()),
         cards=dataset_cards(folder),
         quarantine_count=quarantine_count,
         quarantine=quarantine,

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,15 +22,16 @@ from pipeline.feed import BadSample
 
 def pictures(count: int, brightness: float) -> Reconstruction:
     """Plain fields, each of its own brightness."""
-    fields = [torch.full((count, 3, 32, 32), value) for value in (0.2, 0.5, brightness, (0.2 + brightness) / 2)]
-    return Reconstruction(*fields, loss=torch.tensor(brightness))
+    levels = (0.2, 0.5, brightness, (0.2 + brightness) / 2)
+    original, masked, reconstructed, pasted = (torch.full((count, 3, 32, 32), level) for level in levels)
+    return Reconstruction(original, masked, reconstructed, pasted, torch.tensor(brightness))
 
 
 def make_run(path: Path, recipe: str) -> RunFolder:
     """40 steps, one of them skipped; pictures of its own and of others' images; a good and a bad checkpoint."""
     folder = RunFolder(path)
     folder.start(load_recipe(Path(recipe)), 0)
-    lines = []
+    lines: list[dict[str, Any]] = []
     for step in range(1, 41):
         loss = 0.4 + math.exp(-step / 10)
         lines.append({"step": step, "epoch": step / 5, "loss": loss, "lr": 1e-3 * math.sin(step / 13), "spike": False})
@@ -41,11 +43,10 @@ def make_run(path: Path, recipe: str) -> RunFolder:
     record_start(folder, 0, Ranks(0, 2, 0, 2))
     starts = json.loads(folder.environment.read_text())
     folder.environment.write_text(json.dumps([starts[0] | {"command": "maelstream pretrain tiny.yaml"}]))
-    for number, (name, step, images) in enumerate(
-        [("step-00000004", 4, "own"), ("step-00000008", 8, "own"), ("step-00000012", 12, "own"), ("mae-x", None, "x")]
-    ):
+    shown: list[tuple[str, int | None, str]] = [(f"step-{step:08d}", step, "own") for step in (4, 8, 12)]
+    for number, (name, step_of_weights, images) in enumerate([*shown, ("mae-x", None, "x")]):
         results = {"0.75": pictures(2, 0.3 + number / 10), "0.85": pictures(2, 0.35 + number / 10)}
-        about = About.of(results, name, step, images, ("a", "b"), "normalised_pixel")
+        about = About.of(results, name, step_of_weights, images, ("a", "b"), "normalised_pixel")
         write_pictures(folder.reconstructions / name, results, about)
     for step, content in ((4, b"123"), (8, b"1234")):
         at = folder.checkpoints.at(step)

@@ -15,6 +15,7 @@ from jobs.album import album
 from jobs.command import run
 from jobs.curves import charts_of, curves_of, thinned
 from jobs.evaluations import Evaluation, record
+from jobs.recipe import ClassificationRecipe, LabelledData, dump_recipe
 from jobs.runfolder import RunFolder
 from shards.dataset import Dataset
 from tests.jobs.reported import make_run
@@ -132,6 +133,15 @@ def evaluation(folder: Path, top1: float) -> Evaluation:
     told: dict[str, Any] = {"job": "linprobe", "name": "linprobe", "top1": top1, "top5": 80.0, "images": 100, "step": 4}
     told |= {"epochs": 20.0, "weights": "run", "train": "t", "val": "v", "settings": {"lr": 0.1}, "finished": 1.0}
     return Evaluation(folder=str(folder), **told)
+
+
+def test_a_run_on_labels_is_reported_with_both_datasets(packed: Dataset, tiny: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", tiny)
+    recipe = ClassificationRecipe(job="linprobe", data=LabelledData(train=packed.folder, val="gone"))
+    folder.config.write_text(dump_recipe(recipe))
+    assert run("report", [str(folder.path)]) == 0
+    text = Page(folder.path / "report.html").text
+    assert "job linprobe finetune" in text and f"where {packed.folder}" in text and "gone is no packed dataset" in text
 
 
 def test_a_dataset_that_is_gone_is_told_of(tiny: str, tmp_path: Path) -> None:
