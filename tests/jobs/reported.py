@@ -20,10 +20,10 @@ from model.mae import Reconstruction
 from pipeline.feed import BadSample
 
 
-def pictures(count: int, brightness: float) -> Reconstruction:
+def pictures(count: int, brightness: float, side: int = 32) -> Reconstruction:
     """Plain fields, each of its own brightness."""
     levels = (0.2, 0.5, brightness, (0.2 + brightness) / 2)
-    original, masked, reconstructed, pasted = (torch.full((count, 3, 32, 32), level) for level in levels)
+    original, masked, reconstructed, pasted = (torch.full((count, 3, side, side), level) for level in levels)
     return Reconstruction(original, masked, reconstructed, pasted, torch.tensor(brightness))
 
 

@@ -15,10 +15,11 @@ from jobs.album import album
 from jobs.command import run
 from jobs.curves import charts_of, curves_of, thinned
 from jobs.evaluations import Evaluation, record
+from jobs.pictures import About, write_pictures
 from jobs.recipe import ClassificationRecipe, LabelledData, dump_recipe
 from jobs.runfolder import RunFolder
 from shards.dataset import Dataset
-from tests.jobs.reported import make_run
+from tests.jobs.reported import make_run, pictures
 
 
 class Page(HTMLParser):
@@ -192,6 +193,16 @@ def test_a_series_is_thinned_to_what_a_page_can_hold(tiny: str, tmp_path: Path) 
     (series, _) = album(folder, None)
     assert len(series.entries) == 24 and series.left_out == 50 - 24
     assert (series.entries[0]["label"], series.entries[-1]["label"]) == ("step 4", "step 59")
+
+
+def test_large_pictures_are_made_smaller_and_shown_with_soft_edges(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    results = {"0.75": pictures(2, 0.4, side=128)}
+    about = About.of(results, "step-00000004", 4, "own", ("a", "b"), "pixel")
+    write_pictures(folder.reconstructions / "step-00000004", results, about)
+    (series,) = album(folder, 0.25)
+    assert not series.tiny and series.note == "" and series.entries[0]["label"] == "1 (step 4)"
+    assert series.entries[0]["files"]["0.75"]["src"].startswith("data:image/webp;base64,")
 
 
 def test_the_script_is_sound_javascript() -> None:
