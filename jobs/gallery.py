@@ -39,17 +39,14 @@ class Gallery:
 
     def __call__(self, step: int, last_step: int) -> None:
         every = self._recipe.log.reconstruct_every_epochs
-        if is_due(step, self._shown_before(step), self._steps_an_epoch, every, last_step):
-            try:
-                if self._can_be_shown():
-                    self._write(step)
-            except Exception as error:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                print(
-                    f"maelstream pretrain: no pictures of step {step} ({reason}); training goes on",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        try:
+            due = is_due(step, self._shown_before(step), self._steps_an_epoch, every, last_step)
+            if due and self._can_be_shown():
+                self._write(step)
+        except Exception as error:  # whatever it is, it must not end the run
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            told = f"maelstream pretrain: no pictures of step {step} ({reason}); training goes on"
+            print(told, file=sys.stderr, flush=True)
 
     def _can_be_shown(self) -> bool:
         """Not so a stream, which has no samples to choose, and tokens that nothing turns into pixels."""
