@@ -158,7 +158,7 @@ def classify(job: Job, args: list[str]) -> int:
     args = ["--tuning.blocks" if arg == "--blocks" else arg for arg in args]
     schema: Any
     schema, names = (Scratch, ["TRAIN", "VAL"]) if job == "scratch" else (Classify, ["WEIGHTS", "TRAIN", "VAL"])
-    default: Any = tyro.MISSING  # for --help
+    default: Any = schema(*[tyro.MISSING] * len(names), recipe=ClassificationRecipe())  # for --help
     given = args[: len(names)]
     if not {"-h", "--help"} & set(args):
         if len(given) < len(names) or any(arg.startswith("-") for arg in given):
