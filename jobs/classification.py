@@ -25,7 +25,7 @@ from jobs.partition import MEAN, Partition
 from jobs.ranks import Council, Ranks
 from jobs.recipe import ClassificationRecipe
 from jobs.runfolder import RunFolder
-from jobs.scores import Scores, scores_of
+from jobs.scores import Scores, classify_with, scores
 from jobs.trainer import Loss
 from jobs.weights import classifier_from, read_weights
 from model.classifier import FeatureNorm, build_classifier, make_linear_probe, train_last_blocks
@@ -33,6 +33,7 @@ from model.optimise import LARS, Span, layer_decay_groups
 from model.patches import normalise
 from pipeline.decode import Output
 from pipeline.draws import AugmentDraws
+from pipeline.epoch import Reading
 from pipeline.feed import BadSample
 from pipeline.hashing import sample_keys, seed_word
 from pipeline.line import Slices
@@ -172,7 +173,7 @@ class Classification:
 
     def measure(self, step: int) -> dict[str, float]:
         found = self._scores(step)
-        return {"top1": max(scores.top1 for scores in found.values()), "top5": max(s.top5 for s in found.values())}
+        return {"top1": max(each.top1 for each in found.values()), "top5": max(s.top5 for s in found.values())}
 
     def published(self, step: int, total: int) -> None:
         pass
@@ -197,8 +198,11 @@ class Classification:
             "image_size": list(recipe.model.image_size),
             "seed": recipe.seed,
             "best": best,
-            "all": {name: {"top1": scores.top1, "top5": scores.top5} for name, scores in found.items()},
+            "all": {name: {"top1": each.top1, "top5": each.top5} for name, each in found.items()},
+            "undecodable": list(found[best].undecodable),
         }
+        for text in found[best].undecodable:
+            print(f"maelstream {recipe.job}: counted as wrong: {text}", file=sys.stderr)
         evaluation = Evaluation(
             job=recipe.job,
             name=folder.path.name,
@@ -225,18 +229,29 @@ class Classification:
             for kind in self._partition.weights:
                 weights = self._partition.whole(kind, self._names) | self.fixed()
                 self._plain.load_state_dict(weights, strict=False)
-                for name, scores in zip(self._head_names(kind), self._score(), strict=True):
-                    found[name] = scores
+                for name, each in zip(head_names(self.recipe, kind), self._score(), strict=True):
+                    found[name] = each
             self._measured = step, found
         return self._measured[1]
 
-    def _head_names(self, kind: str) -> list[str]:
-        if self.recipe.tuning.probe:
-            return [f"lr {lr:g}" for lr in self.recipe.tuning.lrs or (self.recipe.optim.base_lr,)]
-        return ["mean of the weights" if kind == MEAN else "weights"]
-
     def _score(self) -> list[Scores]:
-        return scores_of(self._plain, self.recipe, self._val, self._council, self._ranks)
+        recipe = self.recipe
+        reading = Reading(
+            recipe.model.image_size,
+            recipe.data.crop.margin,
+            2 * recipe.engine.micro_batch_size,  # there are no gradients
+            recipe.loader.threads or self._ranks.threads,
+            recipe.loader.prefetch,
+            recipe.loader.decode,
+        )
+        return scores(classify_with(self._plain, recipe.data.mean, recipe.data.std), self._val, reading, self._council)
+
+
+def head_names(recipe: ClassificationRecipe, kind: str) -> list[str]:
+    """What a table calls the classifiers of weights of a `kind`: each probe, or the one."""
+    if recipe.tuning.probe:
+        return [f"lr {lr:g}" for lr in recipe.tuning.lrs or (recipe.optim.base_lr,)]
+    return ["mean of the weights" if kind == MEAN else "weights"]
 
 
 def summed(tensor: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ COMMANDS = {
     "linprobe": "train a linear classifier on a frozen encoder, with several learning rates in one pass",
     "partial": "train the last blocks of an encoder and a classifier",
     "scratch": "train the same classifier without pre-training",
+    "evaluate": "top-1 and top-5 of a trained classifier over every image of a packed dataset",
+    "knn": "top-1 and top-5 of the nearest neighbours of an encoder's features; nothing is trained",
     "launch": "pretrain on many ranks, here or on many hosts; starts them again after a failure",
     "sweep": "a table of runs and their evaluations, over grids and seeds; printed and plotted as the paper does",
     "runs": "the runs of a folder and how they stand",

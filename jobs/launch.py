@@ -25,7 +25,7 @@ import tyro
 
 from shards.errors import MaelstreamError
 
-_LAUNCHED = ("pretrain", "profile", "finetune", "linprobe", "partial", "scratch")
+_LAUNCHED = ("pretrain", "profile", "finetune", "linprobe", "partial", "scratch", "evaluate", "knn")
 _POLL_S = 0.1
 _KILL_AFTER_S = 10.0  # from the first rank's failure to the end of the others
 _LOST = 69  # exit code of a rank that lost another: the other's tells more

@@ -20,7 +20,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from jobs.runfolder import RunFolder
-from model.classifier import ClassifierConfig, build_classifier, encoder_weights, fresh_parameters
+from model.classifier import (
+    ClassifierConfig,
+    Pool,
+    build_classifier,
+    encoder_weights,
+    fresh_parameters,
+    make_linear_probe,
+)
 from model.formats import Weights, has_decoder, likely_model, mismatches, not_finite, square_grid, to_reference
 from model.mae import MAE, MAEConfig, position_tables
 from shards.errors import MaelstreamError
@@ -116,6 +123,58 @@ def classifier_from(stored: StoredWeights, config: ClassifierConfig, seed: int =
     _refuse_mismatches(StoredWeights(stored.file, weights, stored.grid), expected)
     model.load_state_dict(weights, strict=False)
     return model
+
+
+def classifier_values(
+    stored: StoredWeights, heads: int | None, image_size: int | None
+) -> tuple[dict[str, Any], tuple[float, ...], tuple[float, ...]]:
+    """Sizes for a `ClassifierConfig` on the encoder of `stored`, and the mean and deviation that images are normalised
+    by; `heads` where nothing beside the weights tells, `image_size` pixels of a side where not the stored one.
+
+    Raises:
+        WeightsError: a position table of no square grid, whose image size nothing tells.
+    """
+    values = encoder_values(stored)
+    sizes = values["model"]
+    if heads is not None:
+        sizes["heads"] = heads
+    if image_size is not None:
+        sizes["image_size"] = (image_size, image_size)
+    if "image_size" not in sizes:
+        raise WeightsError(f"{stored.file}: its position table is of no square grid, and nothing tells of which")
+    pixels = values.get("data", {"mean": MAEConfig.mean, "std": MAEConfig.std})
+    return sizes, pixels["mean"], pixels["std"]
+
+
+def classifier_of(
+    stored: StoredWeights, heads: int | None
+) -> tuple[VisionTransformer, ClassifierConfig, tuple[float, ...], tuple[float, ...]]:
+    """The classifier that `stored` holds, as its tensors tell, and the mean and deviation of its images.
+
+    Raises:
+        WeightsError: an encoder without a head, or sizes that do not go together.
+    """
+    probe = "head.1.weight" in stored.tensors  # behind a BatchNorm
+    head = stored.tensors.get("head.1.weight" if probe else "head.weight")
+    if head is None or head.ndim != 2:
+        raise WeightsError(
+            f"{stored.file} holds {likely_model(stored.tensors)} without a classifier; train one with `maelstream "
+            "finetune`, or give it to `maelstream knn`"
+        )
+    sizes, mean, std = classifier_values(stored, heads, None)
+    pool: Pool = "mean" if "fc_norm.weight" in stored.tensors else "class_token"
+    try:
+        config = ClassifierConfig(**sizes, classes=len(head), pool=pool, drop_path=0.0)
+    except ValueError as error:
+        raise WeightsError(f"{stored.file}: {error}; --heads tells how many") from None
+    model = build_classifier(config)
+    if probe:
+        make_linear_probe(model)
+    expected = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    weights = {name: tensor for name, tensor in stored.tensors.items() if tensor.is_floating_point()}
+    _refuse_mismatches(StoredWeights(stored.file, weights, stored.grid), expected)
+    model.load_state_dict(weights, strict=False)  # but for how many batches a norm has seen
+    return model, config, mean, std
 
 
 def _refuse_mismatches(stored: StoredWeights, expected: Weights) -> None:

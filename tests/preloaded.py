@@ -12,6 +12,8 @@ for _module in (
     "jobs.pretrain",
     "jobs.profile",
     "jobs.classify",
+    "jobs.evaluate",
+    "jobs.knn",
     "tests.faults",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # every engine imports it, and it compiles kernels
     "deepspeed.runtime.zero.stage3",

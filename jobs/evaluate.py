@@ -1,0 +1,190 @@
+"""`maelstream evaluate WEIGHTS VAL`: top-1 and top-5 of a trained classifier on every image of a packed dataset.
+
+WEIGHTS is a run of finetune, linprobe, partial or scratch, finished or not, whose newest good checkpoint is measured,
+or a file of a fine-tuned ViT under timm's and the reference's names, whose sizes are read off its tensors.
+"""
+
+import jobs.orphan  # noqa: F401  before anything slow is imported
+
+# isort: split
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import nn
+
+from jobs.checkpoint import FILES, CheckpointError, CheckpointStore
+from jobs.classification import head_names, model_of
+from jobs.classify import refuse_unfit
+from jobs.command import run
+from jobs.evaluations import Evaluation, record
+from jobs.knn import result_folder
+from jobs.ranks import Council, process_group, ranks_from_environment
+from jobs.recipe import ClassificationRecipe, HealthConfig, RecipeError
+from jobs.runfolder import RunFolder
+from jobs.scores import Scores, classify_with, scores
+from jobs.weights import WeightsError, classifier_of, read_weights
+from pipeline.decode import DecodeConfig
+from pipeline.epoch import Reading, evaluation_margin
+from shards.dataset import Dataset
+from shards.errors import MaelstreamError
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a trained classifier on every image of a packed dataset."""
+
+    weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS")]
+    """A run of finetune, linprobe, partial or scratch, or a file of a classifier's weights."""
+    val: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VAL")]
+    """A packed dataset with labels, of the classes that the classifier was trained on, in their order."""
+    margin: float | None = None
+    """Size of the resized image over the crop's; the run's, or 256 / 224 up to 224 px and 1 beyond, if not given."""
+    heads: int | None = None
+    """Of the attention, where a file does not tell; dim / 64 if not given."""
+    micro_batch_size: int = 64
+    """Images a rank puts through the model at once."""
+    threads: int = 0
+    """Threads that decode in each rank; 0: the machine's cores shared by its ranks."""
+    decode: DecodeConfig = DecodeConfig()
+    folder: Path | None = None
+    """Where result.json goes; in the run's folder `evaluations/`, or in runs/, if not given."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Classifiers of the same images: a run's weights, and their mean where it keeps one."""
+
+    models: list[tuple[nn.Module, list[str]]]
+    """Each with the names of its heads."""
+    classes: int
+    image_size: tuple[int, int]
+    margin: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    step: int | None
+    """Of the run."""
+
+
+def trained_of_run(folder: RunFolder, recipe: ClassificationRecipe, council: Council) -> Trained:
+    """Of the newest good checkpoint; CheckpointError when there is none."""
+    step, models = newest_good(folder.checkpoints, council), []
+    for kind, file in FILES.items():
+        if (folder.checkpoints.at(step) / file).exists():
+            model = model_of(recipe, folder.checkpoints.weights(step, kind))
+            models.append((model, head_names(recipe, kind)))
+    config, data = recipe.model, recipe.data
+    return Trained(models, config.classes, config.image_size, data.crop.margin, data.mean, data.std, step)
+
+
+def trained_of_file(path: Path, heads: int | None) -> Trained:
+    """WeightsError for an encoder alone, and for tensors that are of no ViT."""
+    stored = read_weights(path)
+    model, config, mean, std = classifier_of(stored, heads)
+    size = config.image_size
+    return Trained([(model, ["weights"])], config.classes, size, evaluation_margin(size), mean, std, None)
+
+
+def newest_good(store: CheckpointStore, council: Council) -> int:
+    """As `CheckpointStore.newest_good`, but touches nothing: another process may be training this run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    steps = [int(step) for step in council.text_of_first(" ".join(map(str, store.steps()))).split()]
+    for step in reversed(steps):
+        faults = council.all_texts(store.fault(step, council.ranks.rank, council.ranks.world_size))
+        if not any(faults):
+            return step
+        if council.ranks.rank == 0:
+            print(f"maelstream evaluate: {store.at(step)}: {next(filter(None, faults))}", file=sys.stderr)
+    raise CheckpointError(f"{store.folder} holds no good checkpoint yet; let the run reach its first one")
+
+
+def measured(trained: Trained, command: Evaluate, val: Dataset, council: Council) -> dict[str, Scores]:
+    """Scores of each head by its name."""
+    ranks, found = council.ranks, dict[str, Scores]()
+    margin = command.margin or trained.margin
+    threads = command.threads or ranks.threads
+    reading = Reading(trained.image_size, margin, command.micro_batch_size, threads, decode=command.decode)
+    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    for model, names in trained.models:
+        model.to(device).eval().requires_grad_(False)
+        of_heads = scores(classify_with(model, trained.mean, trained.std), val, reading, council)
+        found |= dict(zip(names, of_heads, strict=True))
+    return found
+
+
+def main(args: list[str]) -> int:
+    """`maelstream evaluate`; 0 when the result is written."""
+    args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]  # deepspeed adds it
+    command = tyro.cli(Evaluate, args=args, prog="maelstream evaluate")
+    if command.micro_batch_size < 1 or command.threads < 0 or (command.margin is not None and command.margin < 1):
+        raise RecipeError(
+            f"--micro-batch-size {command.micro_batch_size} and --margin {command.margin} must be at least 1, --threads "
+            f"{command.threads} at least 0"
+        )
+    val, weights = Dataset.open(command.val), Path(command.weights)
+    refuse_unfit(val, val)
+    folder = RunFolder(weights)
+    recipe = folder.any_recipe() if folder.config.exists() else None
+    if recipe is not None and not isinstance(recipe, ClassificationRecipe):
+        raise WeightsError(
+            f"{weights} is a run of pretrain, which has no classifier; train one with `maelstream finetune`, or give "
+            "it to `maelstream knn`"
+        )
+    ranks = ranks_from_environment()
+    trained = trained_of_file(weights, command.heads) if recipe is None else None
+    classes = trained.classes if trained is not None else recipe.model.classes if recipe is not None else 0
+    if classes != len(val.classes):
+        raise MaelstreamError(
+            f"{weights} tells {classes} classes apart, {val.folder} has {len(val.classes)}; give images of the classes "
+            "that it was trained on"
+        )
+    with process_group(ranks, 2 * HealthConfig().silent_s) as council:
+        if recipe is not None:
+            trained = trained_of_run(folder, recipe, council)
+        assert trained is not None
+        found = measured(trained, command, val, council)
+    if ranks.rank:
+        return 0
+    best = max(found, key=lambda name: found[name].top1)
+    result = found[best]
+    for text in result.undecodable:
+        print(f"maelstream evaluate: counted as wrong: {text}", file=sys.stderr)
+    name = f"evaluate-{val.folder.rstrip('/').rpartition('/')[2]}"
+    evaluation = Evaluation(
+        job="evaluate",
+        name=name,
+        top1=result.top1,
+        top5=result.top5,
+        images=result.images,
+        epochs=None,
+        step=recipe.weights_step if recipe else None,
+        weights=command.weights,
+        train=recipe.data.train if recipe else "",
+        val=command.val,
+        folder=str(command.folder or result_folder(weights, trained.step, name)),
+        settings={
+            "best": best,
+            "all": {head: {"top1": of_head.top1, "top5": of_head.top5} for head, of_head in found.items()},
+            "trained_step": trained.step,
+            "margin": command.margin or trained.margin,
+            "image_size": list(trained.image_size),
+            "undecodable": list(result.undecodable),
+        },
+        finished=time.time(),
+    )
+    record(evaluation, None if recipe is None else weights)
+    for head, of_head in found.items():
+        print(f"{weights}, {head}: top-1 {of_head.top1:.2f} %, top-5 {of_head.top5:.2f} % of {of_head.images:,} images")
+    print(f"{evaluation.folder}/result.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run("evaluate", sys.argv[1:]))
