@@ -125,8 +125,8 @@ def main(args: list[str]) -> int:
     command = tyro.cli(Evaluate, args=args, prog="maelstream evaluate")
     if command.micro_batch_size < 1 or command.threads < 0 or (command.margin is not None and command.margin < 1):
         raise RecipeError(
-            f"--micro-batch-size {command.micro_batch_size} and --margin {command.margin} must be at least 1, --threads "
-            f"{command.threads} at least 0"
+            f"--micro-batch-size {command.micro_batch_size} and --margin {command.margin} must be at least 1, "
+            f"--threads {command.threads} at least 0"
         )
     val, weights = Dataset.open(command.val), Path(command.weights)
     refuse_unfit(val, val)

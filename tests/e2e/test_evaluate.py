@@ -84,13 +84,13 @@ def sound_images(dataset: Dataset) -> tuple[torch.Tensor, np.ndarray]:
 def test_top_1_and_top_5_count_every_image_once_for_any_ranks(
     classifier: Path, val: Dataset, tmp_path: Path, ranks: int, micro_batch_size: str
 ) -> None:
-    options = ("--heads", "3", "--micro-batch-size", micro_batch_size)
+    options = ("--margin", "1", "--heads", "3", "--micro-batch-size", micro_batch_size)
     found = on_ranks(ranks, tmp_path, "evaluate", str(classifier), val.folder, *options)
     model = build_classifier(CLASSIFIER).eval()
     model.load_state_dict(torch.load(classifier)["model"])
     images, samples = sound_images(val)
     with torch.no_grad():
-        order = model(images).argsort(1, descending=True, stable=True)
+        order = model(images).argsort(dim=1, descending=True, stable=True)
     right = order == torch.from_numpy(val.label[samples])[:, None]
     assert (found.top1, found.top5) == (100 * right[:, 0].sum().item() / 35, 100 * right[:, :5].sum().item() / 35)
     assert found.images == 35 and 0 < found.top1 < found.top5
@@ -103,7 +103,7 @@ def test_top_1_and_top_5_count_every_image_once_for_any_ranks(
 def test_knn_is_scikit_learn_s_on_the_features_of_the_encoder(
     pretrained: Path, train: Dataset, val: Dataset, tmp_path: Path, ranks: int, micro_batch_size: str, pool: str
 ) -> None:
-    options = ("--k", "5", "--pool", pool, "--micro-batch-size", micro_batch_size)
+    options = ("--k", "5", "--margin", "1", "--pool", pool, "--micro-batch-size", micro_batch_size)
     found = on_ranks(ranks, tmp_path, "knn", str(pretrained), train.folder, val.folder, *options)
     mae = MAE(MODEL, seed=4)
 

@@ -1,17 +1,22 @@
 """Every image of a dataset once, in order, for any ranks; what cannot be decoded is told and not counted."""
 
+import io
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
 
 from jobs.reconstruct import central_images
 from pipeline.epoch import Reading, evaluation_margin, every_image
 from pipeline.feed import BadSample
 from shards.dataset import Dataset
 from shards.errors import MaelstreamError
+from shards.reader import ShardReader
 
 SIZE = (32, 32)
 
@@ -32,10 +37,15 @@ def test_every_image_once_for_any_ranks_and_equally_many_portions_a_rank(
 
 
 def test_the_images_are_central_crops_of_their_samples(packed: Dataset) -> None:
-    reading = Reading((32, 32), 256 / 224, 16, threads=1)
-    for portion in every_image(packed, reading, 1, 2, lambda bad: None):
-        assert torch.equal(portion.images, central_images(packed, portion.samples, (32, 32)))
-    assert [evaluation_margin((side, side)) for side in (32, 224, 448)] == [256 / 224, 256 / 224, 1.0]
+    for portion in every_image(packed, Reading(SIZE, 1.0, 16, threads=1), 1, 2, lambda bad: None):
+        assert torch.equal(portion.images, central_images(packed, portion.samples, SIZE))
+    margins = [evaluation_margin((side, side)) for side in (32, 224, 448)]
+    assert margins == [256 / 224, 256 / 224, 1.0]
+    theirs = transforms.Compose([transforms.Resize(37, InterpolationMode.BICUBIC), transforms.CenterCrop(32)])
+    for portion in every_image(packed, Reading(SIZE, margins[0], 60, threads=1), 0, 1, lambda bad: None):
+        for image, data in zip(portion.images, ShardReader(packed, True).read(portion.samples), strict=True):
+            expected = np.asarray(theirs(Image.open(io.BytesIO(data.tobytes())))).transpose(2, 0, 1)
+            assert np.abs(image.numpy().astype(int) - expected).mean() < 0.5  # of 255 levels
 
 
 def damaged(dataset: Dataset, folder: Path, samples: list[int]) -> Dataset:
