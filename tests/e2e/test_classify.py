@@ -2,6 +2,8 @@
 
 import json
 import time
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import yaml
 from safetensors.torch import save_file
 
 from jobs.command import run
-from jobs.evaluations import read_evaluations
+from jobs.evaluations import Evaluation, read_evaluations
 from jobs.pack import main as pack
 from jobs.runfolder import RunFolder
 from shards.dataset import Dataset, sealed
@@ -273,3 +275,36 @@ def test_bad_input_gets_one_line(
     said = capsys.readouterr().err
     assert complaint in said and said.count("\n") == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def evaluated(folder: RunFolder, val: Dataset, tmp_path: Path) -> tuple[Evaluation, str]:
+    """What two ranks find, and say."""
+    result, output = tmp_path / "result", tmp_path / "output"
+    run_ranks(2, str(folder.path), val.folder, "--folder", str(result), output=output, command="evaluate")
+    return read_evaluations(result)[0], output.read_text()
+
+
+@pytest.mark.parametrize("job", ["finetune", "linprobe", "scratch"])
+def test_evaluate_finds_what_the_run_found_for_each_of_its_heads(
+    job: str, unbroken: Trained, val: Dataset, tmp_path: Path
+) -> None:
+    folder = unbroken(job, 1, *JOBS[job])
+    own = read_evaluations(folder.path)[0]
+    found, _ = evaluated(folder, val, tmp_path)
+    assert len(found.settings["all"]) == (1 if job == "finetune" else 2)
+    assert found.settings["all"] == own.settings["all"] and (found.top1, found.top5) == (own.top1, own.top5)
+    assert (found.settings["trained_step"], found.step) == (STEPS, own.step)
+    assert found in read_evaluations(folder.path)
+
+
+def test_evaluate_takes_the_newest_good_checkpoint_and_leaves_the_run_as_it_is(
+    unbroken: Trained, val: Dataset, tmp_path: Path
+) -> None:
+    folder = RunFolder(shutil.copytree(unbroken("finetune", 1, *JOBS["finetune"]).path, tmp_path / "run"))
+    newest = folder.checkpoints.at(STEPS)
+    with (newest / "weights.safetensors").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\x7f\x7f\x7f\x7f")
+    found, said = evaluated(folder, val, tmp_path)
+    assert found.settings["trained_step"] == 4 and "weights.safetensors is damaged" in said
+    assert newest.is_dir() and folder.checkpoints.steps() == [4, STEPS]

@@ -16,12 +16,12 @@ from jobs.command import run
 from jobs.evaluations import Evaluation, read_evaluations
 from jobs.pack import main as pack
 from jobs.recipe import Recipe, dump_recipe
-from jobs.reconstruct import central_images
 from model.classifier import ClassifierConfig, build_classifier
 from model.mae import MAE, MAEConfig
 from model.patches import normalise
 from shards.dataset import Dataset
 from tests.conftest import write_images
+from tests.crops import central_images
 from tests.forked import run_ranks
 
 MODEL = MAEConfig((32, 32), patch_size=8, dim=48, depth=2, heads=3, decoder_dim=16, decoder_depth=1, decoder_heads=2)

@@ -11,12 +11,12 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from jobs.reconstruct import central_images
 from pipeline.epoch import Reading, evaluation_margin, every_image
 from pipeline.feed import BadSample
 from shards.dataset import Dataset
 from shards.errors import MaelstreamError
 from shards.reader import ShardReader
+from tests.crops import central_images
 
 SIZE = (32, 32)
 
