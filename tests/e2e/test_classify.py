@@ -1,9 +1,9 @@
 """Fine-tuning, probing, partial tuning and the baseline: each goes on exactly, and trains what its name says."""
 
 import json
-import time
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
