@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import tyro
 from jaxtyping import Float32, UInt8
@@ -124,7 +125,7 @@ def neighbour_scores(
     similarities, places = (tensor.cpu() for tensor in neighbours.found())
     labels = torch.from_numpy(train.label[places.numpy()]).long()
     ballot = votes(similarities, labels, len(train.classes), temperature)  # (V, classes)
-    right = hits(ballot, torch.from_numpy(val.label[:]).long()) & known[:, None].bool()
+    right = hits(ballot, torch.from_numpy(val.label.astype(np.int64))) & known[:, None].bool()
     top1, top5 = (100 * count / len(val) for count in right.sum(0).tolist())
     return Scores(top1, top5, len(val), undecodable), left_out
 
