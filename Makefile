@@ -7,7 +7,7 @@ SRC ?=
 # 12 on a machine whose driver has no CUDA 13.
 CUDA ?= 13
 
-.PHONY: setup demo test check bench gpu-check soak
+.PHONY: setup demo test check bench gpu-check soak evidence
 
 setup: .venv/installed
 
@@ -44,3 +44,7 @@ gpu-check: setup
 # The fault table in full: about an hour on 2 cores; the figures go to docs/measured/faults.md.
 soak: setup
 	$(BIN)/python -m benchmarks.faults
+
+# What the paper says of features, on CIFAR-10; stops and goes on at any time. SRC=cifar10.tar.gz, ARGS='--size whole' on a GPU.
+evidence: setup
+	$(BIN)/python -m benchmarks.evidence '$(SRC)' $(ARGS)

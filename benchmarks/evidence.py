@@ -1,0 +1,223 @@
+"""Does it learn what the paper says? CIFAR-10, three seeds: `make evidence SRC=cifar10.tar.gz`.
+
+    python -m benchmarks.evidence cifar10.tar.gz                   # reduced: about two hours of 2 CPU cores
+    python -m benchmarks.evidence cifar10.tar.gz --size whole      # one GPU
+
+Every number is a run of `maelstream sweep` or `maelstream scratch` below --dir, so this stops and goes on at any time:
+the same command again. After each part docs/measured/evidence-SIZE.md tells what is there. Recipes: recipes/evidence/.
+"""
+
+import statistics
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+import tyro
+import yaml
+
+from jobs.evaluations import read_evaluations
+from jobs.launch import gpus
+from shards.durable import written_whole
+
+SEEDS = (0, 1, 2)
+LABELLED = {"reduced": 1000, "whole": 5000}
+"""Images of a class that are trained on with their labels; pre-training takes all."""
+BLOCKS = {"reduced": ("0", "0.5", "1", "2", "4"), "whole": ("0", "0.5", "1", "2", "4", "6", "12")}
+DECODER_DEPTHS = {"reduced": "1,4", "whole": "1,8"}
+RATIOS = (0.4, 0.5, 0.6, 0.85, 0.95)
+"""Beside the recipe's own 0.75."""
+
+
+@dataclass(frozen=True)
+class Options:
+    src: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SRC")]
+    """CIFAR-10 as images: a tar, or a folder, with `train/CLASS/` and `test/CLASS/`."""
+    size: Literal["reduced", "whole"] = "reduced"
+    dir: Path = Path("runs/evidence")
+    out: Path = Path("docs/measured")
+
+
+class Setting(NamedTuple):
+    """A row of the table: runs of three seeds, told by a pattern with a place for the seed."""
+
+    name: str
+    runs: str
+
+
+class Claim(NamedTuple):
+    """That `better` is above `worse`: (row, evaluation) each."""
+
+    text: str
+    better: tuple[str, str]
+    worse: tuple[str, str]
+
+
+class Evidence:
+    """The parts, by what they are of: the commands, the table's rows and the claims."""
+
+    def __init__(self, options: Options):
+        self._size, self._dir = options.size, options.dir
+        self._recipes = Path("recipes/evidence") / options.size
+        self.runs = options.dir / options.size
+        self.depths = DECODER_DEPTHS[options.size].split(",")
+        own = yaml.safe_load((self._recipes / "finetune.yaml").read_text())
+        self._finetune_epochs = own["optim"]["epochs"]
+
+    def commands(self) -> Iterator[list[str]]:
+        """Of maelstream, in order: what tells most comes first."""
+        probe, tune = self._then("linprobe"), self._then("finetune")
+        blocks = [word for number in BLOCKS[self._size] for word in self._then("partial", "--blocks", number)]
+        yield self._sweep("base", *probe, *tune)
+        yield from self._scratch(1)
+        yield self._sweep("random", "--grid", "recipes/evidence/random.yaml", *probe)
+        yield self._sweep("masks", "--grid", "recipes/evidence/masks.yaml", *probe)
+        yield self._sweep("decoder", "--grid", f"model.decoder_depth={','.join(self.depths)}", *probe, *tune)
+        yield from self._scratch(2)
+        yield self._sweep("base", *probe, *tune, *blocks)
+        yield self._sweep("ratio", "--grid", f"model.mask_ratio={','.join(map(str, RATIOS))}", *probe)
+        yield self._sweep("target", "--grid", "model.target=pixel", *probe, *tune)
+
+    def _then(self, job: str, *options: str) -> list[str]:
+        recipe = self._recipes / f"{'finetune' if job == 'partial' else job}.yaml"
+        return ["--then", " ".join((job, "--recipe", str(recipe), *options))]
+
+    def _sweep(self, name: str, *options: str) -> list[str]:
+        data = ["--train", f"{self._dir / f'labelled-{self._size}'}", "--val", str(self._dir / "test")]
+        where = ["--dir", str(self.runs / name), "--seeds", ",".join(map(str, SEEDS))]
+        return ["sweep", str(self._recipes / "pretrain.yaml"), *where, *data, *options]
+
+    def _scratch(self, times: int) -> Iterator[list[str]]:
+        for seed in SEEDS:
+            run = self.runs / f"scratch-x{times}" / f"seed-{seed}"
+            if not read_evaluations(run):
+                data = [str(self._dir / f"labelled-{self._size}"), str(self._dir / "test")]
+                epochs = ["--optim.epochs", str(times * self._finetune_epochs), "--seed", str(seed)]
+                recipe = ["--recipe", str(self._recipes / "scratch.yaml"), "--run", str(run)]
+                yield ["launch", "--nproc", str(max(1, gpus())), "scratch", *data, *recipe, *epochs]
+
+    def settings(self) -> list[Setting]:
+        runs = [("random 75 % (the recipe)", "base/the-recipe"), ("no pre-training", "random/random-encoder")]
+        runs += [(f"{mask} 75 %", f"masks/{mask}") for mask in ("block", "grid")]
+        runs += [(f"mask ratio {ratio}", f"ratio/mask-ratio-{ratio}") for ratio in RATIOS]
+        runs += [(f"decoder of depth {depth}", f"decoder/decoder-depth-{depth}") for depth in self.depths]
+        runs += [("target: pixels", "target/target-pixel")]
+        supervised = [Setting(f"supervised, {times} x the epochs", f"scratch-x{times}/seed-") for times in (1, 2)]
+        return [Setting(name, f"{run}_seed-") for name, run in runs] + supervised
+
+    def claims(self) -> list[Claim]:
+        own, deep, shallow = "random 75 % (the recipe)", *(f"decoder of depth {depth}" for depth in self.depths[::-1])
+        some = f"partial {BLOCKS[self._size][-3]}"
+        once, twice = (f"supervised, {times} x the epochs" for times in (1, 2))
+        pairs = [
+            ("1. pre-trained and fine-tuned over supervised", (own, "finetune"), (once, "scratch")),
+            ("1. and over supervised for twice the epochs", (own, "finetune"), (twice, "scratch")),
+            ("2. fine-tuning over linear probing", (own, "finetune"), (own, "linprobe")),
+            (f"2. {some} blocks over none", (own, some), (own, "partial 0")),
+            (f"2. fine-tuning over {some} blocks", (own, "finetune"), (own, some)),
+            ("3. random over block masks, linear", (own, "linprobe"), ("block 75 %", "linprobe")),
+            ("3. random over grid masks, linear", (own, "linprobe"), ("grid 75 %", "linprobe")),
+            ("3. mask ratio 0.75 over 0.4, linear", (own, "linprobe"), ("mask ratio 0.4", "linprobe")),
+            ("3. mask ratio 0.75 over 0.95, linear", (own, "linprobe"), ("mask ratio 0.95", "linprobe")),
+            ("4. the deeper decoder, linear", (deep, "linprobe"), (shallow, "linprobe")),
+            ("4. the deeper decoder, fine-tuned", (deep, "finetune"), (shallow, "finetune")),
+            ("4. normalised pixels over pixels, linear", (own, "linprobe"), ("target: pixels", "linprobe")),
+            ("4. normalised pixels over pixels, fine-tuned", (own, "finetune"), ("target: pixels", "finetune")),
+            ("5. pre-trained over random weights, linear", (own, "linprobe"), ("no pre-training", "linprobe")),
+        ]
+        return [Claim(*pair) for pair in pairs]
+
+    def found(self) -> dict[tuple[str, str], dict[int, float]]:
+        """Top-1 in percent by seed, by row and evaluation; of what is finished."""
+        found: dict[tuple[str, str], dict[int, float]] = {}
+        for setting in self.settings():
+            for seed in SEEDS:
+                for evaluation in read_evaluations(self.runs / f"{setting.runs}{seed}"):
+                    blocks = evaluation.settings.get("blocks")
+                    job = f"partial {blocks:g}" if evaluation.job == "partial" else evaluation.job
+                    found.setdefault((setting.name, job), {})[seed] = evaluation.top1
+        return found
+
+
+def spread(values: list[float]) -> str:
+    """Mean, sample standard deviation, and of how many if not of all."""
+    several = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    some = f" ({len(values)} of {len(SEEDS)})" if len(values) < len(SEEDS) else ""
+    return f"{statistics.mean(values):.2f}{several}{some}"
+
+
+def page(evidence: Evidence, size: str) -> str:
+    """What is there, as Markdown: a row a setting, and each claim with its difference, seed by seed."""
+    found = evidence.found()
+    jobs = [*dict.fromkeys(job for _, job in found)]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    lines = [
+        f"# Evidence on CIFAR-10, {size}",
+        "",
+        f"    python -m benchmarks.evidence cifar10.tar.gz --size {size}",
+        "",
+        f"{device}, torch {torch.__version__}. Top-1 in percent of all test images, mean ± sample deviation of "
+        f"{len(SEEDS)} seeds.",
+        "",
+        "| | " + " | ".join(jobs) + " |",
+        "|---" * (len(jobs) + 1) + "|",
+    ]
+    for setting in evidence.settings():
+        cells = [found.get((setting.name, job)) for job in jobs]
+        if any(cells):
+            lines.append(f"| {setting.name} | " + " | ".join(spread([*c.values()]) if c else "" for c in cells) + " |")
+    lines += ["", "| the paper says | difference, points | of the seeds |", "|---|---|---|"]
+    for claim in evidence.claims():
+        better, worse = found.get(claim.better, {}), found.get(claim.worse, {})
+        differences = [better[seed] - worse[seed] for seed in SEEDS if seed in better and seed in worse]
+        above = sum(difference > 0 for difference in differences)
+        told = f"{spread(differences)} | {above} of {len(differences)}" if differences else "open | "
+        lines.append(f"| {claim.text} | {told} |")
+    return "\n".join(lines) + "\n"
+
+
+def prepare(options: Options) -> None:
+    """Packs what is not packed yet: all images, the labelled ones, and those to measure on."""
+    images = options.src
+    if images.is_file():
+        images = options.dir / "images"
+        if not images.exists():
+            part = options.dir / "images.part"
+            with tarfile.open(options.src) as tar:
+                tar.extractall(part, filter="data")
+            part.rename(images)
+    labelled = options.dir / f"images-{options.size}"
+    for folder in sorted((images / "train").iterdir()):
+        (labelled / folder.name).mkdir(parents=True, exist_ok=True)
+        for file in sorted(folder.iterdir())[: LABELLED[options.size]]:
+            link = labelled / folder.name / file.name
+            if not link.is_symlink():
+                link.symlink_to(file.resolve())
+    sources = {"train": images / "train", "test": images / "test", f"labelled-{options.size}": labelled}
+    for name, source in sources.items():
+        run(["pack", str(source), str(options.dir / name), "--split", name.partition("-")[0], "--seed", "0"])
+
+
+def run(command: list[str]) -> None:
+    """A command of maelstream to its end; its exit code ends us, if it is not 0."""
+    if code := subprocess.run([sys.executable, "-m", "jobs.command", *command], check=False).returncode:
+        sys.exit(code)
+
+
+def main() -> None:
+    """Packs, runs every part and writes the page after each."""
+    options = tyro.cli(Options)
+    prepare(options)
+    evidence = Evidence(options)
+    for command in evidence.commands():
+        run(command)
+        with written_whole(options.out / f"evidence-{options.size}.md") as file:
+            file.write(page(evidence, options.size).encode())
+
+
+if __name__ == "__main__":
+    main()
