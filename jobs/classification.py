@@ -125,8 +125,8 @@ class Classification:
             group["weight_decay"] = recipe.optim.weight_decay  # LARS itself leaves vectors alone
         return engine_around(recipe, slices, model, LARS(groups, 0.0, momentum=tuning.momentum))
 
-    def joined(self, engine: Any, partition: Partition, council: Council) -> None:
-        self._partition, self._council = partition, council
+    def joined(self, engine: Any, partition: Partition, council: Council, beat: Callable[[], None]) -> None:
+        self._partition, self._council, self._beat = partition, council, beat
         if isinstance(partition.optimizer, LARS):
             numbers = {name: n for n, name in enumerate(n for n, shape in self._names.items() if len(shape) > 1)}
             spans: dict[Tensor, list[Span]] = {}
@@ -244,7 +244,13 @@ class Classification:
             recipe.loader.prefetch,
             recipe.loader.decode,
         )
-        return scores(classify_with(self._plain, recipe.data.mean, recipe.data.std), self._val, reading, self._council)
+        classify = classify_with(self._plain, recipe.data.mean, recipe.data.std)
+
+        def heard(images: Tensor) -> Tensor:
+            self._beat()
+            return classify(images)
+
+        return scores(heard, self._val, reading, self._council)
 
 
 def head_names(recipe: ClassificationRecipe, kind: str) -> list[str]:

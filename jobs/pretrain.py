@@ -75,7 +75,7 @@ class Pretraining:
     def engine(self, model: Any, slices: Slices) -> Any:
         return build_engine(self.recipe, slices, model)
 
-    def joined(self, engine: Any, partition: Partition, council: Council) -> None:
+    def joined(self, engine: Any, partition: Partition, council: Council, beat: Callable[[], None]) -> None:
         pass
 
     def fixed(self) -> dict[str, Tensor]:

@@ -61,8 +61,11 @@ class Task(Protocol):
 
     def engine(self, model: Any, slices: Slices) -> Any: ...
 
-    def joined(self, engine: Any, partition: Partition, council: Council) -> None:
-        """The ranks have met and the engine stands, with the weights that the run goes on with."""
+    def joined(self, engine: Any, partition: Partition, council: Council, beat: Callable[[], None]) -> None:
+        """The ranks have met and the engine stands, with the weights that the run goes on with.
+
+        What takes long calls `beat` as it gets on, or this rank is taken for silent.
+        """
 
     def fixed(self) -> dict[str, Tensor]:
         """Float32 tensors of the model that a checkpoint needs and the optimizer has no part of, by name."""
@@ -151,7 +154,6 @@ def train(task: Task, folder: RunFolder, stop_at_step: int | None, ranks: Ranks)
             partition = partition.keep_mean()
         if state is not None:
             store.restore(step, state, partition)
-        task.joined(engine, partition, council)
         log: Log = unheard
         if ranks.rank == 0:
             for line in told:
@@ -162,6 +164,7 @@ def train(task: Task, folder: RunFolder, stop_at_step: int | None, ranks: Ranks)
             recorders = stack.enter_context(trackers(modules, recipe, folder))
             log = stack.enter_context(run_log(task.command, folder, step, schedule.total_steps, recorders))
         watch = stack.enter_context(Watch(folder.ranks, ranks.rank, ranks.world_size, health.silent_s))
+        task.joined(engine, partition, council, watch.beat)
         checkpoint = recipe.checkpoint
         published = partial(task.published, total=schedule.total_steps)
         saver = Saver(store, council, shapes, checkpoint.keep, checkpoint.keep_every_steps, watch.beat, published)

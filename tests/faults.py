@@ -180,3 +180,17 @@ def slow_step(seconds: str) -> None:
         return before(self, *args)
 
     MAE.forward = forward  # type: ignore[assignment, method-assign]
+
+
+@_fault
+def slow_portion(seconds: str) -> None:
+    """Measuring a classifier takes longer, with every portion of images."""
+    import jobs.classification as module
+
+    before = module.classify_with
+
+    def slowly(*args: Any) -> Any:
+        classify = before(*args)
+        return lambda images: (time.sleep(float(seconds)), classify(images))[1]
+
+    module.classify_with = slowly

@@ -308,3 +308,10 @@ def test_evaluate_takes_the_newest_good_checkpoint_and_leaves_the_run_as_it_is(
     found, said = evaluated(folder, val, tmp_path)
     assert found.settings["trained_step"] == 4 and "weights.safetensors is damaged" in said
     assert newest.is_dir() and folder.checkpoints.steps() == [4, STEPS]
+
+
+def test_a_rank_that_measures_for_long_is_not_taken_for_silent(command: Callable, tmp_path: Path) -> None:
+    options = ("--run", str(tmp_path / "run"), "--health.silent-s", "4", "--tuning.evaluate-every-epochs", "0")
+    slow = "slow_portion:3"  # two portions a rank
+    ranks = start(2, *command("linprobe"), *options, output=tmp_path / "said", fault=slow, command="linprobe")
+    assert ranks.wait() == [0, 0], ranks.said
