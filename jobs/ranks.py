@@ -86,6 +86,7 @@ def ranks_from_environment() -> Ranks:
 @contextlib.contextmanager
 def process_group(ranks: Ranks, timeout_s: float) -> Iterator["Council"]:
     """Joins the ranks, and leaves them together when the block ends; a collective gives up after `timeout_s`."""
+    told = dict(os.environ)
     if ranks.world_size == 1:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         with socket.socket() as free:
@@ -114,6 +115,8 @@ def process_group(ranks: Ranks, timeout_s: float) -> Iterator["Council"]:
         raise
     finally:
         torch.distributed.destroy_process_group()
+        for name in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - told.keys():
+            os.environ.pop(name, None)  # or a process that this one starts takes itself for a rank
 
 
 @dataclass(frozen=True)

@@ -189,8 +189,13 @@ def slow_portion(seconds: str) -> None:
 
     before = module.classify_with
 
-    def slowly(*args: Any) -> Any:
+    def classify_with(*args: Any) -> Any:
         classify = before(*args)
-        return lambda images: (time.sleep(float(seconds)), classify(images))[1]
 
-    module.classify_with = slowly
+        def slowly(images: Any) -> Any:
+            time.sleep(float(seconds))
+            return classify(images)
+
+        return slowly
+
+    module.classify_with = classify_with  # type: ignore[assignment]
