@@ -1,0 +1,55 @@
+"""Parts of `make gpu-check` that pass, fail, raise, crash, hang and lack something."""
+
+import os
+import signal
+import time
+from typing import Any
+
+from benchmarks.gpu_part import CannotRun, Row, Setting
+
+
+def passes(setting: Setting, *arguments: Any) -> list[Row]:
+    return [
+        Row("a claim", "at least 1", f"found {arguments}", True, {"number": 2}),
+        Row("a figure", "", "3 of them", True, {}),
+    ]
+
+
+def fails(setting: Setting) -> list[Row]:
+    return [Row("one claim", "1", "1", True, {}), Row("another claim", "at least 1", "0", False, {"number": 0})]
+
+
+def raises(setting: Setting) -> list[Row]:
+    raise ValueError("three is not four")
+
+
+def crashes(setting: Setting) -> list[Row]:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return []
+
+
+def hangs(setting: Setting) -> list[Row]:
+    if os.fork() == 0:  # a child that must not stay behind
+        time.sleep(1000)
+    time.sleep(1000)
+    return []
+
+
+def says_nothing(setting: Setting) -> list[Row]:
+    os._exit(0)
+
+
+def lacks_data(setting: Setting) -> list[Row]:
+    raise CannotRun("no photographs\nand more")
+
+
+def lacks_a_package(setting: Setting) -> list[Row]:
+    import no_such_package  # type: ignore[import-not-found]  # noqa: F401
+
+    return []
+
+
+def lacks_one_of_ours(setting: Setting) -> list[Row]:
+    import benchmarks.no_such_module  # type: ignore[import-not-found]  # noqa: F401
+
+    return []
