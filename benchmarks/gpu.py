@@ -54,17 +54,18 @@ DATA = ("device", "data")
 PARTS = (
     Part("device", f"{PART}:device", 20, needs=()),
     Part("data", f"{PART}:data", 25),
-    Part("decode window", f"{DECODE}:form", 35, ("window",), DATA),
-    Part("decode full", f"{DECODE}:form", 35, ("full",), DATA),
+    Part("decode window", f"{DECODE}:form", 30, ("window",), DATA),
+    Part("decode full", f"{DECODE}:form", 30, ("full",), DATA),
     Part("hostile samples", f"{PART}:tests", 35, ("tests/pipeline/test_decode.py", "tests/pipeline/test_loader.py")),
     Part("mask bits", f"{PART}:tests", 30, ("tests/model/test_masking.py",)),
     Part("golden vectors", f"{PART}:tests", 30, ("tests/model/test_parity.py", "tests/model/test_parity_f64.py")),
     Part("model", f"{PART}:tests", 20, ("tests/model/test_mae.py", "tests/model/test_transformer.py")),
-    Part("ZeRO", f"{TRAIN}:resume", 75, (), DATA),
+    Part("compiled step", f"{PART}:tests", 30, ("tests/e2e/test_resume.py",)),
+    Part("ZeRO", f"{TRAIN}:resume", 65, (), DATA),
     Part("loader", f"{DECODE}:loader", 30, (), DATA),
     Part("B/16", f"{TRAIN}:rates", 45, ("B/16",), DATA),
-    Part("L/16", f"{TRAIN}:rates", 50, ("L/16",), DATA),
-    Part("H/14", f"{TRAIN}:rates", 75, ("H/14",), DATA),
+    Part("L/16", f"{TRAIN}:rates", 45, ("L/16",), DATA),
+    Part("H/14", f"{TRAIN}:rates", 70, ("H/14",), DATA),
     Part("trace", f"{TRAIN}:trace", 35, (), DATA),
 )
 RECIPES = {"demo": "demo", "B/16": "pretrain_vit_b16", "L/16": "pretrain_vit_l16", "H/14": "pretrain_vit_h14"}

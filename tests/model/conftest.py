@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from tests.conftest import DEVICES
 
 FOLDER = Path(__file__).parents[1] / "golden"
 
@@ -13,3 +16,9 @@ FOLDER = Path(__file__).parents[1] / "golden"
 def golden() -> Callable[[str], Mapping[str, np.ndarray]]:
     """`golden("f64/mae_small")` is the mapping that file holds."""
     return lambda name: np.load(FOLDER / f"{name}.npz")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and the GPU where there is one."""
+    return torch.device(request.param)

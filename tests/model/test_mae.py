@@ -391,7 +391,7 @@ def test_a_step_never_waits_for_the_device(options: dict[str, Any], monkeypatch:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("options", GRAPHS.values(), ids=GRAPHS)
 def test_a_step_on_the_gpu_never_waits(options: dict[str, Any]) -> None:
     model = tiny(**options).cuda()

@@ -155,7 +155,7 @@ def test_compiled_masks_have_the_same_bits() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("draw", [draw_mask, torch.compile(draw_mask, fullgraph=True)], ids=["eager", "compiled"])
 def test_the_gpu_draws_the_same_bits(draw: Callable[..., Mask], kind: MaskKind) -> None:

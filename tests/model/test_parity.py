@@ -22,7 +22,7 @@ TARGETS: dict[str, Target] = {"pixel": "pixel", "norm": "normalised_pixel"}
 
 def error(ours: torch.Tensor, reference: np.ndarray) -> float:
     expected = torch.from_numpy(np.asarray(reference)).double()
-    return float((ours.double() - expected).norm() / expected.norm())
+    return float((ours.cpu().double() - expected).norm() / expected.norm())
 
 
 def with_golden_weights(config: MAEConfig, scale: float) -> MAE:
@@ -61,13 +61,13 @@ def config_of(vectors: Vectors, target: Target) -> MAEConfig:
     )
 
 
-def mask_of(vectors: Vectors, config: MAEConfig) -> Mask:
-    return mask_by_score(torch.from_numpy(vectors["noise"]), config.keep)
+def mask_of(vectors: Vectors, config: MAEConfig, device: torch.device) -> Mask:
+    return mask_by_score(torch.from_numpy(vectors["noise"]).to(device), config.keep)
 
 
-def test_masks_are_the_reference_s(vectors: Vectors) -> None:
+def test_masks_are_the_reference_s(vectors: Vectors, device: torch.device) -> None:
     config = config_of(vectors, "pixel")
-    mask = mask_of(vectors, config)
+    mask = Mask(*(numbers.cpu() for numbers in mask_of(vectors, config, device)))
     removed = torch.zeros(vectors["mask"].shape).scatter_(1, mask.removed, 1.0)
     assert np.array_equal(mask.restore, vectors["ids_restore"])
     assert np.array_equal(removed, vectors["mask"])
@@ -86,11 +86,13 @@ def test_tables_are_the_reference_s(vectors: Vectors) -> None:
 
 
 @pytest.mark.parametrize("attention", ["math", "sdpa"])
-def test_latent_and_predictions_are_the_reference_s(vectors: Vectors, attention: AttentionKind) -> None:
+def test_latent_and_predictions_are_the_reference_s(
+    vectors: Vectors, attention: AttentionKind, device: torch.device
+) -> None:
     config = config_of(vectors, "pixel")
-    model = with_golden_weights(dataclasses.replace(config, attention=attention), 0.05)
-    mask = mask_of(vectors, config)
-    patches = patchify(torch.from_numpy(vectors["images"]), config.patch_size)
+    model = with_golden_weights(dataclasses.replace(config, attention=attention), 0.05).to(device)
+    mask = mask_of(vectors, config, device)
+    patches = patchify(torch.from_numpy(vectors["images"]).to(device), config.patch_size)
     with torch.no_grad():
         latent = model.encode_patches(take(patches, mask.kept), mask.kept)
         predictions = model.predict(model.decode(latent, mask.restore))
@@ -99,10 +101,12 @@ def test_latent_and_predictions_are_the_reference_s(vectors: Vectors, attention:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_loss_and_every_gradient_are_the_reference_s(name: str, vectors: Vectors, golden: Golden, target: str) -> None:
+def test_loss_and_every_gradient_are_the_reference_s(
+    name: str, vectors: Vectors, golden: Golden, target: str, device: torch.device
+) -> None:
     config = config_of(vectors, TARGETS[target])
-    model = with_golden_weights(config, 0.05)
-    loss = model.loss(torch.from_numpy(vectors["images"]), mask_of(vectors, config))
+    model = with_golden_weights(config, 0.05).to(device)
+    loss = model.loss(torch.from_numpy(vectors["images"]).to(device), mask_of(vectors, config, device))
     loss.backward()
     gradients = golden(f"{name}_grad_{target}")
     assert error(loss.detach(), vectors[f"loss_{target}"]) < 1e-5
@@ -113,12 +117,13 @@ def test_loss_and_every_gradient_are_the_reference_s(name: str, vectors: Vectors
         assert error(parameter.grad if whole else parameter.grad.norm(), gradients[key]) < 1e-5, key
 
 
-def test_vit_base_losses_and_predictions_are_the_reference_s(golden: Golden) -> None:
+def test_vit_base_losses_and_predictions_are_the_reference_s(golden: Golden, device: torch.device) -> None:
     vectors = golden("mae_vit_base")
     pixel, normalised = with_golden_weights(MAEConfig(target="pixel"), 0.02), MAE(MAEConfig(target="normalised_pixel"))
     normalised.load_state_dict(pixel.state_dict())
-    images = torch.from_numpy(vectors["images"].astype(np.float32))
-    mask = mask_by_score(torch.from_numpy(vectors["noise"]), 49)
+    pixel, normalised = pixel.to(device), normalised.to(device)
+    images = torch.from_numpy(vectors["images"].astype(np.float32)).to(device)
+    mask = mask_by_score(torch.from_numpy(vectors["noise"]).to(device), 49)
     patches = patchify(images, 16)
     with torch.no_grad():
         predictions = pixel.predict(

@@ -59,14 +59,19 @@ def widened(name: str, shape: tuple[int, ...], kind: str = "standard_normal") ->
 
 
 def small_inputs(model: MAE, suffix: str = "") -> tuple[torch.Tensor, Mask]:
-    mask = mask_by_score(widened(f"noise{suffix}", (3, 16), "random_sample"), model.config.keep)
-    return widened(f"images{suffix}", (3, 3, 64, 64)), mask
+    """On the model's device."""
+    device = model.cls_token.device
+    mask = mask_by_score(widened(f"noise{suffix}", (3, 16), "random_sample").to(device), model.config.keep)
+    return widened(f"images{suffix}", (3, 3, 64, 64)).to(device), mask
 
 
-def base_inputs(vectors: Mapping[str, np.ndarray], dtype: torch.dtype) -> tuple[torch.Tensor, Mask]:
+def base_inputs(
+    vectors: Mapping[str, np.ndarray], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, Mask]:
     mean, std = np.array(MAEConfig().mean), np.array(MAEConfig().std)
     images = ((vectors["images_u8"] / 255 - mean) / std).astype(np.float32).transpose(0, 3, 1, 2)
-    return torch.from_numpy(images).to(dtype), mask_by_score(widened("noise", (2, 196), "random_sample"), 49)
+    noise = widened("noise", (2, 196), "random_sample").to(device)
+    return torch.from_numpy(images).to(device, dtype), mask_by_score(noise, 49)
 
 
 def predictions_of(model: MAE, images: torch.Tensor, mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,24 +82,25 @@ def predictions_of(model: MAE, images: torch.Tensor, mask: Mask) -> tuple[torch.
 
 
 def gradients_of(model: MAE) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def close(ours: ArrayLike, reference: ArrayLike, tolerance: float) -> None:
+    ours = ours.cpu() if isinstance(ours, torch.Tensor) else ours
     np.testing.assert_allclose(np.asarray(ours), np.asarray(reference), rtol=tolerance, atol=tolerance)
 
 
-def test_small_masks_exactly(golden: Golden) -> None:
+def test_small_masks_exactly(golden: Golden, device: torch.device) -> None:
     vectors = golden("f64/mae_small")
-    _, mask = small_inputs(MAE(SMALL))
+    mask = Mask(*(numbers.cpu() for numbers in small_inputs(MAE(SMALL).to(device))[1]))
     assert np.array_equal(torch.cat([mask.kept, mask.removed], dim=1), vectors["ids_shuffle"])
     assert np.array_equal(mask.restore, vectors["ids_restore"])
     assert np.array_equal(mask.restore >= 4, vectors["mask"] == 1)
 
 
-def test_small_latent_and_predictions(golden: Golden) -> None:
+def test_small_latent_and_predictions(golden: Golden, device: torch.device) -> None:
     vectors = golden("f64/mae_small")
-    model = with_golden_weights(SMALL)
+    model = with_golden_weights(SMALL).to(device)
     latent, predictions = predictions_of(model, *small_inputs(model))
     close(latent, vectors["latent_f64"], 1e-8)
     close(predictions[:1], vectors["pred_f64"], 1e-8)
@@ -103,9 +109,9 @@ def test_small_latent_and_predictions(golden: Golden) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_small_loss_and_gradients(golden: Golden, target: str) -> None:
+def test_small_loss_and_gradients(golden: Golden, target: str, device: torch.device) -> None:
     vectors = golden("f64/mae_small")
-    model = with_golden_weights(dataclasses.replace(SMALL, target=TARGETS[target]))
+    model = with_golden_weights(dataclasses.replace(SMALL, target=TARGETS[target])).to(device)
     loss = model.loss(*small_inputs(model))
     loss.backward()
     gradients = gradients_of(model)
@@ -116,21 +122,21 @@ def test_small_loss_and_gradients(golden: Golden, target: str) -> None:
     close(gradients["mask_token"], vectors[f"{target}_f64_grad_mask_token"], 1e-10)
 
 
-def test_normalised_target(golden: Golden) -> None:
+def test_normalised_target(golden: Golden, device: torch.device) -> None:
     vectors = golden("f64/mae_small")
-    patches = patchify(small_inputs(MAE(SMALL))[0], 16)
+    patches = patchify(small_inputs(MAE(SMALL).to(device))[0], 16)
     mean, deviation = patch_statistics(patches)
     close(mean, vectors["target_norm_mean"], 1e-12)
     close(deviation**2 - 1e-6, vectors["target_norm_var_unbiased"], 1e-12)
-    assert np.array_equal(patches[:1].float(), vectors["patchify_f32"])
+    assert np.array_equal(patches[:1].float().cpu(), vectors["patchify_f32"])
     subset = vectors["target_norm_sub_f64"]
     close(target_of(patches, "normalised_pixel")[..., :: 768 // subset.shape[2]], subset, 1e-10)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.6, 0.8])
-def test_loss_at_other_ratios(golden: Golden, ratio: float) -> None:
+def test_loss_at_other_ratios(golden: Golden, ratio: float, device: torch.device) -> None:
     vectors = golden("f64/mae_small")
-    model = with_golden_weights(dataclasses.replace(SMALL, mask_ratio=ratio))
+    model = with_golden_weights(dataclasses.replace(SMALL, mask_ratio=ratio)).to(device)
     images, mask = small_inputs(model)
     assert [mask.removed.shape[1]] * 3 == vectors[f"ratio{ratio}_masksum"].tolist()
     close(model.loss(images, mask).detach(), vectors[f"ratio{ratio}_loss"], 1e-10)
@@ -142,9 +148,9 @@ def test_kept_patches_are_counted_in_floating_point(golden: Golden) -> None:
     assert keep_count(100, 0.9) == 9
 
 
-def test_six_steps_of_adamw(golden: Golden) -> None:
+def test_six_steps_of_adamw(golden: Golden, device: torch.device) -> None:
     vectors = golden("f64/mae_small")
-    model = with_golden_weights(SMALL)
+    model = with_golden_weights(SMALL).to(device)
     optimizer = torch.optim.AdamW(weight_decay_groups(model, 0.05), betas=(0.9, 0.95), eps=1e-8)
     for step in range(6):
         lr = lr_at(step, peak=1e-2, floor=0.0, warmup_steps=3, total_steps=6)
@@ -166,10 +172,12 @@ def test_six_steps_of_adamw(golden: Golden) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_base_loss_and_gradients(golden: Golden, base_weights: dict[str, torch.Tensor], target: str) -> None:
+def test_base_loss_and_gradients(
+    golden: Golden, base_weights: dict[str, torch.Tensor], target: str, device: torch.device
+) -> None:
     vectors = golden("f64/mae_base")
-    model = base_model(base_weights, target=TARGETS[target]).double()
-    loss = model.loss(*base_inputs(vectors, torch.float64))
+    model = base_model(base_weights, target=TARGETS[target]).to(device).double()
+    loss = model.loss(*base_inputs(vectors, torch.float64, device))
     loss.backward()
     close(loss.detach(), vectors[f"{target}_f64_loss"], 1e-10)
     gradients = gradients_of(model)
@@ -177,12 +185,14 @@ def test_base_loss_and_gradients(golden: Golden, base_weights: dict[str, torch.T
     np.testing.assert_allclose(norms, vectors[f"{target}_gradnorm"], rtol=1e-8)
 
 
-def test_base_masks_latent_and_predictions(golden: Golden, base_weights: dict[str, torch.Tensor]) -> None:
+def test_base_masks_latent_and_predictions(
+    golden: Golden, base_weights: dict[str, torch.Tensor], device: torch.device
+) -> None:
     vectors = golden("f64/mae_base")
-    images, mask = base_inputs(vectors, torch.float64)
-    latent, predictions = predictions_of(base_model(base_weights).double(), images, mask)
-    assert np.array_equal(mask.restore, vectors["ids_restore"])
-    assert np.array_equal(mask.restore >= 49, vectors["mask"] == 1)
+    images, mask = base_inputs(vectors, torch.float64, device)
+    latent, predictions = predictions_of(base_model(base_weights).to(device).double(), images, mask)
+    assert np.array_equal(mask.restore.cpu(), vectors["ids_restore"])
+    assert np.array_equal(mask.restore.cpu() >= 49, vectors["mask"] == 1)
     close(latent[:, ::7, ::32], vectors["latent_sub_f64"], 1e-8)
     close(latent.abs().mean(), vectors["latent_absmean"], 1e-8)
     close(predictions[:, ::14, ::48], vectors["pred_sub_f64"], 1e-8)
@@ -190,17 +200,19 @@ def test_base_masks_latent_and_predictions(golden: Golden, base_weights: dict[st
 
 
 @pytest.mark.parametrize("attention", ["math", "sdpa"])
-def test_base_loss_in_lower_precision(golden: Golden, base_weights: dict[str, torch.Tensor], attention: str) -> None:
+def test_base_loss_in_lower_precision(
+    golden: Golden, base_weights: dict[str, torch.Tensor], attention: str, device: torch.device
+) -> None:
     """Of a loss of 2.244: float32 within 2e-6, bf16 autocast within 2e-3, bf16 weights within 5e-3."""
     vectors = golden("f64/mae_base")
-    images, mask = base_inputs(vectors, torch.float32)
-    model = base_model(base_weights, attention=attention)
+    images, mask = base_inputs(vectors, torch.float32, device)
+    model = base_model(base_weights, attention=attention).to(device)
     reference = vectors["npl1_f64_loss"]
     with torch.no_grad():
         close(
             model.loss(images, mask), reference, 2e-6
         )  # relative or absolute; the reference's own float32 is 1e-7 off
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             autocast = model.loss(images, mask)
         whole = model.bfloat16().loss(images, mask)  # as DeepSpeed's bf16 mode holds the module
     assert autocast.dtype == whole.dtype == torch.float32

@@ -58,7 +58,7 @@ def test_attention_follows_a_cast_of_the_model() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_attention_follows_the_model_to_the_gpu_and_back() -> None:
     model = MAE(CONFIG).bfloat16()
     assert all(module.fused_attn for module in model.cuda().modules() if isinstance(module, Attention))

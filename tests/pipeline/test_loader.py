@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from benchmarks.store import SlowStorage
 from jobs.pack import main as pack
+from pipeline.decode import DecodeConfig
 from pipeline.draws import AugmentDraws, CropConfig
 from pipeline.feed import BadSample
 from pipeline.line import Slices
@@ -25,7 +26,7 @@ from shards.dataset import Dataset
 from shards.errors import DatasetError, MaelstreamError
 from shards.reader import ShardReader
 from shards.storage import Storage
-from tests.conftest import encoded, photograph
+from tests.conftest import DEVICES, encoded, photograph
 
 
 def loader_of(
@@ -50,10 +51,10 @@ def take(
         return list(islice(loader, count))
 
 
-def content(batches: Iterable[Batch]) -> list[tuple]:
+def content(batches: Iterable[Batch], pixels: bool = True) -> list[tuple]:
     """What a model sees, sample by sample: which, of which epoch, the pixels, and what the mask is drawn from."""
     return [
-        (int(sample), int(epoch), image.numpy().tobytes(), int(key), int(label))
+        (int(sample), int(epoch), image.cpu().numpy().tobytes() if pixels else b"", int(key), int(label))
         for batch in batches
         for sample, epoch, image, key, label in zip(
             batch.samples, batch.epochs, batch.images, batch.keys, batch.labels, strict=True
@@ -171,20 +172,25 @@ def damaged_copy(packed: Dataset, folder: Path, marker: bytes, data: bytes) -> D
 
 DAMAGE = [
     (b"\xff\xd8", b"GIF89a", "not a JPEG, PNG, WebP or BMP"),
+    (b"\xff\xd8", bytes(300), "not a JPEG, PNG, WebP or BMP"),
+    (b"\xff\xd9", bytes(2), "JPEG without an end marker"),  # as one that is cut
     (b"\xff\xe0", bytes(300), "JPEG without a sound header"),  # DALI 2.4 segfaults on it
     (b"\xff\xc4", b"\xff\xc4\x00\x1f" + b"\xff" * 20, "cannot be decoded"),  # a Huffman table; DALI raises
 ]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("marker", "data", "reason"), DAMAGE)
 def test_a_bad_sample_is_named_replaced_and_the_rest_is_as_it_was(
-    packed: Dataset, tmp_path: Path, marker: bytes, data: bytes, reason: str
+    packed: Dataset, tmp_path: Path, marker: bytes, data: bytes, reason: str, device: str
 ) -> None:
+    """Of a GPU without the pixels: which of its decoders gets an image depends on the images beside it."""
+    decode, pixels = DecodeConfig(on="cpu" if device == "cpu" else "gpu"), device == "cpu"
     damaged = damaged_copy(packed, tmp_path / "damaged", marker, data)
     told: list[BadSample] = []
-    with loader_of(damaged, Slices(8, 1, 1), max_bad_share=0.02, on_bad=told.append) as loader:
-        ours = content(islice(loader, 15))  # two epochs of 60
-    sound = content(take(packed, Slices(8, 1, 1), 15))
+    with loader_of(damaged, Slices(8, 1, 1), max_bad_share=0.02, on_bad=told.append, decode=decode) as loader:
+        ours = content(islice(loader, 15), pixels)  # two epochs of 60
+    sound = content(take(packed, Slices(8, 1, 1), 15), pixels)
     assert {(bad.sample, bad.key) for bad in told} == {(7, packed.keys(np.array([7]))[0])}
     assert reason in str(told[0]) and damaged.shard_names[packed.shard[7]] in str(told[0]) and len(told) == 1
     differing = [(before, now) for before, now in zip(sound, ours, strict=True) if before != now]
