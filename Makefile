@@ -7,6 +7,9 @@ SRC ?=
 # 12 on a machine whose driver has no CUDA 13.
 CUDA ?= 13
 
+# A folder of wheels for gpu-check on a machine without a network.
+WHEELS ?=
+
 .PHONY: setup demo test check bench gpu-check soak evidence
 
 setup: .venv/installed
@@ -37,9 +40,20 @@ check: setup
 bench: setup
 	$(BIN)/python -m benchmarks.run $(if $(SRC),--data '$(SRC)') $(ARGS)
 
-# On a machine with a GPU: the tests of what a CPU cannot show.
+# What only a GPU can show. Without a network: PYTHON is one that has torch and timm, WHEELS a folder of what else is
+# needed (docs/gpu.md); nothing is installed outside of .gpu.
+ifneq ($(WHEELS),)
+gpu-check: .gpu/installed
+	PYTHONPATH=.gpu/site $(PYTHON) -m benchmarks.gpu $(if $(SRC),--src '$(SRC)') $(ARGS)
+else
 gpu-check: setup
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.gpu $(if $(SRC),--src '$(SRC)') $(ARGS)
+endif
+
+.gpu/installed: $(wildcard $(WHEELS)/*.whl)
+	rm -rf .gpu
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --target .gpu/site $^
+	touch $@
 
 # The fault table in full: about an hour on 2 cores; the figures go to docs/measured/faults.md.
 soak: setup

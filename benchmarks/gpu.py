@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.gpu_part import Setting, first_line, last_words, written
@@ -190,7 +191,8 @@ def table(outcomes: list[Outcome], title: str) -> Table:
     for row in outcomes:
         first = row.part != shown
         name, seconds = (row.part, f"{row.seconds:,.0f}") if first else ("", "")
-        result.add_row(name, row.what, row.asked, row.found, row.state, seconds, style=STYLES[row.state])
+        texts = map(escape, (row.what, row.asked, row.found))  # "[dev]" is no markup
+        result.add_row(name, *texts, row.state, seconds, style=STYLES[row.state])
         shown = row.part
     return result
 

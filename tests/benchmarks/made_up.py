@@ -40,7 +40,7 @@ def says_nothing(setting: Setting) -> list[Row]:
 
 
 def lacks_data(setting: Setting) -> list[Row]:
-    raise CannotRun("no photographs\nand more")
+    raise CannotRun("no photographs[dev]\nand more")
 
 
 def lacks_a_package(setting: Setting) -> list[Row]:

@@ -75,14 +75,14 @@ def test_a_part_s_rows_pass_fail_or_are_told(outcomes: dict[str, list[Outcome]])
         ("crashes", "failed", "killed by SIGSEGV in made_up.py, line 27, crashes"),
         ("says_nothing", "failed", "exit code 0: no word"),
         ("hangs", "failed", "not done after 2 s in made_up.py, line 34, hangs"),
-        ("lacks_data", "could not run", "no photographs"),
+        ("lacks_data", "could not run", "no photographs[dev]"),
         ("lacks_a_package", "could not run", "no module no_such_package; see docs/gpu.md for the wheels"),
         (
             "lacks_one_of_ours",
             "failed",
             "exit code 1: ModuleNotFoundError: No module named 'benchmarks.no_such_module'",
         ),
-        ("needy", "could not run", "no photographs"),
+        ("needy", "could not run", "no photographs[dev]"),
     ],
 )
 def test_why_a_part_did_not_end_well_is_told(
