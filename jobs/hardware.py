@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -62,6 +63,14 @@ def copy_bytes_per_s(device: torch.device) -> float:
     """From pinned memory to a GPU."""
     source = torch.zeros(2**28, dtype=torch.uint8).pin_memory()
     return len(source) / _best_s(partial(torch.empty_like(source, device=device).copy_, source), device)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of memory that can be had now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def synchronise(device: torch.device) -> None:

@@ -27,6 +27,7 @@ from jobs.step_stages import (
     bare_model,
     copy_rate,
     engine_times,
+    refuse_what_does_not_fit,
     step_rate,
 )
 from jobs.verdict import Situation, verdict
@@ -168,6 +169,8 @@ class Measurement:
 
     def _step(self) -> Stage:
         gc.collect()  # decoders hold themselves in circles, and on a GPU memory with them
+        if self.device.type == "cpu":
+            refuse_what_does_not_fit(self.recipe, self.streamed.slices.largest, self.council.ranks)
         model = bare_model(self.recipe, self.target, self.device)
         batch = Images.made(self.streamed.slices.largest, self.recipe, self.device)
         rate = step_rate(model, batch, self.device, self.seconds)

@@ -56,7 +56,8 @@ def table(figures: dict[str, Any]) -> Table:
     result = Table(
         "stage", "images/s alone", "bytes/s", "of the limit", "busy in the run", "what limits it", title=title
     )
-    whole = figures["whole"]["images_per_s_with_the_recipe_s_batch"] if figures["whole"] else None
+    whole = figures["whole"]
+    spread = whole["images_per_s_with_the_recipe_s_batch"] if whole else None
     for name, stage in figures["stages"].items():
         alone, limit = stage["images_per_s"], stage["limit_images_per_s"]
         result.add_row(
@@ -64,14 +65,19 @@ def table(figures: dict[str, Any]) -> Table:
             shown_rate(alone),
             shown_size(stage["bytes_per_s"]) if stage["bytes_per_s"] else "",
             f"{alone / limit:.0%}" if alone and limit else "",
-            f"{whole / alone:.1%}" if alone and whole else "",
+            f"{spread / alone:.1%}" if alone and spread else "",
             stage["why"],
             style="bold" if name == figures["verdict"]["limit"] else "dim" if alone is None else "",
         )
     if whole:
-        result.add_row(
-            "whole", shown_rate(whole), shown_size(whole * figures["bytes_an_image"]), "", "", "", style="bold"
-        )
+        counts = figures["micro_batches"]
+        rates = {"whole": (whole["images_per_s"], "")}
+        if counts["measured"] != counts["recipe"]:
+            why = f"computed: one update in {counts['recipe']} micro-batches, not in {counts['measured']}"
+            rates["whole, the recipe's batch"] = whole["images_per_s_with_the_recipe_s_batch"], why
+        for name, (rate, why) in rates.items():
+            size = shown_size(rate * figures["bytes_an_image"])
+            result.add_row(name, shown_rate(rate), size, "", "", why, style="bold")
     return result
 
 

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from jobs.data_stages import rate
 from jobs.engine import Float32Arithmetic, build_model
-from jobs.hardware import synchronise
+from jobs.hardware import free_bytes, synchronise
+from jobs.ranks import Ranks
 from jobs.recipe import Recipe, RecipeError
 from model.mae import MAE
+from model.memory import activation_bytes, state_bytes
 from model.targets import PCATarget, TokenTarget
 from model.transformer import choose_attention
 
@@ -94,11 +96,7 @@ def step_rate(model: MAE, batch: Images, device: torch.device, seconds: float) -
         pass  # outside of the handler, whose traceback keeps the activations alive
     model.zero_grad(set_to_none=True)
     most = largest_that_fits(lambda count: run(batch.images[:count], batch.keys[:count]), len(batch.keys))
-    advice = f"the largest that does is {most}: --engine.micro-batch-size {most}" if most else "not even 1 does"
-    raise RecipeError(
-        f"engine.micro_batch_size {len(batch.keys)} does not fit into the memory of {device}; {advice}, or "
-        "--engine.activation-checkpointing"
-    )
+    raise does_not_fit(len(batch.keys), most, device)
 
 
 def largest_that_fits(run: Callable[[int], None], too_many: int) -> int:
@@ -112,6 +110,36 @@ def largest_that_fits(run: Callable[[int], None], too_many: int) -> int:
         except torch.OutOfMemoryError:
             too_many = count
     return fits
+
+
+def fitting_images(recipe: Recipe, ranks: int, free: float) -> int:
+    """Largest micro-batch of one of `ranks` ranks beside its state in `free` bytes, by formula; 0 for none."""
+    bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    element = 2 if recipe.engine.precision == "bf16" and bf16 else 4
+    state = sum(state_bytes(recipe.model, recipe.engine.zero, ranks)[:5])
+    image = activation_bytes(recipe.model, recipe.engine.activation_checkpointing, element)
+    return max(0, int((free - state) // image))
+
+
+def refuse_what_does_not_fit(recipe: Recipe, micro_batch: int, ranks: Ranks) -> None:
+    """Of a CPU's memory, before it is used: a system that has none left kills, and not only the one who took it.
+
+    Raises:
+        RecipeError: as `step_rate`.
+    """
+    device = torch.device("cpu")
+    most = fitting_images(recipe, ranks.world_size, free_bytes(device) / ranks.local_world_size)
+    if micro_batch > most:
+        raise does_not_fit(micro_batch, most, device)
+
+
+def does_not_fit(micro_batch: int, most: int, device: torch.device) -> RecipeError:
+    """With the largest micro-batch that does."""
+    advice = f"the largest that does is {most}: --engine.micro-batch-size {most}" if most else "not even 1 does"
+    return RecipeError(
+        f"engine.micro_batch_size {micro_batch} does not fit into the memory of {device}; {advice}, or "
+        "--engine.activation-checkpointing"
+    )
 
 
 class EngineTimes(NamedTuple):

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from jobs.hardware import synchronise
+from jobs.hardware import free_bytes, synchronise
 from jobs.recipe import RecipeError
 from model.mae import MAE, MAEConfig
 from model.optimise import weight_decay_groups
@@ -167,14 +167,6 @@ def measure(command: Table2, device: torch.device) -> list[dict[str, Any]]:
         found += rows(size, times, batch, command.devices)
         del models, optimizer
     return found
-
-
-def free_bytes(device: torch.device) -> int:
-    """Of memory that can be had now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def main(args: list[str]) -> int:

@@ -17,11 +17,12 @@ import torch
 
 from jobs.data import loader_of, open_data
 from jobs.engine import build_engine, build_model
+from jobs.hardware import free_bytes
 from jobs.ranks import process_group, ranks_from_environment
 from jobs.recipe import Recipe, load_recipe
 from jobs.runfolder import RunFolder
+from jobs.step_stages import fitting_images
 from jobs.targetfile import target_of_run
-from model.memory import activation_bytes, state_bytes
 from pipeline.line import Slices
 
 _WARM_UP, _LEAST = 2, 3  # micro-batches: the first ones compile and fill pools
@@ -60,17 +61,9 @@ def measured(recipe: Recipe, seconds: float) -> float:
     return batch_size / (micro_batches * micro_s + step_s)
 
 
-def fits(recipe: Recipe, free_bytes: float) -> bool:
+def fits(recipe: Recipe, free: float) -> bool:
     """Whether it can be tried with so much memory, by formula: a CPU's system kills what takes too much, and others."""
-    element = 4 if recipe.engine.precision == "fp32" or not torch.ops.mkldnn._is_mkldnn_bf16_supported() else 2
-    image = activation_bytes(recipe.model, recipe.engine.activation_checkpointing, element)
-    state = sum(state_bytes(recipe.model, recipe.engine.zero, 1)[:5])
-    return state + image * min(recipe.engine.micro_batch_size, recipe.optim.batch_size) < free_bytes
-
-
-def _free_bytes() -> float:
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return 1024 * float(lines["MemAvailable"].split()[0])
+    return fitting_images(recipe, 1, free) >= min(recipe.engine.micro_batch_size, recipe.optim.batch_size)
 
 
 def _synchronise() -> None:
@@ -81,7 +74,7 @@ def _synchronise() -> None:
 def main(path: str, seconds: str) -> int:
     """Prints one line of JSON."""
     recipe = load_recipe(Path(path))
-    if not torch.cuda.is_available() and not fits(recipe, _free_bytes()):
+    if not torch.cuda.is_available() and not fits(recipe, free_bytes(torch.device("cpu"))):
         print(json.dumps({"failed": OUT_OF_MEMORY}))
         return 0
     try:

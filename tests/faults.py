@@ -199,3 +199,39 @@ def slow_portion(seconds: str) -> None:
         return slowly
 
     module.classify_with = classify_with  # type: ignore[assignment]
+
+
+@_fault
+def little_memory(size: str) -> None:
+    """Bytes that the machine has free."""
+    import jobs.step_stages
+
+    jobs.step_stages.free_bytes = lambda device: int(size)
+
+
+@_fault
+def out_of_memory(most: str) -> None:
+    """More images than that do not fit, as on a GPU."""
+    import torch
+
+    from model.mae import MAE
+
+    before = MAE.forward
+
+    def forward(self: Any, images: Any, keys: Any) -> Any:
+        if len(images) > int(most):
+            raise torch.OutOfMemoryError
+        return before(self, images, keys)
+
+    MAE.forward = forward  # type: ignore[method-assign]
+
+
+@_fault
+def no_profiler(reason: str) -> None:
+    """The driver lets nobody but root profile."""
+    import jobs.whole
+
+    def profile(**_: object) -> Any:
+        raise RuntimeError(reason)
+
+    jobs.whole.profile = profile  # type: ignore[assignment, misc]

@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from jobs.command import run
+from jobs.recipe import load_recipe
+from model.memory import activation_bytes, state_bytes
 from pipeline.ranges import STAGES
 from shards.dataset import Dataset
-from tests.forked import run_ranks
+from tests.forked import run_ranks, start
 
 NUMBERS = {"images_per_s", "bytes_per_s", "limit_images_per_s"}
 WHOLE = {
@@ -105,6 +107,38 @@ def test_bad_input_is_one_line(
     assert run("profile", [tiny, *options]) == 2
     said = capsys.readouterr().err
     assert complaint in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("images", [0, 2])
+def test_a_micro_batch_that_a_cpu_has_no_memory_for_is_one_line(tiny: str, tmp_path: Path, images: int) -> None:
+    recipe = load_recipe(Path(tiny))
+    image = activation_bytes(recipe.model, False, 4)
+    room = sum(state_bytes(recipe.model, 1, 1)[:5]) + images * image + image // 2
+    advice = f"the largest that does is {images}: --engine.micro-batch-size {images}" if images else "not even 1 does"
+    assert refused(tiny, tmp_path, f"little_memory:{room}") == (
+        f"maelstream profile: engine.micro_batch_size 6 does not fit into the memory of cpu; {advice}, or "
+        "--engine.activation-checkpointing"
+    )
+
+
+def test_a_micro_batch_that_runs_out_of_a_gpu_s_memory_is_one_line(tiny: str, tmp_path: Path) -> None:
+    said = refused(tiny, tmp_path, "out_of_memory:4")
+    assert "engine.micro_batch_size 6 does not fit" in said and "the largest that does is 4: --engine" in said
+
+
+def test_a_profiler_that_is_not_permitted_is_one_line(tiny: str, tmp_path: Path) -> None:
+    trace = ["--trace", str(tmp_path / "trace.json")]
+    said = refused(tiny, tmp_path, "no_profiler:CUPTI_ERROR_INSUFFICIENT_PRIVILEGES", *trace)
+    assert said.startswith("maelstream profile: --trace: the profiler is not permitted here (CUPTI_ERROR_INSUFF")
+
+
+def refused(tiny: str, folder: Path, fault: str, *options: str) -> str:
+    """The one line, with exit code 2."""
+    files = ["--out", str(folder / "p.png"), "--stages", "step", "--seconds", "0.1"]
+    running = start(1, tiny, *files, *options, output=folder / "output", fault=fault, command="profile")
+    assert running.wait() == [2], running.said
+    assert running.said.count("\n") == 1 and not (folder / "p.png").exists()
+    return running.said.strip()
 
 
 def test_a_recipe_comes_first(capsys: pytest.CaptureFixture[str], packed: Dataset) -> None:

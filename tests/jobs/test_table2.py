@@ -40,15 +40,16 @@ def test_the_three_models_hold_the_memory_of_one() -> None:
     assert all(id(parameter) in known for model in models.values() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(("size", "hours"), [("large", "42.4"), ("huge", "119.6")])
 def test_the_command_prints_the_paper_s_beside_ours(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    size: str, hours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(SIZES, "large", TINY)
+    monkeypatch.setitem(SIZES, size, TINY)
     monkeypatch.setenv("COLUMNS", "160")
-    options = ["--size", "large", "--rounds", "1", "--devices", "8", "--json", str(tmp_path / "t.json")]
+    options = ["--size", size, "--rounds", "1", "--devices", "8", "--json", str(tmp_path / "t.json")]
     assert run("table2", options) == 0
     said = capsys.readouterr().out
-    assert "8 x" in said and "42.4" in said and "without, decoder 1" in said
+    assert "8 x" in said and hours in said and "without, decoder 1" in said
     assert [row["model"] for row in json.loads((tmp_path / "t.json").read_text())["rows"]] == list(MODELS)
 
 
