@@ -145,6 +145,12 @@ def test_tests_that_only_skip_did_not_run_and_failures_are_named() -> None:
     assert row_of(report('<testcase name="c"/>'), ["x"]).passed
 
 
+def test_every_wheel_that_a_node_needs_is_pinned() -> None:
+    names = [line for line in (gpu.ROOT / "docs/gpu-wheels.txt").read_text().splitlines() if line and line[0] != "#"]
+    pinned = {line.partition("==")[0] for line in (gpu.ROOT / "constraints.txt").read_text().splitlines()}
+    assert len(names) > 50 and set(names) <= pinned
+
+
 # --- the command
 
 

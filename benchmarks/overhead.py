@@ -1,0 +1,131 @@
+"""What measuring adds to what is measured: steps inside `maelstream profile` beside those of pre-training's own loop.
+
+    python -m benchmarks.overhead [--json FILE]      # under a minute
+
+Both take the recipe's steps by the same engine, on one thread and on images that lie in memory, in turns. CPU seconds
+count, which other work on the machine does not stretch. The third row is what `--trace` does to the steps it records.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jobs.data import slices_of
+from jobs.engine import build_engine, build_model
+from jobs.log import Clock
+from jobs.pretrain import reconstruction_loss
+from jobs.ranks import Council, process_group, ranks_from_environment
+from jobs.recipe import load_recipe
+from jobs.step_stages import Images
+from jobs.stop import SIGNALS
+from jobs.trainer import train_step
+from jobs.whole import run_whole, write_trace
+from pipeline.line import Slices
+from pipeline.loader import Batch
+
+PLAIN, PROFILED, TRACED = "pre-training's loop", "inside the profile", "under torch.profiler"
+
+
+@dataclass(frozen=True)
+class Options:
+    recipe: Path = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+    rounds: int = 7
+    seconds: float = 1.5
+    """Of each candidate in a round."""
+    json: Path | None = None
+    """Write the medians, too: CPU seconds of a step, by name."""
+
+
+class Held(NamedTuple):
+    """In the place of what a loader streams: one batch for ever."""
+
+    slices: Slices
+    batch: Batch
+
+    @contextlib.contextmanager
+    def loader(self) -> Iterator[Iterator[Batch]]:
+        yield repeat(self.batch)
+
+
+def held(recipe: Any, device: torch.device) -> Held:
+    """Noise of the recipe's shape."""
+    slices = slices_of(recipe, 1)
+    images, keys = Images.made(slices.largest, recipe, device)
+    numbers = np.arange(slices.largest)
+    return Held(slices, Batch(images, keys, numbers, numbers, numbers.astype(np.int32), 1.0))
+
+
+def plain_s(engine: Any, source: Held, council: Council, steps: int) -> float:
+    """CPU seconds of a step, taken as `jobs.trainer` takes it."""
+    clock, batches, micro_batches = Clock(), repeat(source.batch), source.slices.micro_batches
+    signs = lambda: [0.0] * len(SIGNALS)  # noqa: E731
+    began = time.process_time()
+    for _ in range(steps):
+        train_step(engine, reconstruction_loss, batches, micro_batches, clock, lambda: None, council, signs)
+    return (time.process_time() - began) / steps
+
+
+def profiled_s(engine: Any, source: Any, council: Council, seconds: float) -> tuple[float, int]:
+    """CPU seconds of a step as the profile's own figures tell them; and how many it took."""
+    whole = run_whole(engine, source, council, source.slices.micro_batches, seconds, None)
+    cores = len(os.sched_getaffinity(0))
+    return whole.cpu_utilisation * cores * source.slices.batch_size / whole.images_per_s, whole.steps
+
+
+def traced_s(engine: Any, source: Held, council: Council, steps: int) -> float:
+    """CPU seconds of a step under torch.profiler, without writing the file."""
+    seconds: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_trace(
+            lambda: seconds.append(plain_s(engine, source, council, steps)),
+            Path(folder) / "trace.json",
+            council.ranks.rank,
+        )
+    return seconds[0]
+
+
+def measured(options: Options) -> dict[str, float]:
+    """Median CPU seconds of a step, by name."""
+    recipe = load_recipe(options.recipe)
+    ranks, found = ranks_from_environment(), {name: list[float]() for name in (PLAIN, PROFILED, TRACED)}
+    with process_group(ranks, 600) as council:
+        torch.set_num_threads(1)
+        source = held(recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        engine = build_engine(recipe, source.slices, build_model(recipe, None))
+        plain_s(engine, source, council, 2)
+        for _ in range(options.rounds):
+            seconds, steps = profiled_s(engine, source, council, options.seconds)
+            found[PROFILED].append(seconds)
+            found[PLAIN].append(plain_s(engine, source, council, steps))
+            found[TRACED].append(traced_s(engine, source, council, 3))
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def main() -> None:
+    """Prints one table."""
+    options = tyro.cli(Options, prog="python -m benchmarks.overhead", description=__doc__)
+    medians = measured(options)
+    table = Table("steps", "CPU ms", "more than pre-training's", title=f"{options.recipe.stem}, one thread")
+    for name, seconds in medians.items():
+        table.add_row(name, f"{1e3 * seconds:.2f}", f"{seconds / medians[PLAIN] - 1:+.2%}")
+    Console().print(table)
+    if options.json is not None:
+        options.json.write_text(json.dumps(medians, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
