@@ -203,7 +203,7 @@ def cpu_seconds(step: Step, batch: int, rounds: int) -> float:
 def part_step(batch: int, rounds: int) -> dict[str, tuple[float, float]]:
     torch.set_num_threads(1)
     measured, devices = {}, [this_machine()]
-    sizes = {"S/16": SMALL, "B/16": BASE, "L/16": LARGE}
+    sizes = {"S/16": SMALL, "B/16": BASE, "L/16": LARGE, "H/14": HUGE}
     for name, config in sizes.items():
         model = MAE(config)
         step = training_step(model, adamw(weight_decay_groups(model, 0.05)), bf16=False)
