@@ -72,15 +72,18 @@ class CheckpointStore:
         match = _NAME.fullmatch(path.name)
         return int(match[1]) if match and path.parent == self.folder.resolve() else None
 
-    def fault(self, step: int, share: int = 0, shares: int = 1) -> str:
-        """What is wrong with a checkpoint, "" if nothing; of its files every `shares`th from `share` on is read."""
+    def fault(self, step: int, share: int = 0, shares: int = 1, only: str = "") -> str:
+        """What is wrong with a checkpoint, "" if nothing.
+
+        Of its files every `shares`th from `share` on is read, or `only` one.
+        """
         try:
             manifest = json.loads((self.at(step) / MANIFEST).read_text())
             if (manifest["format"], manifest["step"]) != (_FORMAT, step):
                 return f"{MANIFEST} is of format {manifest['format']} and step {manifest['step']}"
             files = {name: Digest(**digest) for name, digest in manifest["files"].items()}
-            for name, digest in sorted(files.items())[share::shares]:
-                path = self.at(step) / name
+            for name in [only] if only else sorted(files)[share::shares]:
+                path, digest = self.at(step) / name, files[name]
                 if path.stat().st_size != digest.bytes:
                     return f"{name} has {path.stat().st_size:,} bytes instead of {digest.bytes:,}"
                 if digest_of(path) != digest:
@@ -104,10 +107,11 @@ class CheckpointStore:
             return f"{MANIFEST} cannot be read"
         return ""
 
-    def newest_good(self, council: Council) -> tuple[int, list[str]]:
+    def newest_good(self, council: Council, put_aside: bool = True) -> tuple[int, list[str]]:
         """Step of the newest checkpoint that all ranks together find whole, 0 for a run without any; and what to tell.
 
-        Each rank reads its share of the files; one verdict is made of what they find. Bad ones are put aside.
+        Each rank reads its share of the files; one verdict is made of what they find. Bad ones are put aside, unless
+        another process may be training the run.
 
         Raises:
             CheckpointError: there were some, and none is good.
@@ -123,7 +127,7 @@ class CheckpointStore:
             if not any(faults):
                 return step, [f"{fault}; going on from {self.at(step).name}" for fault in told]
             told.append(f"{self.at(step)}: {next(filter(None, faults))}")
-            if council.ranks.rank == 0:
+            if put_aside and council.ranks.rank == 0:
                 aside = self.at(step).with_suffix(".bad")
                 shutil.rmtree(aside, ignore_errors=True)
                 self.at(step).rename(aside)

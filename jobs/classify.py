@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from jobs.arguments import parsed
 from jobs.classification import Classification
 from jobs.ranks import ranks_from_environment
 from jobs.recipe import (
@@ -33,16 +34,10 @@ _PAPERS = {(768, 12): "_vit_b16", (1024, 24): "_vit_l16", (1280, 32): "_vit_h14"
 _FROM_WEIGHTS = ("image_size", "patch_size", "in_chans", "dim", "depth", "heads", "mlp_ratio")
 
 
-@dataclass(frozen=True)
-class Classify:
-    """Train a classifier, or go on with the run that lies in --run."""
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What every one of these commands is told."""
 
-    weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS")]
-    """A run's folder, whose newest good checkpoint is taken, or a file or folder of weights."""
-    train: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TRAIN")]
-    """A packed dataset with labels."""
-    val: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VAL")]
-    """Another, of the same classes; measured on every image of it."""
     recipe: Annotated[ClassificationRecipe, tyro.conf.arg(name="")]
     run: Path = Path("runs/classify")
     """The run's folder; a run that lies there already goes on from its newest checkpoint."""
@@ -57,24 +52,25 @@ class Classify:
 
 
 @dataclass(frozen=True)
-class Scratch:
+class Scratch(Training):
     """Train a classifier without pre-training, or go on with the run that lies in --run."""
 
     train: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TRAIN")]
     """A packed dataset with labels."""
     val: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VAL")]
     """Another, of the same classes; measured on every image of it."""
-    recipe: Annotated[ClassificationRecipe, tyro.conf.arg(name="")]
-    run: Path = Path("runs/scratch")
-    """The run's folder; a run that lies there already goes on from its newest checkpoint."""
-    recipe_file: Annotated[Path | None, tyro.conf.arg(name="recipe", aliases=["--recipe-file"])] = None
-    """A YAML file; the paper's ViT-B/16 if not given."""
-    stop_at_step: int | None = None
-    """Save and stop after this step, instead of at the end of the schedule."""
-    allow: tuple[str, ...] = ()
-    """Keys of the experiment that may be others than those the run was started with: --allow optim.epochs."""
-    print_config: bool = False
-    """Print the resolved recipe and stop."""
+
+
+@dataclass(frozen=True)
+class Classify(Training):
+    """Train a classifier, or go on with the run that lies in --run."""
+
+    weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS")]
+    """A run's folder, whose newest checkpoint is taken, or a file or folder of weights."""
+    train: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TRAIN")]
+    """A packed dataset with labels."""
+    val: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VAL")]
+    """Another, of the same classes; measured on every image of it."""
 
 
 def recipe_of(
@@ -154,7 +150,6 @@ def refuse_nonsense(recipe: ClassificationRecipe, train: Dataset) -> None:
 
 def classify(job: Job, args: list[str]) -> int:
     """The exit code of a command; 0 when the run reached its end or --stop-at-step."""
-    args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]  # deepspeed adds it
     args = ["--tuning.blocks" if arg == "--blocks" else arg for arg in args]
     schema: Any
     schema, names = (Scratch, ["TRAIN", "VAL"]) if job == "scratch" else (Classify, ["WEIGHTS", "TRAIN", "VAL"])
@@ -170,7 +165,7 @@ def classify(job: Job, args: list[str]) -> int:
         file = _option(args, "--recipe") or _option(args, "--recipe-file")
         recipe = recipe_of(job, weights, train_set, val_set, Path(file) if file else None, RunFolder(run))
         default = schema(*given, recipe=recipe, run=run)
-    command = tyro.cli(schema, args=args, default=default, prog=f"maelstream {job}")
+    command = parsed(schema, args, job, default)
     recipe = command.recipe
     refuse_nonsense(recipe, train_set)
     if command.print_config:

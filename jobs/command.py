@@ -41,6 +41,7 @@ COMMANDS = {
 
 def run(command: str, args: list[str]) -> int:
     """Exit code of `command`: its own, or with one line on stderr that of a `MaelstreamError`: 2, if the user erred."""
+    args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]  # deepspeed adds it
     try:
         return importlib.import_module(f"jobs.{command.replace('-', '_')}").main(args)
     except MaelstreamError as error:

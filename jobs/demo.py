@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from PIL import Image
 
+from jobs.arguments import parsed
 from shards.dataset import Dataset
 from shards.errors import MaelstreamError
 
@@ -94,7 +94,7 @@ def step(*command: str) -> None:
 
 def main(args: list[str]) -> int:
     """`maelstream demo`; 0 when the loss fell clearly and everything is written."""
-    command = tyro.cli(Demo, args=args, prog="maelstream demo")
+    command = parsed(Demo, args, "demo")
     if command.src is not None and not command.src.is_dir():
         raise MaelstreamError(f"--src {command.src} is not a folder; give one that holds images")
     clear(command.out, command.src)

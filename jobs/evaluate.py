@@ -17,42 +17,31 @@ import torch
 import tyro
 from torch import nn
 
-from jobs.checkpoint import FILES, CheckpointError, CheckpointStore
+from jobs.arguments import parsed
+from jobs.checkpoint import FILES, CheckpointError
 from jobs.classification import head_names, model_of
 from jobs.classify import refuse_unfit
 from jobs.command import run
 from jobs.evaluations import Evaluation, record
-from jobs.knn import result_folder
+from jobs.measuring import Measuring
 from jobs.ranks import Council, process_group, ranks_from_environment
-from jobs.recipe import ClassificationRecipe, HealthConfig, RecipeError
+from jobs.recipe import ClassificationRecipe, HealthConfig
 from jobs.runfolder import RunFolder
 from jobs.scores import Scores, classify_with, scores
 from jobs.weights import WeightsError, classifier_of, read_weights
-from pipeline.decode import DecodeConfig
-from pipeline.epoch import Reading, evaluation_margin
+from pipeline.epoch import Reading
 from shards.dataset import Dataset
 from shards.errors import MaelstreamError
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Measuring):
     """Measure a trained classifier on every image of a packed dataset."""
 
     weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS")]
     """A run of finetune, linprobe, partial or scratch, or a file of a classifier's weights."""
     val: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VAL")]
     """A packed dataset with labels, of the classes that the classifier was trained on, in their order."""
-    margin: float | None = None
-    """Size of the resized image over the crop's; the run's, or 256 / 224 up to 224 px and 1 beyond, if not given."""
-    heads: int | None = None
-    """Of the attention, where a file does not tell; dim / 64 if not given."""
-    micro_batch_size: int = 64
-    """Images a rank puts through the model at once."""
-    threads: int = 0
-    """Threads that decode in each rank; 0: the machine's cores shared by its ranks."""
-    decode: DecodeConfig = DecodeConfig()
-    folder: Path | None = None
-    """Where result.json goes; in the run's folder `evaluations/`, or in runs/, if not given."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +52,8 @@ class Trained:
     """Each with the names of its heads."""
     classes: int
     image_size: tuple[int, int]
-    margin: float
+    margin: float | None
+    """Of the run; None for a file, which tells of none."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     step: int | None
@@ -71,8 +61,13 @@ class Trained:
 
 
 def trained_of_run(folder: RunFolder, recipe: ClassificationRecipe, council: Council) -> Trained:
-    """Of the newest good checkpoint; CheckpointError when there is none."""
-    step, models = newest_good(folder.checkpoints, council), []
+    """Of the newest good checkpoint, which is left as it is; CheckpointError when there is none."""
+    step, told = folder.checkpoints.newest_good(council, put_aside=False)
+    if not step:
+        raise CheckpointError(f"{folder.path} has no checkpoint yet; let the run reach its first one")
+    for line in told if council.ranks.rank == 0 else ():
+        print(f"maelstream evaluate: {line}", file=sys.stderr)
+    models = []
     for kind, file in FILES.items():
         if (folder.checkpoints.at(step) / file).exists():
             model = model_of(recipe, folder.checkpoints.weights(step, kind))
@@ -86,32 +81,13 @@ def trained_of_file(path: Path, heads: int | None) -> Trained:
     stored = read_weights(path)
     model, config, mean, std = classifier_of(stored, heads)
     size = config.image_size
-    return Trained([(model, ["weights"])], config.classes, size, evaluation_margin(size), mean, std, None)
+    return Trained([(model, ["weights"])], config.classes, size, None, mean, std, None)
 
 
-def newest_good(store: CheckpointStore, council: Council) -> int:
-    """As `CheckpointStore.newest_good`, but touches nothing: another process may be training this run.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    steps = [int(step) for step in council.text_of_first(" ".join(map(str, store.steps()))).split()]
-    for step in reversed(steps):
-        faults = council.all_texts(store.fault(step, council.ranks.rank, council.ranks.world_size))
-        if not any(faults):
-            return step
-        if council.ranks.rank == 0:
-            print(f"maelstream evaluate: {store.at(step)}: {next(filter(None, faults))}", file=sys.stderr)
-    raise CheckpointError(f"{store.folder} holds no good checkpoint yet; let the run reach its first one")
-
-
-def measured(trained: Trained, command: Evaluate, val: Dataset, council: Council) -> dict[str, Scores]:
+def measured(trained: Trained, reading: Reading, val: Dataset, council: Council) -> dict[str, Scores]:
     """Scores of each head by its name."""
-    ranks, found = council.ranks, dict[str, Scores]()
-    margin = command.margin or trained.margin
-    threads = command.threads or ranks.threads
-    reading = Reading(trained.image_size, margin, command.micro_batch_size, threads, decode=command.decode)
-    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    found = dict[str, Scores]()
+    device = torch.device("cuda", council.ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     for model, names in trained.models:
         model.to(device).eval().requires_grad_(False)
         of_heads = scores(classify_with(model, trained.mean, trained.std), val, reading, council)
@@ -121,13 +97,7 @@ def measured(trained: Trained, command: Evaluate, val: Dataset, council: Council
 
 def main(args: list[str]) -> int:
     """`maelstream evaluate`; 0 when the result is written."""
-    args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]  # deepspeed adds it
-    command = tyro.cli(Evaluate, args=args, prog="maelstream evaluate")
-    if command.micro_batch_size < 1 or command.threads < 0 or (command.margin is not None and command.margin < 1):
-        raise RecipeError(
-            f"--micro-batch-size {command.micro_batch_size} and --margin {command.margin} must be at least 1, "
-            f"--threads {command.threads} at least 0"
-        )
+    command = parsed(Evaluate, args, "evaluate")
     val, weights = Dataset.open(command.val), Path(command.weights)
     refuse_unfit(val, val)
     folder = RunFolder(weights)
@@ -149,7 +119,8 @@ def main(args: list[str]) -> int:
         if recipe is not None:
             trained = trained_of_run(folder, recipe, council)
         assert trained is not None
-        found = measured(trained, command, val, council)
+        reading = command.reading(trained.image_size, trained.margin, ranks)
+        found = measured(trained, reading, val, council)
     if ranks.rank:
         return 0
     best = max(found, key=lambda name: found[name].top1)
@@ -168,12 +139,12 @@ def main(args: list[str]) -> int:
         weights=command.weights,
         train=recipe.data.train if recipe else "",
         val=command.val,
-        folder=str(command.folder or result_folder(weights, trained.step, name)),
+        folder=str(command.result_folder(weights, trained.step, name)),
         settings={
             "best": best,
             "all": {head: {"top1": of_head.top1, "top5": of_head.top5} for head, of_head in found.items()},
             "trained_step": trained.step,
-            "margin": command.margin or trained.margin,
+            "margin": reading.margin,
             "image_size": list(trained.image_size),
             "undecodable": list(result.undecodable),
         },

@@ -16,6 +16,7 @@ import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 
+from jobs.arguments import parsed
 from jobs.card import Card, model_card
 from jobs.runfolder import RunFolder
 from jobs.weights import EXPORT_NAME, mae_weights, read_weights
@@ -244,7 +245,7 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def main(args: list[str]) -> int:
     """`maelstream export`; 0 when the folder is written."""
-    command = tyro.cli(Export, args=args, prog="maelstream export")
+    command = parsed(Export, args, "export")
     folder = RunFolder(command.run)
     folder.recipe()  # before anything else: is it a run?
     step = folder.last_step() if command.step is None else command.step

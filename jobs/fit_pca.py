@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from jobs.arguments import parsed
 from jobs.images import image_stream, recipe_with
 from jobs.recipe import RecipeError
 from jobs.targetfile import TargetFile
@@ -78,7 +79,7 @@ def fit(command: FitPca) -> tuple[TargetFile, PrincipalComponents]:
 
 def main(args: list[str]) -> int:
     """`maelstream fit-pca`."""
-    command = tyro.cli(FitPca, args=args, prog="maelstream fit-pca")
+    command = parsed(FitPca, args, "fit-pca")
     if command.images < 1 or command.threads < 1:
         raise RecipeError(f"--images {command.images} and --threads {command.threads} must be at least 1")
     if command.out.suffix != ".safetensors":

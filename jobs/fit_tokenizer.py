@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from jobs.arguments import parsed
 from jobs.images import image_stream, recipe_with
 from jobs.recipe import RecipeError
 from jobs.targetfile import tokenizer_file
@@ -125,7 +126,7 @@ def train(
 
 def main(args: list[str]) -> int:
     """`maelstream fit-tokenizer`."""
-    command = tyro.cli(FitTokenizer, args=args, prog="maelstream fit-tokenizer")
+    command = parsed(FitTokenizer, args, "fit-tokenizer")
     if min(command.steps, command.batch_size, command.log_every, command.threads) < 1 or command.lr <= 0:
         raise RecipeError("--steps, --batch-size, --log-every and --threads are at least 1, --lr is more than 0")
     if command.out.suffix != ".safetensors":

@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from jobs.arguments import parsed
 from shards.dataset import QUARANTINE_NAME, Dataset
 from shards.errors import MaelstreamError
 
@@ -133,7 +134,7 @@ def plot(dataset: Dataset, file: Path) -> None:
 
 def main(args: list[str]) -> int:
     """`maelstream info`."""
-    command = tyro.cli(Info, args=args, prog="maelstream info")
+    command = parsed(Info, args, "info")
     dataset = Dataset.open(command.dst)
     console = Console()
     console.print(summary(dataset))

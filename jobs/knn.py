@@ -24,9 +24,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
+from jobs.arguments import parsed
 from jobs.classify import refuse_unfit
 from jobs.command import run
 from jobs.evaluations import Evaluation, record
+from jobs.measuring import Measuring
 from jobs.ranks import AgreedError, Council, process_group, ranks_from_environment
 from jobs.recipe import HealthConfig, RecipeError
 from jobs.runfolder import RunFolder
@@ -35,8 +37,7 @@ from jobs.weights import classifier_from, classifier_values, read_weights
 from model.classifier import ClassifierConfig, Pool
 from model.neighbours import Neighbours, votes
 from model.patches import normalise
-from pipeline.decode import DecodeConfig
-from pipeline.epoch import Reading, evaluation_margin, every_image
+from pipeline.epoch import Reading, every_image
 from pipeline.feed import BadSample
 from shards.dataset import Dataset
 
@@ -44,7 +45,7 @@ Encode = Callable[[UInt8[Tensor, "b 3 h w"]], Float32[Tensor, "b d"]]
 
 
 @dataclass(frozen=True)
-class Knn:
+class Knn(Measuring):
     """Classify validation images by their nearest training images in the features of a frozen encoder."""
 
     weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS")]
@@ -61,17 +62,6 @@ class Knn:
     """Behind the final norm: the class token, or the mean of the patch tokens."""
     image_size: int | None = None
     """Pixels of a side; the pre-training's if not given."""
-    margin: float | None = None
-    """Size of the resized image over the crop's: 256 / 224 up to 224 px, 1 beyond, if not given."""
-    heads: int | None = None
-    """Of the attention, where a file does not tell; dim / 64 if not given."""
-    micro_batch_size: int = 64
-    """Images a rank puts through the model at once."""
-    threads: int = 0
-    """Threads that decode in each rank; 0: the machine's cores shared by its ranks."""
-    decode: DecodeConfig = DecodeConfig()
-    folder: Path | None = None
-    """Where result.json goes; in the run's folder `evaluations/`, or in runs/, if not given."""
 
 
 def features(
@@ -143,14 +133,9 @@ def encode_with(model: VisionTransformer, pool: Pool, mean: tuple[float, ...], s
 
 def main(args: list[str]) -> int:
     """`maelstream knn`; 0 when the result is written."""
-    args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]  # deepspeed adds it
-    command = tyro.cli(Knn, args=args, prog="maelstream knn")
-    least = min(command.k, command.micro_batch_size, 1 if command.margin is None else command.margin)
-    if least < 1 or command.threads < 0 or command.temperature <= 0:
-        raise RecipeError(
-            f"--k {command.k}, --micro-batch-size {command.micro_batch_size} and --margin {command.margin} must be at "
-            f"least 1, --threads {command.threads} at least 0, --temperature {command.temperature} positive"
-        )
+    command = parsed(Knn, args, "knn")
+    if command.k < 1 or command.temperature <= 0:
+        raise RecipeError(f"--k {command.k} must be at least 1, --temperature {command.temperature} positive")
     train, val = Dataset.open(command.train), Dataset.open(command.val)
     refuse_unfit(train, val)
     if command.k > len(train):
@@ -164,10 +149,8 @@ def main(args: list[str]) -> int:
         config = ClassifierConfig(**values, classes=1, pool="class_token", drop_path=0.0)
     except ValueError as error:
         raise RecipeError(f"{stored.file}: {error}; --heads and --image-size tell what the file does not") from None
-    margin = command.margin or evaluation_margin(config.image_size)
     ranks = ranks_from_environment()
-    threads = command.threads or ranks.threads
-    reading = Reading(config.image_size, margin, command.micro_batch_size, threads, decode=command.decode)
+    reading = command.reading(config.image_size, None, ranks)
     model = classifier_from(stored, config).eval().requires_grad_(False)
     with process_group(ranks, 2 * HealthConfig().silent_s) as council:
         model.to(torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu"))
@@ -186,7 +169,7 @@ def main(args: list[str]) -> int:
         "k": command.k,
         "temperature": command.temperature,
         "pool": command.pool,
-        "margin": margin,
+        "margin": reading.margin,
         "image_size": list(config.image_size),
         "undecodable": [*found.undecodable, *left_out],
     }
@@ -201,7 +184,7 @@ def main(args: list[str]) -> int:
         weights=command.weights,
         train=command.train,
         val=command.val,
-        folder=str(command.folder or result_folder(weights, step, name)),
+        folder=str(command.result_folder(weights, step, name)),
         settings=settings,
         finished=time.time(),
     )
@@ -211,13 +194,6 @@ def main(args: list[str]) -> int:
         f"{command.k} nearest of {len(train):,}"
     )
     return 0
-
-
-def result_folder(weights: Path, step: int | None, name: str) -> Path:
-    """Where the result of an evaluation without a run of its own goes: into the run that its weights are of."""
-    if step is not None:
-        return weights / "evaluations" / f"{name}-step-{step:08d}"
-    return Path("runs") / f"{name}-{weights.name}"
 
 
 if __name__ == "__main__":

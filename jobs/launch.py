@@ -23,6 +23,7 @@ from typing import Annotated
 
 import tyro
 
+from jobs.arguments import parsed
 from shards.errors import MaelstreamError
 
 _LAUNCHED = ("pretrain", "profile", "finetune", "linprobe", "partial", "scratch", "evaluate", "knn")
@@ -318,7 +319,7 @@ def main(args: list[str]) -> int:
     if cut == len(args) and not {"-h", "--help"} & set(args):
         raise LaunchError("give the command after the options: `maelstream launch --nproc 8 pretrain RECIPE --run DIR`")
     launch = replace(
-        tyro.cli(Launch, args=args[:cut], default=Launch(command=()), prog="maelstream launch"),
+        parsed(Launch, args[:cut], "launch", Launch(command=())),
         command=tuple(args[cut:]),
     )
     if launch.max_restarts < 0 or launch.nnodes < 1 or not 0 <= launch.node_rank < launch.nnodes:

@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from jobs.arguments import parsed
 from jobs.data import open_data
 from jobs.data_stages import Streamed, rate
 from jobs.recipe import Recipe, RecipeError, StreamConfig, load_recipe
@@ -93,7 +94,7 @@ def measure(streamed: Streamed, seconds: float) -> dict[str, Any]:
 
 def main(args: list[str]) -> int:
     """`maelstream loader`."""
-    command = tyro.cli(Loader, args=args, prog="maelstream loader")
+    command = parsed(Loader, args, "loader")
     if command.batch_size < 1 or command.threads < 1 or command.prefetch < 1 or command.seconds <= 0:
         raise RecipeError("--batch-size, --threads and --prefetch are at least 1, --seconds is more than 0")
     streamed = streamed_by(command)

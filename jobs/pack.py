@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from jobs.arguments import parsed
 from jobs.progress import Display, interruptible
 from shards.errors import DatasetError
 from shards.executors import EXECUTORS, Executor
@@ -156,7 +157,7 @@ def run_shown(build: Callable[[Report], PackResult], dst: str) -> int:
 
 def main(args: list[str]) -> int:
     """`maelstream pack`; 0 when the dataset, or this part of it, is whole, 130 after Ctrl-C."""
-    command = tyro.cli(Pack, args=args, prog="maelstream pack")
+    command = parsed(Pack, args, "pack")
     options, names, part = command.options(), command.labels.names(), parse_part(command.part)
     executor, strict = command.work.make(), command.work.strict
     return run_shown(

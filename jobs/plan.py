@@ -6,7 +6,6 @@ images/s, bytes/s from storage, hours. Sources and checks: docs/planning.md.
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -15,6 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from jobs.arguments import parsed
 from jobs.devices import DEVICES, Device, this_machine
 from jobs.recipe import RecipeError, load_recipe
 from model.flops import recomputed_flops, training_flops
@@ -252,9 +252,9 @@ def show(job: Job, device: Device, memory: Memory, figures: dict[str, Any]) -> N
     console.print(f"{job.samples:,.0f} images take {figures['hours']:,.1f} hours; the bound: {figures['bound']}")
 
 
-def main(args: Sequence[str]) -> int:
+def main(args: list[str]) -> int:
     """`maelstream plan`."""
-    command = tyro.cli(Plan, args=args, prog="maelstream plan")
+    command = parsed(Plan, args, "plan")
     positive = {
         "--gpus": command.gpus,
         "--epochs": command.epochs,

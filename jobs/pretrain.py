@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import tyro
 from torch import Tensor
 
+from jobs.arguments import parsed
 from jobs.command import run
 from jobs.data import loader_of, open_data
 from jobs.engine import build_engine, build_model
@@ -111,13 +112,12 @@ def reconstruction_loss(engine: Any, images: Tensor, batch: Batch, number: int) 
 
 def main(args: list[str]) -> int:
     """`maelstream pretrain`; 0 when the run reached its end or --stop-at-step."""
-    args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]  # deepspeed adds it
     default: Any = tyro.MISSING  # for --help
     if args and not args[0].startswith("-"):
         default = Pretrain(Path(args[0]), load_recipe(Path(args[0])), Path("runs") / Path(args[0]).stem)
     elif not {"-h", "--help"} & set(args):
         raise RecipeError("RECIPE comes first: `maelstream pretrain recipes/pretrain_vit_b16.yaml --run DIR ...`")
-    command = tyro.cli(Pretrain, args=args, default=default, prog="maelstream pretrain")
+    command = parsed(Pretrain, args, "pretrain", default)
     if command.print_config:
         print(dump_recipe(command.recipe), end="")
         return 0

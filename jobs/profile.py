@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from jobs.arguments import parsed
 from jobs.command import run
 from jobs.measurement import measure, shown_size, streamed_by
 from jobs.ranks import process_group, ranks_from_environment
@@ -119,13 +120,12 @@ def stages_of(text: str) -> list[str]:
 
 def main(args: list[str]) -> int:
     """`maelstream profile`."""
-    args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]  # deepspeed adds it
     default: Any = tyro.MISSING  # for --help
     if args and not args[0].startswith("-"):
         default = Profile(Path(args[0]), load_recipe(Path(args[0])))
     elif not {"-h", "--help"} & set(args):
         raise RecipeError("RECIPE comes first: `maelstream profile recipes/pretrain_vit_b16.yaml ...`")
-    command = tyro.cli(Profile, args=args, default=default, prog="maelstream profile")
+    command = parsed(Profile, args, "profile", default)
     names, recipe = stages_of(command.stages), command.recipe
     if command.seconds <= 0:
         raise RecipeError(f"--seconds {command.seconds} must be more than 0")

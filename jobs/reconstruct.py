@@ -12,6 +12,7 @@ import tyro
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
+from jobs.arguments import parsed
 from jobs.pictures import About, draw_grid, write_pictures
 from jobs.recipe import Recipe
 from jobs.runfolder import RunFolder
@@ -189,7 +190,7 @@ def ratios_of(text: str | None, config: MAEConfig) -> list[float]:
 
 def main(args: list[str]) -> int:
     """`maelstream reconstruct`; 0 when the pictures are written."""
-    command = tyro.cli(Reconstruct, args=args, prog="maelstream reconstruct")
+    command = parsed(Reconstruct, args, "reconstruct")
     folder = RunFolder(command.run)
     recipe = folder.recipe()
     ratios = ratios_of(command.ratios, recipe.model)

@@ -12,6 +12,7 @@ import jinja2
 import tyro
 
 from jobs.album import album, data_uri
+from jobs.arguments import parsed
 from jobs.curves import Metrics, charts_of, curves_of, events_of
 from jobs.environment import version
 from jobs.overview import (
@@ -119,7 +120,7 @@ def _rendered(
 
 def main(args: list[str]) -> int:
     """`maelstream report`; 0 when the page is written."""
-    command = tyro.cli(Report, args=args, prog="maelstream report")
+    command = parsed(Report, args, "report")
     if not command.runs:
         raise MaelstreamError("RUN is missing; give the folder of a run, or of several")
     runs = [(folder := RunFolder(path), read_curves(folder)) for path in command.runs]

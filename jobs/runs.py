@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from jobs.arguments import parsed
 from jobs.evaluations import best_of_each, read_evaluations
 from jobs.runfolder import RunFolder
 from jobs.status import is_locked, read_status
@@ -65,7 +66,7 @@ def listing(folders: list[RunFolder]) -> Table:
 
 def main(args: list[str]) -> int:
     """`maelstream runs`."""
-    command = tyro.cli(Runs, args=args, prog="maelstream runs")
+    command = parsed(Runs, args, "runs")
     folders = [RunFolder(path.parent) for path in sorted(command.dir.rglob("config.yaml"))]
     if not folders:
         raise MaelstreamError(f"{command.dir} holds no run; `maelstream pretrain RECIPE --run DIR` makes one")

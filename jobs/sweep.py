@@ -17,6 +17,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from jobs.arguments import parsed
 from jobs.evaluations import Evaluation, read_evaluations
 from jobs.grid import Cell, cells_of, grid_of, slug
 from jobs.launch import Signals, gpus
@@ -189,7 +190,7 @@ def launched(nproc: int, max_restarts: int) -> Start:
 
 def main(args: list[str]) -> int:
     """`maelstream sweep`; 0 when every cell is done, else the exit code of what was not."""
-    command = tyro.cli(Sweep, args=args, prog="maelstream sweep")
+    command = parsed(Sweep, args, "sweep")
     recipe, grids = load_recipe(command.recipe), [grid_of(text) for text in command.grid]
     steps = steps_of([*command.then, *(text for grid in grids for text in grid.then)])
     cells = cells_of(recipe, grids, seeds_of(command.seeds, recipe.seed))

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from jobs.arguments import parsed
 from jobs.hardware import free_bytes, synchronise
 from jobs.recipe import RecipeError
 from model.mae import MAE, MAEConfig
@@ -171,7 +171,7 @@ def measure(command: Table2, device: torch.device) -> list[dict[str, Any]]:
 
 def main(args: list[str]) -> int:
     """`maelstream table2`."""
-    command = tyro.cli(Table2, args=args, prog="maelstream table2")
+    command = parsed(Table2, args, "table2")
     if command.devices < 1 or command.rounds < 1 or command.batch < 0 or not command.size:
         raise RecipeError("--devices, --rounds and --batch are at least 1, and --size names at least one encoder")
     if command.json is not None and not command.json.absolute().parent.is_dir():

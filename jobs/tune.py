@@ -24,6 +24,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from jobs.arguments import parsed
 from jobs.recipe import Recipe, RecipeError, dump_recipe, load_recipe, resolve
 from jobs.trial import OUT_OF_MEMORY
 from shards.durable import written_whole
@@ -287,7 +288,7 @@ def _verdict(ours: Setting, best: Setting, rates: tuple[list[float], list[float]
 
 def main(args: list[str]) -> int:
     """`maelstream tune`."""
-    command = tyro.cli(Tune, args=args, prog="maelstream tune")
+    command = parsed(Tune, args, "tune")
     if command.minutes <= 0 or command.trial_seconds <= 0:
         raise RecipeError("--minutes and --trial-seconds are more than 0")
     out = command.out or command.recipe.with_suffix(".tuned.yaml")

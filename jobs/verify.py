@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 from rich.progress import Progress
 
+from jobs.arguments import parsed
 from shards.dataset import Dataset
 from shards.executors import Local
 from shards.verify import verify
@@ -27,7 +28,7 @@ class Verify:
 
 def main(args: list[str]) -> int:
     """`maelstream verify`; 0 when all is as it was packed, 1 when not."""
-    command = tyro.cli(Verify, args=args, prog="maelstream verify")
+    command = parsed(Verify, args, "verify")
     dataset = Dataset.open(command.dst)
     faults = 0
     with Progress(disable=not sys.stdout.isatty()) as bar:

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from jobs.arguments import parsed
 from jobs.runfolder import RunFolder
 from jobs.runs import ago, state_of
 from jobs.status import read_status
@@ -60,7 +61,7 @@ def view(folder: RunFolder, metrics: list[dict[str, Any]], width: int) -> Render
 
 def main(args: list[str]) -> int:
     """`maelstream watch`; ends when the run does. On something that is no terminal: one look."""
-    command = tyro.cli(Watch, args=args, prog="maelstream watch")
+    command = parsed(Watch, args, "watch")
     folder, console = RunFolder(command.run), Console()
     folder.any_recipe()  # before anything else: is it a run?
     width = max(20, min(80, console.width - 2))

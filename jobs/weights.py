@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from jobs.checkpoint import MANIFEST
 from jobs.runfolder import RunFolder
 from model.classifier import (
     ClassifierConfig,
@@ -56,9 +57,11 @@ def read_weights(path: Path) -> StoredWeights:
     """The weights of `path`, the newest ones of a run.
 
     Raises:
-        WeightsError: nothing to read there, names of no MAE, code in a `.pth`, or a tensor with a NaN or an infinity.
+        WeightsError: nothing to read there, a checkpoint's file with another SHA-256 than it was written with, names
+            of no MAE, code in a `.pth`, or a tensor with a NaN or an infinity.
     """
     file = _file_of(path)
+    _refuse_damaged(file)
     config = _config_of(file)
     try:
         tensors = to_reference(_load(file))
@@ -201,6 +204,16 @@ def _file_of(path: Path) -> Path:
     raise WeightsError(
         f"{path} holds no weights: it is not a run, and has none of {', '.join(_IN_A_FOLDER)}; give a run or a file"
     )
+
+
+def _refuse_damaged(file: Path) -> None:
+    """WeightsError for a file of a checkpoint that is not what was written; without a manifest nothing tells that."""
+    store = RunFolder(file.resolve().parent.parent.parent).checkpoints
+    step = store.step_of(file)
+    if step is None or not (store.at(step) / MANIFEST).exists():
+        return
+    if fault := store.fault(step, only=file.name):
+        raise WeightsError(f"{store.at(step)}: {fault}; give another checkpoint's folder")
 
 
 def _config_of(file: Path) -> MAEConfig | None:

@@ -201,11 +201,9 @@ def test_bad_input_gets_one_line_and_exit_code_2(
 def test_a_wrong_override_is_explained_with_exit_code_2(
     recipe: Path, capsys: pytest.CaptureFixture[str], more: list[str], complaint: str
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        run("pretrain", [str(recipe), *more])
-    assert ended.value.code == 2
+    assert run("pretrain", [str(recipe), *more]) == 2
     said = capsys.readouterr().err
-    assert complaint in " ".join(said.replace("│", "").split()) and "Traceback" not in said
+    assert complaint in said and said.count("\n") == 1
 
 
 def test_more_ranks_than_samples_in_a_batch_get_one_line(

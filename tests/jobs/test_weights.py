@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from jobs.checkpoint import WEIGHTS
 from jobs.recipe import Recipe, dump_recipe
+from jobs.runfolder import RunFolder
+from jobs.tensorfile import digest_of
 from jobs.weights import EXPORT_NAME, StoredWeights, WeightsError, classifier_from, mae_weights, read_weights
 from model.classifier import ClassifierConfig
 from model.formats import encoder_of, to_hf
@@ -51,6 +54,19 @@ def test_a_run_its_checkpoint_and_the_file_in_it_are_the_same_weights(folder: Pa
         stored = read_weights(path)
         assert_same(mae_weights(stored, TINY), weights)
         assert stored.grid == (4, 4)
+
+
+def test_weights_that_are_not_those_that_the_run_wrote_are_refused(folder: Path) -> None:
+    store = RunFolder(folder).checkpoints
+    writing = store.at(12).rename(folder / "writing")
+    store.publish(writing, 12, {WEIGHTS: digest_of(writing / WEIGHTS)})
+    read_weights(folder)
+    with (store.at(12) / WEIGHTS).open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\x00\x00\x80\x3f")  # 1.0, which no look at the values tells
+    for path in (folder, store.at(12), store.at(12) / WEIGHTS):
+        with pytest.raises(WeightsError, match=r"step-00000012: weights.safetensors is damaged: its SHA-256"):
+            read_weights(path)
 
 
 @pytest.mark.parametrize("where", ["x.pth", "x.safetensors", "x/model.safetensors", "x/pytorch_model.bin"])

@@ -1,0 +1,60 @@
+"""A mistake on the command line is told in one line, whatever the width of the terminal."""
+
+import os
+from dataclasses import dataclass
+from typing import Annotated
+
+import pytest
+import tyro
+
+from jobs.arguments import parsed
+from shards.errors import MaelstreamError
+
+
+@dataclass(frozen=True)
+class Command:
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
+    """What is read; a sentence that a narrow terminal wraps over several lines of the box."""
+    batch_size: int = 8
+    """Images."""
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["a", "--batch-size", "many"], "Error parsing --batch-size: .*'many'"),
+        (["a", "--batchsize", "3"], "Unrecognized options: --batchsize, 3; the nearest is --batch-size"),
+        (["a", "--batch-size", "/a/very/long/word" * 8], f"{'/a/very/long/word' * 8}'"),
+        ([], "Missing from maelstream do: DATA What is read"),
+    ],
+)
+def test_a_mistake_is_one_line(args: list[str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(MaelstreamError, match=told) as caught:
+        parsed(Command, args, "do")
+    assert str(caught.value).endswith("; see `maelstream do --help`")
+    assert not set("\n│─\x1b") & set(str(caught.value)) and os.environ["COLUMNS"] == "40"
+
+
+def test_what_is_given_is_laid_over_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert parsed(Command, ["b"], "do", Command("a", 3)) == Command("b", 3) and "COLUMNS" not in os.environ
+
+
+def test_help_is_printed_as_wide_as_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit) as end:
+        parsed(Command, ["--help"], "do")
+    told = capsys.readouterr().out
+    assert end.value.code == 0 and "--batch-size" in told and max(map(len, told.splitlines())) <= 60
+
+
+def test_help_without_a_width_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    with pytest.raises(SystemExit):
+        parsed(Command, ["--help"], "do")
+    assert "usage: maelstream do" in capsys.readouterr().out and "COLUMNS" not in os.environ
