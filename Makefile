@@ -6,7 +6,6 @@ comma := ,
 SRC ?=
 # 12 on a machine whose driver has no CUDA 13.
 CUDA ?= 13
-
 # A folder of wheels for gpu-check on a machine without a network.
 WHEELS ?=
 

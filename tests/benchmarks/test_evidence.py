@@ -1,10 +1,17 @@
 """Evidence: its commands make recipes, and its page tells means, differences by seed, and what is open."""
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.evidence import SEEDS, Evidence, Options, page, spread
+import benchmarks.evidence as evidence_module
+from benchmarks.evidence import SEEDS, Evidence, Options, page, run_side_by_side, spread
 from jobs.evaluations import Evaluation, Job, record
 from jobs.grid import cells_of, grid_of
 from jobs.recipe import load_any_recipe, load_recipe
@@ -87,3 +94,55 @@ def test_a_supervised_run_that_ended_is_not_started_again(tmp_path: Path) -> Non
     before = sum(command[0] == "launch" for command in evidence.commands())
     evaluated(evidence.runs / "scratch-x1/seed-1", "scratch", 50.0)
     assert sum(command[0] == "launch" for command in evidence.commands()) == before - 1
+
+
+def test_parts_run_side_by_side_each_on_cores_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two at a time, and each but the last two begins where another has ended."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    seen: list[tuple[str, tuple[int, ...], int]] = []
+    ended: list[int] = []
+
+    def started(command: list[str], cores: list[int]) -> subprocess.Popen:
+        seen.append((command[0], tuple(cores), len(ended)))
+        return subprocess.Popen(["true" if command[0] != "c" else "sleep", "0.5"])
+
+    monkeypatch.setattr(evidence_module, "started", started)
+    assert run_side_by_side([["a"], ["b"], ["c"], ["d"]], 2, lambda: ended.append(1)) == 0
+    assert [(name, after) for name, _, after in seen] == [("a", 0), ("b", 0), ("c", 2), ("d", 2)] and len(ended) == 4
+    assert {cores for _, cores, _ in seen} == {(0,), (1,)}
+
+
+def test_a_part_that_fails_stops_the_others_and_starts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    going: list[subprocess.Popen] = []
+
+    def started(command: list[str], cores: list[int]) -> subprocess.Popen:
+        going.append(subprocess.Popen(command))
+        return going[-1]
+
+    monkeypatch.setattr(evidence_module, "started", started)
+    assert run_side_by_side([["sleep", "60"], ["false"], ["sleep", "60"]], 2, lambda: None) == 1
+    assert [process.returncode for process in going] == [-signal.SIGTERM, 1]
+
+
+def test_a_signal_stops_every_part_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A part that gets SIGTERM a second time would end without its checkpoint."""
+    counting = (
+        "import signal, sys, time; from pathlib import Path; got = []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: got.append(1))\n"
+        "Path(sys.argv[1]).touch()\n"
+        "while not got: time.sleep(0.01)\n"
+        "time.sleep(1); Path(sys.argv[1]).write_text(str(len(got)))"
+    )
+    files = [tmp_path / "a", tmp_path / "b"]
+
+    def started(command: list[str], cores: list[int]) -> subprocess.Popen:
+        process = subprocess.Popen([sys.executable, "-c", counting, *command])
+        while not Path(command[0]).exists():
+            time.sleep(0.01)
+        if command[0] == str(files[-1]):
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return process
+
+    monkeypatch.setattr(evidence_module, "started", started)
+    assert run_side_by_side([[str(file)] for file in files], 2, lambda: None) == 128 + signal.SIGTERM
+    assert [file.read_text() for file in files] == ["1", "1"]

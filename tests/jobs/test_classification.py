@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from jobs.classification import Classification
+from jobs.classify import refuse_unfit
 from jobs.ranks import Ranks
 from jobs.recipe import ClassificationRecipe, EngineConfig, OptimConfig, TuningConfig
 from model.classifier import ClassifierConfig
 from pipeline.loader import Batch
 from pipeline.mixup import MixupConfig
 from shards.dataset import Dataset
+from shards.errors import MaelstreamError
 
 PLAIN = MixupConfig(0, 0, 0)
 BATCH = Batch(
@@ -95,3 +97,13 @@ def test_measuring_comes_at_the_end_of_epochs_and_of_the_run(
     optim, tuning = OptimConfig(12, epochs=2.4, warmup_epochs=0), TuningConfig(evaluate_every_epochs=every)
     found = task(PLAIN, optim=optim, tuning=tuning)
     assert [step for step in range(1, 13) if found.due(step, 12)] == due
+
+
+def test_an_empty_validation_set_is_refused(packed: Dataset) -> None:
+    """`pack` writes none; a manifest that is made by hand may be of one."""
+    empty = Dataset(
+        packed.storage, packed.manifest, packed.fingerprint, lambda names: packed._open_index(names).slice(0, 0)
+    )
+    assert len(empty) == 0
+    with pytest.raises(MaelstreamError, match="holds no image; pack some"):
+        refuse_unfit(packed, empty)
