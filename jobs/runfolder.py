@@ -73,7 +73,10 @@ class RunFolder:
         """The recipe that a pre-training was last started with; MaelstreamError when the folder holds none."""
         found = self.any_recipe()
         if not isinstance(found, Recipe):
-            raise MaelstreamError(f"{self.path} is a run of {found.job}; give one of `maelstream pretrain`")
+            raise MaelstreamError(
+                f"{self.path} is a run of {found.job}; give one of `maelstream pretrain`, or measure it by "
+                f"`maelstream evaluate {self.path} VAL`"
+            )
         return found
 
     def any_recipe(self) -> AnyRecipe:

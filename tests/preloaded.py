@@ -5,6 +5,9 @@ import importlib
 import logging
 import os
 
+# What is forked cannot use CUDA once this process has asked for it; `make gpu-check` starts ranks of its own on GPUs.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
