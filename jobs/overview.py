@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -188,8 +189,20 @@ def _evaluation_row(one: Evaluation, run: str, number: int, best: bool) -> dict[
         "step": "" if one.step is None else f"{one.step:,}",
         "images": f"{one.images:,}",
         "val": Path(one.val).name,
-        "settings": ", ".join(f"{name} {shown_value(value)}" for name, value in one.settings.items()),
+        "settings": ", ".join(_settings(one.settings)),
     }
+
+
+def _settings(settings: dict[str, Any]) -> Iterator[str]:
+    """What there is to tell: of heads side by side each with its top-1, and nothing of blocks that are all trained."""
+    heads: dict[str, dict[str, float]] = settings.get("all", {})
+    for name, value in settings.items():
+        if name == "all":
+            yield from (f"{head}: {of_head['top1']:.2f} %" for head, of_head in heads.items() if len(heads) > 1)
+        elif name == "undecodable":
+            yield from [f"{len(value)} images undecodable"] if value else []
+        elif not (name == "best" and len(heads) < 2) and not (name == "blocks" and value < 0):
+            yield f"{name.replace('_', ' ')} {shown_value(value)}"
 
 
 def _bytes(count: float) -> str:

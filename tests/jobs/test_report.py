@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,17 @@ def evaluation(folder: Path, top1: float) -> Evaluation:
     told: dict[str, Any] = {"job": "linprobe", "name": "linprobe", "top1": top1, "top5": 80.0, "images": 100, "step": 4}
     told |= {"epochs": 20.0, "weights": "run", "train": "t", "val": "v", "settings": {"lr": 0.1}, "finished": 1.0}
     return Evaluation(folder=str(folder), **told)
+
+
+def test_heads_side_by_side_are_told_by_their_top1(tiny: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", tiny)
+    heads = {"lr 0.1": {"top1": 40.0, "top5": 80.0}, "lr 0.2": {"top1": 39.5, "top5": 79.0}}
+    settings = {"batch_size": 64, "blocks": -1.0, "best": "lr 0.1", "all": heads, "undecodable": ["a: cut", "b: cut"]}
+    one = replace(evaluation(tmp_path / "probe", top1=40.0), settings=settings)
+    record(one, folder.path)
+    assert run("report", [str(folder.path)]) == 0
+    told = "batch size 64, best lr 0.1, lr 0.1: 40.00 %, lr 0.2: 39.50 %, 2 images undecodable"
+    assert told in Page(folder.path / "report.html").text
 
 
 def test_a_run_on_labels_is_reported_with_both_datasets(packed: Dataset, tiny: str, tmp_path: Path) -> None:
