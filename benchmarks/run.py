@@ -3,7 +3,7 @@
 Each benchmark runs in a process of its own, and what it prints goes into one file, docs/measured/<device>.md, with
 versions and the commands. A peer that is not installed is named, and so is a benchmark that fails; the others go on.
 
-    python -m benchmarks.run                 # about a quarter of an hour on two cores
+    python -m benchmarks.run                 # some twenty minutes on two cores
     python -m benchmarks.run --quick         # a few minutes; fewer rounds, to see that all runs
 """
 
