@@ -235,7 +235,9 @@ def run_side_by_side(commands: Iterable[list[str]], workers: int, told: Callable
             for place in ended:
                 del running[place]
                 told()
-            if not code and (code := 128 + signals.received if signals.received else max(ended.values(), default=0)):
+            failed = 128 + signals.received if signals.received else next(filter(None, ended.values()), 0)
+            if failed and not code:
+                code = failed
                 waiting.clear()
                 for process in running.values() if not signals.received else ():  # a signal has reached them already
                     process.terminate()
@@ -246,7 +248,6 @@ def started(command: list[str], cores: list[int]) -> subprocess.Popen:
     """A command of maelstream on these cores, in a session of its own: Ctrl-C comes through us."""
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.command", *command],
-        env=os.environ | {"OMP_NUM_THREADS": str(len(cores))},
         preexec_fn=lambda: os.sched_setaffinity(0, cores),
         start_new_session=True,
     )
