@@ -60,29 +60,32 @@ class Options:
     """Write every figure, too."""
 
 
-def tensors_alive() -> dict[int, int]:
-    """Bytes of every storage that a tensor known to Python, or its gradient, lies in."""
+def storages_alive() -> dict[int, torch.UntypedStorage]:
+    """By address, every storage that a tensor known to Python, or its gradient, lies in.
+
+    They are held, not only told: what has been freed leaves its address to the next.
+    """
     gc.collect()
-    sizes = {}
+    storages = {}
     for found in gc.get_objects():
-        if isinstance(found, torch.Tensor):
+        if issubclass(type(found), torch.Tensor):  # isinstance would ask proxies, some of which warn
             for each in (found, found.grad if found.is_leaf else None):
                 if each is not None and each.device.type != "meta":
-                    sizes[each.untyped_storage()._cdata] = each.untyped_storage().nbytes()
-    return sizes
+                    storages[each.untyped_storage()._cdata] = each.untyped_storage()
+    return storages
 
 
-def lasting_tensors(before: dict[int, int]) -> dict[int, int]:
-    """Those of `tensors_alive` that are not of `before` and still live half a second later.
+def lasting_bytes(before: dict[int, torch.UntypedStorage]) -> list[int]:
+    """Sizes of those of `storages_alive` that are not of `before` and still live half a second later.
 
     gloo's threads let go of a collective's tensors some time after it has returned.
     """
-    alive = {key: size for key, size in tensors_alive().items() if key not in before}
+    alive = {key: storage for key, storage in storages_alive().items() if key not in before}
     for _ in range(5):
         time.sleep(0.1)
-        still = tensors_alive()
-        alive = {key: size for key, size in alive.items() if key in still}
-    return alive
+        still = storages_alive()
+        alive = {key: storage for key, storage in alive.items() if key in still}
+    return [storage.nbytes() for storage in alive.values()]
 
 
 class Collectives:
@@ -121,7 +124,7 @@ def _rank(rank: int, port: int, config: MAEConfig, out: Path) -> None:
     keys = torch.arange(2)
     with process_group(ranks_from_environment(), 120):
         for stage in STAGES:
-            before = tensors_alive()
+            before = storages_alive()
             recipe = Recipe(model=config, optim=OptimConfig(batch_size=8), engine=EngineConfig(zero=stage))
             model = build_model(recipe, None)
             engine = build_engine(recipe, Slices(8, RANKS, MICRO_BATCHES), model)
@@ -132,10 +135,10 @@ def _rank(rank: int, port: int, config: MAEConfig, out: Path) -> None:
                     engine.backward(engine(images, keys))
                     if number + 1 < MICRO_BATCHES:
                         engine.step()
-                alive = lasting_tensors(before)
+                alive = lasting_bytes(before)
                 engine.step()
-            numbers = sum(size for size in alive.values() if size <= 8)  # losses, step counts, flags
-            found[stage] = {"state": sum(alive.values()) - numbers - buffers, "traffic": dict(collectives.bytes)}
+            state = sum(size for size in alive if size > 8) - buffers  # not losses, step counts, flags
+            found[stage] = {"state": state, "traffic": dict(collectives.bytes)}
             engine.destroy()
             del engine, model
     if rank == 0:

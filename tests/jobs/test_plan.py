@@ -6,8 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.plan import MICRO_BATCHES, ODD, RANKS, Collectives, engines, predicted_state
+from benchmarks.plan import (
+    MICRO_BATCHES,
+    ODD,
+    RANKS,
+    Collectives,
+    engines,
+    lasting_bytes,
+    predicted_state,
+    storages_alive,
+)
 from jobs.command import run
 from jobs.devices import DEVICES, Device
 from jobs.plan import MODELS, Job, Step, count_of, memory_of, micro_batches_of, step_of
@@ -26,6 +36,14 @@ def found() -> dict[int, dict[str, Any]]:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_state_is_that_of_a_real_engine_to_the_byte(found: dict[int, dict[str, Any]], stage: int) -> None:
     assert predicted_state(ODD, stage) == found[stage]["state"]
+
+
+def test_a_tensor_in_the_place_of_a_freed_one_is_counted() -> None:
+    first = torch.zeros(1000)
+    before = storages_alive()
+    del first
+    second = torch.zeros(1000)
+    assert second.nbytes in lasting_bytes(before)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
