@@ -7,7 +7,7 @@ activations  Bytes that one more image adds, as benchmarks/step.py measures them
 state        Every tensor that lives in an engine of two ranks when the optimizer is about to step, ZeRO 1, 2 and 3.
 traffic      Bytes of those ranks' collectives in that step, two micro-batches.
 step         Seconds of forward + backward + AdamW, from FLOPs and the measured rates of products and memory: on one
-             thread of the CPU, in CPU time, so that other work on the machine does not count.
+             thread of the CPU, in CPU time, so that waiting for a core does not count.
 """
 
 import functools
@@ -193,7 +193,7 @@ def part_traffic(found: dict[int, dict[str, Any]], config: MAEConfig) -> dict[st
 
 
 def cpu_seconds(step: Step, batch: int, rounds: int) -> float:
-    """CPU time of the fastest step on one thread: the rates, too, are the fastest that were seen."""
+    """CPU time of the fastest step on one thread; each measured rate, too, is that of its fastest repeat."""
     images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8)
     keys, seconds = torch.arange(batch), []
     for _ in range(1 + rounds):
