@@ -20,13 +20,13 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jobs.checkpoint import CheckpointStore
-from jobs.partition import MOMENTS, Partition, Piece
-from jobs.recipe import load_recipe
-from jobs.saver import Saver
-from model.mae import MAE
-from shards.durable import sync
-from tests.saved import council, state
+from maelstream.jobs.checkpointing.partition import MOMENTS, Partition, Piece
+from maelstream.jobs.checkpointing.saver import Saver
+from maelstream.jobs.checkpointing.store import CheckpointStore
+from maelstream.jobs.recipe import load_recipe
+from maelstream.model.mae import MAE
+from maelstream.shards.durable import sync
+from tests.helpers.saved import control_group, state
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -63,7 +63,7 @@ def main() -> None:
     gib = 12 * len(partition.flats[0]) / 2**30
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        saver = Saver(CheckpointStore(folder / "ours"), council(), shapes, 1, 0, lambda: None, lambda step: None)
+        saver = Saver(CheckpointStore(folder / "ours"), control_group(), shapes, 1, 0, lambda: None, lambda step: None)
         stands, takes, plain = [], [], []
         for step in range(1, options.rounds + 2):  # the first one allocates the memory for copies
             began = time.perf_counter()

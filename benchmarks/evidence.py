@@ -25,9 +25,9 @@ import torch
 import tyro
 import yaml
 
-from jobs.evaluations import read_evaluations
-from jobs.launch import Signals, gpus
-from shards.durable import written_whole
+from maelstream.jobs.evaluation.results import read_evaluations
+from maelstream.jobs.launch import Signals, gpus
+from maelstream.shards.durable import written_whole
 
 SEEDS = (0, 1, 2)
 LABELLED = {"reduced": 500, "whole": 5000}
@@ -210,7 +210,7 @@ def prepare(options: Options) -> None:
 
 def run(command: list[str]) -> None:
     """A command of maelstream to its end; its exit code ends us, if it is not 0."""
-    if code := subprocess.run([sys.executable, "-m", "jobs.command", *command], check=False).returncode:
+    if code := subprocess.run([sys.executable, "-m", "maelstream.jobs.command", *command], check=False).returncode:
         sys.exit(code)
 
 
@@ -247,7 +247,7 @@ def run_side_by_side(commands: Iterable[list[str]], workers: int, told: Callable
 def started(command: list[str], cores: list[int]) -> subprocess.Popen:
     """A command of maelstream on these cores, in a session of its own: Ctrl-C comes through us."""
     return subprocess.Popen(
-        [sys.executable, "-m", "jobs.command", *command],
+        [sys.executable, "-m", "maelstream.jobs.command", *command],
         preexec_fn=lambda: os.sched_setaffinity(0, cores),
         start_new_session=True,
     )

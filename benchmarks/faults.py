@@ -27,11 +27,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jobs.pack import main as pack
-from jobs.runfolder import RunFolder
+from maelstream.jobs.pack import main as pack
+from maelstream.jobs.run_folder.folder import RunFolder
 from tests.conftest import TINY, write_images
-from tests.forked import Running, run_ranks, start
-from tests.saved import council, save, save_in_a_process
+from tests.helpers.forked import Running, run_ranks, start
+from tests.helpers.saved import control_group, save, save_in_a_process
 
 STEPS = 12
 
@@ -142,7 +142,7 @@ def orphans(bench: Bench, times: int) -> Outcome:
     passed, slowest = 0, 0.0
     for number in range(2 * times):
         folder = bench.run("orphans")
-        launch = (sys.executable, "-m", "jobs.command", "launch", "--nproc", "2")
+        launch = (sys.executable, "-m", "maelstream.jobs.command", "launch", "--nproc", "2")
         command = (*launch, "pretrain", bench.recipe, "--run", str(folder.path), "--optim.epochs", "4000")
         launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while len(folder.read_metrics()) < 3:
@@ -289,7 +289,7 @@ def main() -> None:
         pack([str(folder / "images"), str(folder / "shards"), "--shard-size", "40KiB", "--workers", "1"])
         (folder / "tiny.yaml").write_text(TINY + f"data: {{dataset: {folder / 'shards'}}}\n")
         bench = Bench(folder, str(folder / "tiny.yaml"), random.Random(0))
-        council()
+        control_group()
         for row in options.rows:
             title, times, act = ROWS[row]
             began = time.monotonic()

@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks.gpu_part import Setting, first_line, last_words, written
 from benchmarks.run import PACKAGES, file_name, version_of
-from shards.durable import written_whole
+from maelstream.shards.durable import written_whole
 
 VERSION = 1
 """Of the figures' form."""

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_part import Row, Setting
-from jobs.data_stages import Streamed, rate
-from pipeline.decode import DecodeConfig
-from pipeline.draws import AugmentDraws, CropConfig
-from pipeline.line import Slices
-from pipeline.loader import Batch
-from pipeline.order import SampleOrder
-from shards.dataset import Dataset
+from maelstream.jobs.profiling.data_stages import Streamed, rate
+from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.decode import DecodeConfig
+from maelstream.pipeline.loader import Batch
+from maelstream.pipeline.order import SampleOrder
+from maelstream.shards.dataset import Dataset
 
 SIZE = (224, 224)
 COMPARED, BATCH = 64, 256  # images of a batch
@@ -28,7 +28,7 @@ TURNS = 3
 def streamed(setting: Setting, decode: DecodeConfig, batch_size: int) -> Streamed:
     """The dataset of the setting, as pre-training's loader takes it."""
     dataset = Dataset.open(setting.dataset)
-    draws, slices = AugmentDraws(0, CropConfig(), SIZE), Slices(min(batch_size, len(dataset)), 1, 1)
+    draws, slices = AugmentSampler(0, CropConfig(), SIZE), Slices(min(batch_size, len(dataset)), 1, 1)
     threads = max(1, torch.get_num_threads())
     return Streamed(dataset, SampleOrder(len(dataset), 0), draws, slices, 0, threads, 4, decode)
 

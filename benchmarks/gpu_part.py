@@ -105,12 +105,12 @@ def driver_version() -> str | None:
 
 def data(setting: Setting) -> list[Row]:
     """Packs the source, or the demo's photographs, unless it is packed."""
-    from jobs.demo import write_crops
-    from shards.dataset import Dataset
-    from shards.errors import MaelstreamError
-    from shards.executors import Local
-    from shards.pack import pack
-    from shards.plan import PackOptions
+    from maelstream.jobs.demo import write_crops
+    from maelstream.shards.dataset import Dataset
+    from maelstream.shards.errors import MaelstreamError
+    from maelstream.shards.executors import Local
+    from maelstream.shards.pack import pack
+    from maelstream.shards.plan import PackOptions
 
     what = f"{setting.source}, packed" if setting.packed else setting.source or "the demo's photographs"
     if not setting.packed:

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.gpu_part import CannotRun, Row, Setting, last_words
-from jobs.measurement import measure, shown_size
-from jobs.ranks import process_group, ranks_from_environment
-from jobs.recipe import Recipe, RecipeError, load_recipe
-from jobs.runfolder import RunFolder
-from shards.dataset import Dataset
+from maelstream.jobs.distributed.ranks import process_group, ranks_from_environment
+from maelstream.jobs.profiling.measurement import measure, shown_size
+from maelstream.jobs.recipe import Recipe, RecipeError, load_recipe
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.shards.dataset import Dataset
 
 STEPS, STOP = 8, 3
 STAGES = (1, 2, 3)
@@ -37,7 +37,7 @@ class Running(Protocol):
 def start(arguments: list[str], log: Path) -> Running:
     """`maelstream pretrain` on one rank."""
     with log.open("wb") as file:
-        command = [sys.executable, "-X", "faulthandler", "-m", "jobs.pretrain", *arguments]
+        command = [sys.executable, "-X", "faulthandler", "-m", "maelstream.jobs.pretrain", *arguments]
         return subprocess.Popen(command, stdout=file, stderr=file)
 
 
@@ -135,8 +135,8 @@ def profiled(setting: Setting, name: str, trace: Path | None) -> dict[str, Any]:
     recipe, ranks = recipe_of(setting, name), ranks_from_environment()
     seconds = setting.seconds if trace is None else setting.seconds / 4
     try:
-        with process_group(ranks, recipe.health.silent_s) as council:
-            return measure(recipe, None, ["step"], seconds, council, trace)
+        with process_group(ranks, recipe.health.silent_s) as control_group:
+            return measure(recipe, None, ["step"], seconds, control_group, trace)
     except RecipeError as error:  # too little memory, or too few images
         raise CannotRun(str(error)) from None
 

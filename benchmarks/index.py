@@ -21,9 +21,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from shards.dataset import FORMAT_VERSION, MANIFEST_NAME, Dataset, sealed
-from shards.index import INDEX_NAME, SCHEMA, write_one_batch
-from shards.reader import ShardReader
+from maelstream.shards.dataset import FORMAT_VERSION, MANIFEST_NAME, Dataset, sealed
+from maelstream.shards.index import INDEX_NAME, SCHEMA, write_one_batch
+from maelstream.shards.reader import ShardReader
 
 _CHUNK = 1_000_000
 _SAMPLE_BYTES, _PER_SHARD = 110_000, 2_400  # as in ImageNet

@@ -32,16 +32,16 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from pipeline.decode import Output
-from pipeline.draws import AugmentDraws, CropConfig
-from pipeline.line import Slices
-from pipeline.loader import PretrainLoader
-from pipeline.order import SampleOrder
-from shards.dataset import Dataset
-from shards.executors import Local
-from shards.pack import pack
-from shards.plan import PackOptions
-from shards.reader import ShardReader
+from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.decode import Output
+from maelstream.pipeline.loader import ImageLoader
+from maelstream.pipeline.order import SampleOrder
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.executors import Local
+from maelstream.shards.pack import pack
+from maelstream.shards.plan import PackOptions
+from maelstream.shards.reader import ShardReader
 
 BATCH, SIZE = 64, (224, 224)
 LIMIT = "DALI's window decode alone"
@@ -81,9 +81,9 @@ def augmentation() -> transforms.Compose:
 @contextmanager
 def maelstream(data: Data, output: Output) -> Iterator[Iterator[object]]:
     """This project's loader."""
-    order, draws = SampleOrder(len(data.dataset), 0), AugmentDraws(0, CropConfig(), SIZE)
+    order, draws = SampleOrder(len(data.dataset), 0), AugmentSampler(0, CropConfig(), SIZE)
     slices = Slices(BATCH, 1, 1)
-    with PretrainLoader(data.dataset, order, draws, SIZE, slices, 0, data.threads, prefetch=4, output=output) as loader:
+    with ImageLoader(data.dataset, order, draws, SIZE, slices, 0, data.threads, prefetch=4, output=output) as loader:
         yield iter(loader)
 
 
@@ -115,7 +115,7 @@ def window_decode(data: Data) -> Iterator[Iterator[object]]:
     dataset = data.dataset
     samples = np.arange(len(dataset))
     encoded = [view.copy() for view in ShardReader(dataset, check_crc=False).read(samples)]
-    draws = AugmentDraws(0, CropConfig(), SIZE).at(np.zeros_like(samples), samples, dataset.width, dataset.height)
+    draws = AugmentSampler(0, CropConfig(), SIZE).at(np.zeros_like(samples), samples, dataset.width, dataset.height)
 
     def source(iteration: int) -> tuple:
         places = (iteration * BATCH + np.arange(BATCH)) % len(dataset)

@@ -24,18 +24,18 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jobs.data import slices_of
-from jobs.engine import build_engine, build_model
-from jobs.log import Clock
-from jobs.pretrain import reconstruction_loss
-from jobs.ranks import Council, process_group, ranks_from_environment
-from jobs.recipe import load_recipe
-from jobs.step_stages import Images
-from jobs.stop import SIGNALS
-from jobs.trainer import train_step
-from jobs.whole import run_whole, write_trace
-from pipeline.line import Slices
-from pipeline.loader import Batch
+from maelstream.jobs.distributed.ranks import ControlGroup, process_group, ranks_from_environment
+from maelstream.jobs.distributed.stop import SIGNALS
+from maelstream.jobs.pretrain import reconstruction_loss
+from maelstream.jobs.profiling.end_to_end import run_whole, write_trace
+from maelstream.jobs.profiling.step_stages import Images
+from maelstream.jobs.recipe import load_recipe
+from maelstream.jobs.training.data import slices_of
+from maelstream.jobs.training.engine import build_engine, build_model
+from maelstream.jobs.training.log import Clock
+from maelstream.jobs.training.trainer import train_step
+from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.loader import Batch
 
 PLAIN, PROFILED, TRACED = "pre-training's loop", "inside the profile", "under torch.profiler"
 
@@ -69,31 +69,31 @@ def held(recipe: Any, device: torch.device) -> Held:
     return Held(slices, Batch(images, keys, numbers, numbers, numbers.astype(np.int32), 1.0))
 
 
-def plain_s(engine: Any, source: Held, council: Council, steps: int) -> float:
-    """CPU seconds of a step, taken as `jobs.trainer` takes it."""
+def plain_s(engine: Any, source: Held, control_group: ControlGroup, steps: int) -> float:
+    """CPU seconds of a step, taken as `maelstream.jobs.training.trainer` takes it."""
     clock, batches, micro_batches = Clock(), repeat(source.batch), source.slices.micro_batches
     signs = lambda: [0.0] * len(SIGNALS)  # noqa: E731
     began = time.process_time()
     for _ in range(steps):
-        train_step(engine, reconstruction_loss, batches, micro_batches, clock, lambda: None, council, signs)
+        train_step(engine, reconstruction_loss, batches, micro_batches, clock, lambda: None, control_group, signs)
     return (time.process_time() - began) / steps
 
 
-def profiled_s(engine: Any, source: Any, council: Council, seconds: float) -> tuple[float, int]:
+def profiled_s(engine: Any, source: Any, control_group: ControlGroup, seconds: float) -> tuple[float, int]:
     """CPU seconds of a step as the profile's own figures tell them; and how many it took."""
-    whole = run_whole(engine, source, council, source.slices.micro_batches, seconds, None)
+    whole = run_whole(engine, source, control_group, source.slices.micro_batches, seconds, None)
     cores = len(os.sched_getaffinity(0))
     return whole.cpu_utilisation * cores * source.slices.batch_size / whole.images_per_s, whole.steps
 
 
-def traced_s(engine: Any, source: Held, council: Council, steps: int) -> float:
+def traced_s(engine: Any, source: Held, control_group: ControlGroup, steps: int) -> float:
     """CPU seconds of a step under torch.profiler, without writing the file."""
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         write_trace(
-            lambda: seconds.append(plain_s(engine, source, council, steps)),
+            lambda: seconds.append(plain_s(engine, source, control_group, steps)),
             Path(folder) / "trace.json",
-            council.ranks.rank,
+            control_group.ranks.rank,
         )
     return seconds[0]
 
@@ -102,16 +102,16 @@ def measured(options: Options) -> dict[str, float]:
     """Median CPU seconds of a step, by name."""
     recipe = load_recipe(options.recipe)
     ranks, found = ranks_from_environment(), {name: list[float]() for name in (PLAIN, PROFILED, TRACED)}
-    with process_group(ranks, 600) as council:
+    with process_group(ranks, 600) as control_group:
         torch.set_num_threads(1)
         source = held(recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         engine = build_engine(recipe, source.slices, build_model(recipe, None))
-        plain_s(engine, source, council, 2)
+        plain_s(engine, source, control_group, 2)
         for _ in range(options.rounds):
-            seconds, steps = profiled_s(engine, source, council, options.seconds)
+            seconds, steps = profiled_s(engine, source, control_group, options.seconds)
             found[PROFILED].append(seconds)
-            found[PLAIN].append(plain_s(engine, source, council, steps))
-            found[TRACED].append(traced_s(engine, source, council, 3))
+            found[PLAIN].append(plain_s(engine, source, control_group, steps))
+            found[TRACED].append(traced_s(engine, source, control_group, 3))
     return {name: statistics.median(values) for name, values in found.items()}
 
 

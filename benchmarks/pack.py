@@ -65,7 +65,15 @@ def bare_rate(pool: Pool, files: list[bytes], workers: int, repeat: int) -> floa
 
 def pack_rate(src: Path, out: Path, images: int, workers: int, *more: str) -> float:
     """Images/s of `maelstream pack`."""
-    command = ["from jobs.command import main; main()", "pack", str(src), str(out), "--workers", str(workers), *more]
+    command = [
+        "from maelstream.jobs.command import main; main()",
+        "pack",
+        str(src),
+        str(out),
+        "--workers",
+        str(workers),
+        *more,
+    ]
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", *command], check=True, stdout=subprocess.DEVNULL)
     return images / (time.perf_counter() - began)

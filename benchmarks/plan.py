@@ -31,15 +31,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.step import BASE, HUGE, LARGE, Step, adamw, bytes_per_image, training_step
-from jobs.devices import this_machine
-from jobs.engine import build_engine, build_model
-from jobs.plan import Job, step_of
-from jobs.ranks import process_group, ranks_from_environment
-from jobs.recipe import EngineConfig, OptimConfig, Recipe
-from model.mae import MAE, MAEConfig
-from model.memory import BUCKET, activation_bytes, state_bytes, traffic
-from model.optimise import weight_decay_groups
-from pipeline.line import Slices
+from maelstream.jobs.devices import this_machine
+from maelstream.jobs.distributed.ranks import process_group, ranks_from_environment
+from maelstream.jobs.plan import Job, step_of
+from maelstream.jobs.recipe import EngineConfig, OptimConfig, Recipe
+from maelstream.jobs.training.engine import build_engine, build_model
+from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.memory import BUCKET, activation_bytes, state_bytes, traffic
+from maelstream.model.optimise import weight_decay_groups
+from maelstream.pipeline.batch_plan import Slices
 
 SMALL = MAEConfig(dim=384, heads=6)
 # Sizes that do not divide by two, and stage 3's large and small parameters alike.

@@ -23,14 +23,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.draws import AugmentDraws, CropConfig
-from pipeline.line import Slices
-from pipeline.loader import PretrainLoader
-from pipeline.order import SampleOrder
-from shards.dataset import Dataset
-from shards.executors import Local
-from shards.pack import pack
-from shards.plan import PackOptions
+from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.loader import ImageLoader
+from maelstream.pipeline.order import SampleOrder
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.executors import Local
+from maelstream.shards.pack import pack
+from maelstream.shards.plan import PackOptions
 
 BATCH, SIZE = 64, (224, 224)
 RUN_BATCH = 16
@@ -55,8 +55,8 @@ class Options:
 def first_batch(dataset: Dataset, position: int, threads: int) -> float:
     """Seconds to the first batch from `position`."""
     began = time.perf_counter()
-    order, draws = SampleOrder(len(dataset), 0), AugmentDraws(0, CropConfig(), SIZE)
-    with PretrainLoader(dataset, order, draws, SIZE, Slices(BATCH, 1, 1), 0, threads, prefetch=4) as loader:
+    order, draws = SampleOrder(len(dataset), 0), AugmentSampler(0, CropConfig(), SIZE)
+    with ImageLoader(dataset, order, draws, SIZE, Slices(BATCH, 1, 1), 0, threads, prefetch=4) as loader:
         loader.load_state_dict({"epoch": 0, "position": position})
         next(iter(loader))
         return time.perf_counter() - began
@@ -64,7 +64,16 @@ def first_batch(dataset: Dataset, position: int, threads: int) -> float:
 
 def run_to(recipe: Path, run: Path, step: int) -> float:
     """Seconds of `maelstream pretrain` until `step` is taken and saved."""
-    command = [sys.executable, "-m", "jobs.pretrain", str(recipe), "--run", str(run), "--stop-at-step", str(step)]
+    command = [
+        sys.executable,
+        "-m",
+        "maelstream.jobs.pretrain",
+        str(recipe),
+        "--run",
+        str(run),
+        "--stop-at-step",
+        str(step),
+    ]
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     return time.perf_counter() - began

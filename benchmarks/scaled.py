@@ -21,17 +21,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.loaders import BATCH, rate
-from pipeline.decode import CpuDecoder, DecodeConfig, EncodedBatch
-from pipeline.draws import AugmentDraws, CropConfig
-from pipeline.line import Slices
-from pipeline.loader import PretrainLoader
-from pipeline.order import SampleOrder
-from pipeline.scaled import reduction
-from shards.dataset import Dataset
-from shards.executors import Local
-from shards.pack import pack
-from shards.plan import PackOptions
-from shards.reader import ShardReader
+from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.dct_scaling import reduction
+from maelstream.pipeline.decode import CpuDecoder, DecodeConfig, EncodedBatch
+from maelstream.pipeline.loader import ImageLoader
+from maelstream.pipeline.order import SampleOrder
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.executors import Local
+from maelstream.shards.pack import pack
+from maelstream.shards.plan import PackOptions
+from maelstream.shards.reader import ShardReader
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def main() -> None:
         pack(str(data), f"{folder}/shards", PackOptions("b", "train", 2**24, 0), Local(options.threads), lambda _: None)
         dataset = Dataset.open(f"{folder}/shards")
         for side in options.sizes:
-            draws = AugmentDraws(0, CropConfig(), (side, side))
+            draws = AugmentSampler(0, CropConfig(), (side, side))
             samples = np.arange(min(256, len(dataset)))
             sizes = dataset.width[samples], dataset.height[samples]
             batch = EncodedBatch.of(
@@ -89,7 +89,7 @@ def main() -> None:
             rates: dict[bool, list[float]] = {False: [], True: []}
             for _ in range(options.rounds):
                 for scaling, found in rates.items():
-                    with PretrainLoader(
+                    with ImageLoader(
                         dataset,
                         SampleOrder(len(dataset), 0),
                         draws,

@@ -35,12 +35,12 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from jobs.table2 import SIZES, sharing
-from model.flops import training_flops
-from model.mae import MAE, MAEConfig
-from model.optimise import weight_decay_groups
-from model.patches import normalise
-from model.transformer import choose_attention
+from maelstream.jobs.table2 import SIZES, sharing
+from maelstream.model.flops import training_flops
+from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.optimise import weight_decay_groups
+from maelstream.model.patches import normalise
+from maelstream.model.transformer import choose_attention
 
 BASE = MAEConfig()
 LARGE, HUGE = SIZES["large"], SIZES["huge"]

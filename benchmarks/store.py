@@ -19,15 +19,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.loaders import rate
-from pipeline.draws import AugmentDraws, CropConfig
-from pipeline.line import Slices
-from pipeline.loader import PretrainLoader
-from pipeline.order import SampleOrder, Shuffle
-from shards.dataset import Dataset
-from shards.executors import Local
-from shards.pack import pack
-from shards.plan import PackOptions
-from shards.storage import Storage
+from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.loader import ImageLoader
+from maelstream.pipeline.order import SampleOrder, Shuffle
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.executors import Local
+from maelstream.shards.pack import pack
+from maelstream.shards.plan import PackOptions
+from maelstream.shards.storage import Storage
 
 BATCH, SIZE = 64, (224, 224)
 
@@ -102,9 +102,9 @@ def main() -> None:
         rates: dict[str, list[float]] = {name: [] for name in candidates}
         for _ in range(options.rounds):
             for name, (dataset, shuffle) in candidates.items():
-                order, draws = SampleOrder(len(dataset), 0, shuffle), AugmentDraws(0, CropConfig(), SIZE)
+                order, draws = SampleOrder(len(dataset), 0, shuffle), AugmentSampler(0, CropConfig(), SIZE)
                 slices = Slices(BATCH, 1, 1)
-                with PretrainLoader(dataset, order, draws, SIZE, slices, 0, options.threads, prefetch=4) as loader:
+                with ImageLoader(dataset, order, draws, SIZE, slices, 0, options.threads, prefetch=4) as loader:
                     rates[name].append(rate(iter(loader), 80))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     table = Table("", "images/s", "of the local disk's", title=f"{len(disk):,} images, {options.delay_s * 1e3:.0f} ms")

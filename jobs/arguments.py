@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import tyro
 
-from shards.errors import MaelstreamError
+from maelstream.shards.errors import MaelstreamError
 
 T = TypeVar("T")
 

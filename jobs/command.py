@@ -4,8 +4,8 @@ import importlib
 import os
 import sys
 
-import jobs.orphan  # noqa: F401  before anything slow is imported
-from shards.errors import MaelstreamError
+import maelstream.jobs.distributed.parent_death  # noqa: F401  before anything slow is imported
+from maelstream.shards.errors import MaelstreamError
 
 # One line each for `maelstream --help`; a command's module is imported only when it runs, because torch,
 # DALI and DeepSpeed take seconds to import and `maelstream info` needs none of them.
@@ -43,7 +43,7 @@ def run(command: str, args: list[str]) -> int:
     """Exit code of `command`: its own, or with one line on stderr that of a `MaelstreamError`: 2, if the user erred."""
     args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]  # deepspeed adds it
     try:
-        return importlib.import_module(f"jobs.{command.replace('-', '_')}").main(args)
+        return importlib.import_module(f"maelstream.jobs.{command.replace('-', '_')}").main(args)
     except MaelstreamError as error:
         if os.environ.get("RANK", "0") == "0" or not error.found_by_all:
             print(f"maelstream {command}: {error}", file=sys.stderr)

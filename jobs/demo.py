@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jobs.arguments import parsed
-from shards.dataset import Dataset
-from shards.errors import MaelstreamError
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.recipe import RECIPES
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import MaelstreamError
 
 STEPS = 800
-RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+RECIPE = RECIPES / "demo.yaml"
 # Photographs that scikit-image and scikit-learn install; no diagrams, and no textures, whose patches are unrelated.
 _SKIMAGE = "astronaut camera chelsea coffee coins hubble_deep_field ihc moon motorcycle_left retina rocket"
 _SKLEARN = "china flower"
@@ -110,8 +111,8 @@ def main(args: list[str]) -> int:
 
     import torch  # these two take seconds to import, and packing does not need them
 
-    from jobs.recipe import load_recipe
-    from jobs.runfolder import RunFolder
+    from maelstream.jobs.recipe import load_recipe
+    from maelstream.jobs.run_folder.folder import RunFolder
 
     ranks = min(2, torch.cuda.device_count() or 2)
     # As many steps whatever the number of images, so that the demo takes as long with any --src.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jobs.hardware import datasheet_flops_per_s, matrix_flops_per_s, memory_bytes_per_s
+from maelstream.jobs.hardware import datasheet_flops_per_s, matrix_flops_per_s, memory_bytes_per_s
 
 MATRIX_SHARE = 0.65
 BANDWIDTH_SHARE = 0.8

@@ -4,7 +4,7 @@ WEIGHTS is a run of finetune, linprobe, partial or scratch, finished or not, who
 or a file of a fine-tuned ViT under timm's and the reference's names, whose sizes are read off its tensors.
 """
 
-import jobs.orphan  # noqa: F401  before anything slow is imported
+import maelstream.jobs.distributed.parent_death  # noqa: F401  before anything slow is imported
 
 # isort: split
 import sys
@@ -17,21 +17,21 @@ import torch
 import tyro
 from torch import nn
 
-from jobs.arguments import parsed
-from jobs.checkpoint import FILES, CheckpointError
-from jobs.classification import head_names, model_of
-from jobs.classify import refuse_unfit
-from jobs.command import run
-from jobs.evaluations import Evaluation, record
-from jobs.measuring import Measuring
-from jobs.ranks import Council, process_group, ranks_from_environment
-from jobs.recipe import ClassificationRecipe, HealthConfig
-from jobs.runfolder import RunFolder
-from jobs.scores import Scores, classify_with, scores
-from jobs.weights import WeightsError, classifier_of, read_weights
-from pipeline.epoch import Reading
-from shards.dataset import Dataset
-from shards.errors import MaelstreamError
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.checkpointing.store import FILES, CheckpointError
+from maelstream.jobs.command import run
+from maelstream.jobs.distributed.ranks import ControlGroup, process_group, ranks_from_environment
+from maelstream.jobs.evaluation.classification import head_names, model_of
+from maelstream.jobs.evaluation.classify import check_datasets
+from maelstream.jobs.evaluation.options import Measuring
+from maelstream.jobs.evaluation.results import Evaluation, record
+from maelstream.jobs.evaluation.scores import Scores, classify_with, scores
+from maelstream.jobs.recipe import ClassificationRecipe, HealthConfig
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.weights.reading import WeightsError, classifier_of, read_weights
+from maelstream.pipeline.eval_pass import Reading
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import MaelstreamError
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Trained:
     """Of the run."""
 
 
-def trained_of_run(folder: RunFolder, recipe: ClassificationRecipe, council: Council) -> Trained:
+def trained_of_run(folder: RunFolder, recipe: ClassificationRecipe, control_group: ControlGroup) -> Trained:
     """Of the newest good checkpoint, which is left as it is; CheckpointError when there is none."""
-    step, told = folder.checkpoints.newest_good(council, put_aside=False)
+    step, told = folder.checkpoints.newest_good(control_group, put_aside=False)
     if not step:
         raise CheckpointError(f"{folder.path} has no checkpoint yet; let the run reach its first one")
-    for line in told if council.ranks.rank == 0 else ():
+    for line in told if control_group.ranks.rank == 0 else ():
         print(f"maelstream evaluate: {line}", file=sys.stderr)
     models = []
     for kind, file in FILES.items():
@@ -84,13 +84,13 @@ def trained_of_file(path: Path, heads: int | None) -> Trained:
     return Trained([(model, ["weights"])], config.classes, size, None, mean, std, None)
 
 
-def measured(trained: Trained, reading: Reading, val: Dataset, council: Council) -> dict[str, Scores]:
+def measured(trained: Trained, reading: Reading, val: Dataset, control_group: ControlGroup) -> dict[str, Scores]:
     """Scores of each head by its name."""
     found = dict[str, Scores]()
-    device = torch.device("cuda", council.ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", control_group.ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     for model, names in trained.models:
         model.to(device).eval().requires_grad_(False)
-        of_heads = scores(classify_with(model, trained.mean, trained.std), val, reading, council)
+        of_heads = scores(classify_with(model, trained.mean, trained.std), val, reading, control_group)
         found |= dict(zip(names, of_heads, strict=True))
     return found
 
@@ -99,7 +99,7 @@ def main(args: list[str]) -> int:
     """`maelstream evaluate`; 0 when the result is written."""
     command = parsed(Evaluate, args, "evaluate")
     val, weights = Dataset.open(command.val), Path(command.weights)
-    refuse_unfit(val, val)
+    check_datasets(val, val)
     folder = RunFolder(weights)
     recipe = folder.any_recipe() if folder.config.exists() else None
     if recipe is not None and not isinstance(recipe, ClassificationRecipe):
@@ -115,12 +115,12 @@ def main(args: list[str]) -> int:
             f"{weights} tells {classes} classes apart, {val.folder} has {len(val.classes)}; give images of the classes "
             "that it was trained on"
         )
-    with process_group(ranks, 2 * HealthConfig().silent_s) as council:
+    with process_group(ranks, 2 * HealthConfig().silent_s) as control_group:
         if recipe is not None:
-            trained = trained_of_run(folder, recipe, council)
+            trained = trained_of_run(folder, recipe, control_group)
         assert trained is not None
         reading = command.reading(trained.image_size, trained.margin, ranks)
-        found = measured(trained, reading, val, council)
+        found = measured(trained, reading, val, control_group)
     if ranks.rank:
         return 0
     best = max(found, key=lambda name: found[name].top1)

@@ -16,14 +16,14 @@ import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jobs.arguments import parsed
-from jobs.card import Card, model_card
-from jobs.runfolder import RunFolder
-from jobs.weights import EXPORT_NAME, mae_weights, read_weights
-from model.formats import encoder_of, has_decoder, likely_model, to_hf_file
-from model.mae import MAEConfig, position_tables
-from shards.durable import sync
-from shards.errors import MaelstreamError
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.reporting.model_card import Card, model_card
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.weights.reading import EXPORT_NAME, mae_weights, read_weights
+from maelstream.model.formats import encoder_of, has_decoder, likely_model, to_hf_file
+from maelstream.model.mae import MAEConfig, position_tables
+from maelstream.shards.durable import sync
+from maelstream.shards.errors import MaelstreamError
 
 Format = Literal["reference", "timm", "hf"]
 

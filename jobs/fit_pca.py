@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from jobs.arguments import parsed
-from jobs.images import image_stream, recipe_with
-from jobs.recipe import RecipeError
-from jobs.targetfile import TargetFile
-from model.patches import patchify
-from model.pca import PatchMoments, PrincipalComponents, principal_components
-from shards.dataset import Dataset
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.recipe import RecipeError
+from maelstream.jobs.training.image_stream import image_stream, recipe_with
+from maelstream.jobs.weights.target_file import TargetFile
+from maelstream.model.patches import patchify
+from maelstream.model.pca import PatchMoments, PrincipalComponents, principal_components
+from maelstream.shards.dataset import Dataset
 
 _BATCH = 64  # nothing depends on it
 

@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from jobs.arguments import parsed
-from jobs.images import image_stream, recipe_with
-from jobs.recipe import RecipeError
-from jobs.targetfile import tokenizer_file
-from model.optimise import lr_at
-from model.tokenizer import Decoder, Encoder, TokenizerConfig, fitted, initialise, loss_of
-from shards.dataset import Dataset
-from shards.errors import MaelstreamError
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.recipe import RecipeError
+from maelstream.jobs.training.image_stream import image_stream, recipe_with
+from maelstream.jobs.weights.target_file import tokenizer_file
+from maelstream.model.optimise import lr_at
+from maelstream.model.tokenizer import Decoder, Encoder, TokenizerConfig, fitted, initialise, loss_of
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import MaelstreamError
 
 _DIVERGENCE_WEIGHT, _COLDEST = 6.6, 1 / 16
 _WARM_UP, _DIVERGENCE_SHARE, _COOLING_SHARE, _JUDGED_FROM = 0.01, 0.1, 0.75, 0.5  # of the steps

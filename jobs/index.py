@@ -5,9 +5,9 @@ from typing import Annotated
 
 import tyro
 
-from jobs.arguments import parsed
-from jobs.pack import Labels, Pack, Workers, run_shown
-from shards.pack import index
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.pack import Labels, Pack, Workers, run_shown
+from maelstream.shards.pack import index
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jobs.arguments import parsed
-from shards.dataset import QUARANTINE_NAME, Dataset
-from shards.errors import MaelstreamError
+from maelstream.jobs.arguments import parsed
+from maelstream.shards.dataset import QUARANTINE_NAME, Dataset
+from maelstream.shards.errors import MaelstreamError
 
 _EDGES = (0, 64, 128, 256, 384, 512, 768, 1024, 2048, 2**32)  # short sides, in pixels
 _REASONS = 8  # shown

@@ -6,7 +6,7 @@ with the training set: 4 bytes for each number of a validation image's features 
 GPU's machine), 8 for each of its neighbours, and some 20 for each pair of 8,192 of them and a micro-batch.
 """
 
-import jobs.orphan  # noqa: F401  before anything slow is imported
+import maelstream.jobs.distributed.parent_death  # noqa: F401  before anything slow is imported
 
 # isort: split
 import sys
@@ -24,22 +24,22 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from jobs.arguments import parsed
-from jobs.classify import refuse_unfit
-from jobs.command import run
-from jobs.evaluations import Evaluation, record
-from jobs.measuring import Measuring
-from jobs.ranks import AgreedError, Council, process_group, ranks_from_environment
-from jobs.recipe import HealthConfig, RecipeError
-from jobs.runfolder import RunFolder
-from jobs.scores import Scores, hits, named
-from jobs.weights import classifier_from, classifier_values, read_weights
-from model.classifier import ClassifierConfig, Pool
-from model.neighbours import Neighbours, votes
-from model.patches import normalise
-from pipeline.epoch import Reading, every_image
-from pipeline.feed import BadSample
-from shards.dataset import Dataset
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.command import run
+from maelstream.jobs.distributed.ranks import AgreedError, ControlGroup, process_group, ranks_from_environment
+from maelstream.jobs.evaluation.classify import check_datasets
+from maelstream.jobs.evaluation.options import Measuring
+from maelstream.jobs.evaluation.results import Evaluation, record
+from maelstream.jobs.evaluation.scores import Scores, hits, named
+from maelstream.jobs.recipe import HealthConfig, RecipeError
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.weights.reading import classifier_from, classifier_values, read_weights
+from maelstream.model.classifier import ClassifierConfig, Pool
+from maelstream.model.neighbours import Neighbours, votes
+from maelstream.model.patches import normalise
+from maelstream.pipeline.eval_pass import Reading, every_image
+from maelstream.pipeline.sample_source import BadSample
+from maelstream.shards.dataset import Dataset
 
 Encode = Callable[[UInt8[Tensor, "b 3 h w"]], Float32[Tensor, "b d"]]
 
@@ -65,10 +65,10 @@ class Knn(Measuring):
 
 
 def features(
-    encode: Encode, dataset: Dataset, reading: Reading, council: Council, bad: list[BadSample]
+    encode: Encode, dataset: Dataset, reading: Reading, control_group: ControlGroup, bad: list[BadSample]
 ) -> Iterator[tuple[Float32[Tensor, "n d"], Tensor]]:
     """Features of length 1 of this rank's share, and the numbers of their samples; those in `bad` have none."""
-    for portion in every_image(dataset, reading, council.ranks.rank, council.ranks.world_size, bad.append):
+    for portion in every_image(dataset, reading, control_group.ranks.rank, control_group.ranks.world_size, bad.append):
         counts = torch.from_numpy(portion.counts)
         found = F.normalize(encode(portion.images).float(), dim=1)[counts]  # (N, D)
         yield found, torch.from_numpy(portion.samples)[counts]
@@ -81,7 +81,7 @@ def neighbour_scores(
     train: Dataset,
     val: Dataset,
     reading: Reading,
-    council: Council,
+    control_group: ControlGroup,
     k: int,
     temperature: float,
 ) -> tuple[Scores, tuple[str, ...]]:
@@ -92,25 +92,25 @@ def neighbour_scores(
     """
     bad: list[BadSample] = []
     queries, known = torch.zeros(len(val), dim), torch.zeros(len(val), dtype=torch.int64)
-    for found, numbers in features(encode, val, reading, council, bad):
+    for found, numbers in features(encode, val, reading, control_group, bad):
         queries[numbers], known[numbers] = found.cpu(), 1
         device = found.device
     for tensor in (queries, known):  # each row is one rank's, and 0 on the others
-        torch.distributed.all_reduce(tensor, group=council.group)
-    undecodable = named(bad, council)
+        torch.distributed.all_reduce(tensor, group=control_group.group)
+    undecodable = named(bad, control_group)
     neighbours, shown = Neighbours(queries.to(device), k), 0
     bad.clear()
-    for found, numbers in features(encode, train, reading, council, bad):
+    for found, numbers in features(encode, train, reading, control_group, bad):
         neighbours.show(found, numbers.to(device))
         shown += len(numbers)
-    left_out = named(bad, council)
-    if council.sums([float(shown)])[0] < k:
+    left_out = named(bad, control_group)
+    if control_group.sums([float(shown)])[0] < k:
         raise AgreedError(f"{train.folder} has fewer than {k} images that can be decoded; give a smaller --k")
     keys = neighbours.keys.cpu()
-    others = [torch.empty_like(keys) for _ in range(council.ranks.world_size)]
-    torch.distributed.all_gather(others, keys, group=council.group)
+    others = [torch.empty_like(keys) for _ in range(control_group.ranks.world_size)]
+    torch.distributed.all_gather(others, keys, group=control_group.group)
     for rank, theirs in enumerate(others):
-        if rank != council.ranks.rank:
+        if rank != control_group.ranks.rank:
             neighbours.merge(theirs.to(device))
     similarities, places = (tensor.cpu() for tensor in neighbours.found())
     labels = torch.from_numpy(train.label[places.numpy()]).long()
@@ -137,7 +137,7 @@ def main(args: list[str]) -> int:
     if command.k < 1 or command.temperature <= 0:
         raise RecipeError(f"--k {command.k} must be at least 1, --temperature {command.temperature} positive")
     train, val = Dataset.open(command.train), Dataset.open(command.val)
-    refuse_unfit(train, val)
+    check_datasets(train, val)
     if command.k > len(train):
         raise RecipeError(f"--k {command.k}: {train.folder} has {len(train)} images")
     weights = Path(command.weights)
@@ -152,11 +152,11 @@ def main(args: list[str]) -> int:
     ranks = ranks_from_environment()
     reading = command.reading(config.image_size, None, ranks)
     model = classifier_from(stored, config).eval().requires_grad_(False)
-    with process_group(ranks, 2 * HealthConfig().silent_s) as council:
+    with process_group(ranks, 2 * HealthConfig().silent_s) as control_group:
         model.to(torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu"))
         encode = encode_with(model, command.pool, mean, std)
         found, left_out = neighbour_scores(
-            encode, config.dim, train, val, reading, council, command.k, command.temperature
+            encode, config.dim, train, val, reading, control_group, command.k, command.temperature
         )
     if ranks.rank:
         return 0

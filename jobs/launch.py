@@ -1,9 +1,9 @@
 """`maelstream launch --nproc N pretrain RECIPE --run DIR`: starts ranks, watches them, and starts them again.
 
 One machine: `--nproc`. Many: the same command on each with `--nnodes`, `--node-rank` and `--master`, or once with
-`--hostfile`, which starts it on every host through ssh. What the ranks do with a failure is theirs (jobs.health, the
+`--hostfile`, which starts it on every host through ssh. What the ranks do with a failure is theirs (maelstream.jobs.distributed.health, the
 checkpoints); the launcher ends what is left of them, and returns their true exit code. No rank outlives it
-(jobs.orphan).
+(maelstream.jobs.distributed.parent_death).
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from typing import Annotated
 
 import tyro
 
-from jobs.arguments import parsed
-from shards.errors import MaelstreamError
+from maelstream.jobs.arguments import parsed
+from maelstream.shards.errors import MaelstreamError
 
 _LAUNCHED = ("pretrain", "profile", "finetune", "linprobe", "partial", "scratch", "evaluate", "knn")
 _POLL_S = 0.1
@@ -190,7 +190,7 @@ class Local:
         processes = []
         for local in range(count):
             rank = {"RANK": str(launch.node_rank * count + local), "LOCAL_RANK": str(local)}
-            command = [sys.executable, "-m", "jobs.command", *launch.command]
+            command = [sys.executable, "-m", "maelstream.jobs.command", *launch.command]
             processes.append(subprocess.Popen(command, env=common | rank, start_new_session=True))
         return processes
 
@@ -212,7 +212,7 @@ class Remote:
         processes = []
         for number, host in enumerate(self.hosts):
             node = ["--nproc", str(host.slots), "--node-rank", str(number), *options]
-            maelstream = [sys.executable, "-m", "jobs.command", "launch", *node, *self.launch.command]
+            maelstream = [sys.executable, "-m", "maelstream.jobs.command", "launch", *node, *self.launch.command]
             environment = [f"{name}={value}" for name, value in os.environ.items() if _travels(name)]
             remote = (
                 f"cd {shlex.quote(os.getcwd())} && exec env MAELSTREAM_STDIN=1 {shlex.join(environment + maelstream)}"

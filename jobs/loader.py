@@ -13,14 +13,14 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from jobs.arguments import parsed
-from jobs.data import open_data
-from jobs.data_stages import Streamed, rate
-from jobs.recipe import Recipe, RecipeError, StreamConfig, load_recipe
-from pipeline.decode import DecodeConfig
-from pipeline.draws import AugmentDraws
-from pipeline.line import Slices
-from shards.errors import MaelstreamError
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.profiling.data_stages import Streamed, rate
+from maelstream.jobs.recipe import Recipe, RecipeError, StreamConfig, load_recipe
+from maelstream.jobs.training.data import open_data
+from maelstream.pipeline.augment_params import AugmentSampler
+from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.decode import DecodeConfig
+from maelstream.shards.errors import MaelstreamError
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def streamed_by(command: Loader) -> Streamed:
     stream = StreamConfig(command.dst, command.samples) if command.samples is not None else StreamConfig()
     data = replace(recipe.data, dataset=command.dst, mix={}, stream=stream)
     dataset, order = open_data(data, recipe.seed)
-    draws, slices = AugmentDraws(recipe.seed, data.crop, size), Slices(min(command.batch_size, len(dataset)), 1, 1)
+    draws, slices = AugmentSampler(recipe.seed, data.crop, size), Slices(min(command.batch_size, len(dataset)), 1, 1)
     return Streamed(dataset, order, draws, slices, 0, command.threads, command.prefetch, command.decode)
 
 

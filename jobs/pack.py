@@ -10,14 +10,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from jobs.arguments import parsed
-from jobs.progress import Display, interruptible
-from shards.errors import DatasetError
-from shards.executors import EXECUTORS, Executor
-from shards.pack import PackResult, Report, pack
-from shards.plan import PackOptions
-from shards.sources import SPLITS
-from shards.storage import Storage
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.reporting.progress import Display, interruptible
+from maelstream.shards.errors import DatasetError
+from maelstream.shards.executors import EXECUTORS, Executor
+from maelstream.shards.pack import PackResult, Report, pack
+from maelstream.shards.plan import PackOptions
+from maelstream.shards.sources import SPLITS
+from maelstream.shards.storage import Storage
 
 _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 

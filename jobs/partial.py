@@ -1,12 +1,12 @@
 """`maelstream partial WEIGHTS TRAIN VAL --blocks K --run DIR`: only the last K blocks are trained (paper, figure 9)."""
 
-import jobs.orphan  # noqa: F401  before anything slow is imported
+import maelstream.jobs.distributed.parent_death  # noqa: F401  before anything slow is imported
 
 # isort: split
 import sys
 
-from jobs.classify import classify
-from jobs.command import run
+from maelstream.jobs.command import run
+from maelstream.jobs.evaluation.classify import classify
 
 
 def main(args: list[str]) -> int:

@@ -14,12 +14,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jobs.arguments import parsed
-from jobs.devices import DEVICES, Device, this_machine
-from jobs.recipe import RecipeError, load_recipe
-from model.flops import recomputed_flops, training_flops
-from model.mae import MAEConfig
-from model.memory import StateBytes, activation_bytes, moved_bytes, parameter_count, state_bytes, traffic
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.devices import DEVICES, Device, this_machine
+from maelstream.jobs.recipe import RecipeError, load_recipe
+from maelstream.model.flops import recomputed_flops, training_flops
+from maelstream.model.mae import MAEConfig
+from maelstream.model.memory import StateBytes, activation_bytes, moved_bytes, parameter_count, state_bytes, traffic
 
 MODELS = {
     "vit-b16": MAEConfig(),
@@ -134,7 +134,7 @@ def memory_of(job: Job, device: Device, stage: int, checkpointing: bool) -> Memo
 
 
 def micro_batches_of(job: Job, largest: int) -> int:
-    """Of a rank and step, as `jobs.pretrain` cuts them."""
+    """Of a rank and step, as `maelstream.jobs.pretrain` cuts them."""
     return math.ceil(math.ceil(job.batch_size / job.ranks) / largest)
 
 

@@ -1,11 +1,11 @@
 """`maelstream pretrain RECIPE --run DIR`: trains a masked autoencoder, or goes on with the run that lies in DIR.
 
-Alone it is one rank; under `maelstream launch`, `deepspeed --module jobs.pretrain`, `torchrun --module` or `srun` it is
+Alone it is one rank; under `maelstream launch`, `deepspeed --module maelstream.jobs.pretrain`, `torchrun --module` or `srun` it is
 one of many. The run starts from its newest good checkpoint, if it has one, and then takes the same steps as if it had
 never stopped.
 """
 
-import jobs.orphan  # noqa: F401  before anything slow is imported
+import maelstream.jobs.distributed.parent_death  # noqa: F401  before anything slow is imported
 
 # isort: split
 import sys
@@ -17,21 +17,21 @@ from typing import Annotated, Any
 import tyro
 from torch import Tensor
 
-from jobs.arguments import parsed
-from jobs.command import run
-from jobs.data import loader_of, open_data
-from jobs.engine import build_engine, build_model
-from jobs.gallery import Gallery
-from jobs.partition import Partition
-from jobs.ranks import Council, ranks_from_environment
-from jobs.recipe import Recipe, RecipeError, dump_recipe, load_recipe
-from jobs.runfolder import RunFolder
-from jobs.targetfile import target_of_run
-from jobs.trainer import Loss, train
-from model.mae import MAE
-from pipeline.feed import BadSample
-from pipeline.line import Slices
-from pipeline.loader import Batch, PretrainLoader
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.checkpointing.partition import Partition
+from maelstream.jobs.command import run
+from maelstream.jobs.distributed.ranks import ControlGroup, ranks_from_environment
+from maelstream.jobs.recipe import Recipe, RecipeError, dump_recipe, load_recipe
+from maelstream.jobs.reporting.checkpoint_pictures import Gallery
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.training.data import loader_of, open_data
+from maelstream.jobs.training.engine import build_engine, build_model
+from maelstream.jobs.training.trainer import Loss, train
+from maelstream.jobs.weights.target_file import target_of_run
+from maelstream.model.mae import MAE
+from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.loader import Batch, ImageLoader
+from maelstream.pipeline.sample_source import BadSample
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Pretrain:
 
 
 class Pretraining:
-    """The task: what `jobs.trainer` asks of it."""
+    """The task: what `maelstream.jobs.training.trainer` asks of it."""
 
     command, ema = "pretrain", 0.0
 
@@ -63,7 +63,7 @@ class Pretraining:
         self._target_file = target_of_run(recipe, folder)
         self._gallery = Gallery(recipe, folder, self.samples)
 
-    def loader(self, slices: Slices, rank: int, threads: int, on_bad: Callable[[BadSample], None]) -> PretrainLoader:
+    def loader(self, slices: Slices, rank: int, threads: int, on_bad: Callable[[BadSample], None]) -> ImageLoader:
         return loader_of(self.recipe, self._dataset, self._order, slices, rank, threads, on_bad)
 
     def build(self, trained: dict[str, Tensor] | None) -> MAE:
@@ -76,7 +76,9 @@ class Pretraining:
     def engine(self, model: Any, slices: Slices) -> Any:
         return build_engine(self.recipe, slices, model)
 
-    def joined(self, engine: Any, partition: Partition, council: Council, beat: Callable[[], None]) -> None:
+    def joined(
+        self, engine: Any, partition: Partition, control_group: ControlGroup, heartbeat: Callable[[], None]
+    ) -> None:
         pass
 
     def fixed(self) -> dict[str, Tensor]:
@@ -122,7 +124,7 @@ def main(args: list[str]) -> int:
         print(dump_recipe(command.recipe), end="")
         return 0
     folder = RunFolder(command.run)
-    folder.refuse_other_experiment(command.recipe, command.allow)
+    folder.check_same_experiment(command.recipe, command.allow)
     return train(Pretraining(command.recipe, folder), folder, command.stop_at_step, ranks_from_environment())
 
 

@@ -4,7 +4,7 @@ Alone it is one rank; under `maelstream launch --nproc N profile RECIPE` every r
 others, and rates are those of all ranks together. Nothing is trained: weights and moments are thrown away.
 """
 
-import jobs.orphan  # noqa: F401  before anything slow is imported
+import maelstream.jobs.distributed.parent_death  # noqa: F401  before anything slow is imported
 
 # isort: split
 import difflib
@@ -19,16 +19,16 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jobs.arguments import parsed
-from jobs.command import run
-from jobs.measurement import measure, shown_size, streamed_by
-from jobs.ranks import process_group, ranks_from_environment
-from jobs.recipe import Recipe, RecipeError, load_recipe
-from jobs.roofline import draw, shown_rate
-from jobs.runfolder import RunFolder
-from jobs.targetfile import target_of_run
-from pipeline.ranges import STAGES
-from shards.errors import MaelstreamError
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.command import run
+from maelstream.jobs.distributed.ranks import process_group, ranks_from_environment
+from maelstream.jobs.profiling.measurement import measure, shown_size, streamed_by
+from maelstream.jobs.profiling.stage_chart import draw, shown_rate
+from maelstream.jobs.recipe import Recipe, RecipeError, load_recipe
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.weights.target_file import target_of_run
+from maelstream.pipeline.tracing import STAGES
+from maelstream.shards.errors import MaelstreamError
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def main(args: list[str]) -> int:
     target = None if target_file is None else target_file.target(recipe.model)
     ranks = ranks_from_environment()
     streamed_by(recipe, ranks)  # says what is wrong with the data before the ranks meet
-    with process_group(ranks, recipe.health.silent_s) as council:
-        figures = measure(recipe, target, names, command.seconds, council, command.trace)
+    with process_group(ranks, recipe.health.silent_s) as control_group:
+        figures = measure(recipe, target, names, command.seconds, control_group, command.trace)
     if ranks.rank > 0:
         return 0
     figures["recipe"] = command.recipe_file.stem

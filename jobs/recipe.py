@@ -14,14 +14,17 @@ import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from model.classifier import ClassifierConfig
-from model.mae import MAEConfig
-from pipeline.decode import DecodeConfig
-from pipeline.draws import CropConfig
-from pipeline.mixup import MixupConfig
-from pipeline.order import Shuffle
-from pipeline.stream import Stream
-from shards.errors import MaelstreamError
+from maelstream.model.classifier import ClassifierConfig
+from maelstream.model.mae import MAEConfig
+from maelstream.pipeline.augment_params import CropConfig
+from maelstream.pipeline.decode import DecodeConfig
+from maelstream.pipeline.mixup import MixupConfig
+from maelstream.pipeline.order import Shuffle
+from maelstream.pipeline.stream import Stream
+from maelstream.shards.errors import MaelstreamError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+"""The recipes that ship with the project, in a checkout and in a wheel."""
 
 
 class RecipeError(MaelstreamError):
@@ -299,7 +302,7 @@ def resolve(values: dict[str, Any], where: str) -> Recipe:
 
 def resolve_as(schema: type[R], values: dict[str, Any], where: str) -> R:
     """As `resolve`, of the kind that is asked for."""
-    _refuse_unknown(values, schema, where, "")
+    _check_keys(values, schema, where, "")
     try:
         return TypeAdapter(schema).validate_python(values)
     except ValidationError as error:
@@ -367,7 +370,7 @@ def laid_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return base | values | {key: laid_over(base[key], values[key]) for key in both_dicts}
 
 
-def _refuse_unknown(values: dict[str, Any], schema: type, where: str, prefix: str) -> None:
+def _check_keys(values: dict[str, Any], schema: type, where: str, prefix: str) -> None:
     hints = get_type_hints(schema)
     names = [item.name for item in fields(schema)]
     for key, value in values.items():
@@ -377,7 +380,7 @@ def _refuse_unknown(values: dict[str, Any], schema: type, where: str, prefix: st
         if is_dataclass(hints[key]):
             if not isinstance(value, dict):
                 raise RecipeError(f"{where}: {prefix}{key} holds keys of its own, not {value!r}")
-            _refuse_unknown(value, hints[key], where, f"{prefix}{key}.")
+            _check_keys(value, hints[key], where, f"{prefix}{key}.")
 
 
 def _plain(value: Any) -> Any:

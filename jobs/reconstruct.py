@@ -12,19 +12,19 @@ import tyro
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from jobs.arguments import parsed
-from jobs.pictures import About, draw_grid, write_pictures
-from jobs.recipe import Recipe
-from jobs.runfolder import RunFolder
-from jobs.targetfile import target_of_run
-from jobs.weights import mae_weights, read_weights
-from model.mae import MAE, MAEConfig, Reconstruction
-from pipeline.decode import CpuDecoder, EncodedBatch
-from pipeline.draws import AugmentDraws, CropConfig
-from shards.dataset import Dataset
-from shards.errors import MaelstreamError
-from shards.inspect import Unfit, inspect
-from shards.reader import ShardReader
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.recipe import Recipe
+from maelstream.jobs.reporting.pictures import About, draw_grid, write_pictures
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.weights.reading import mae_weights, read_weights
+from maelstream.jobs.weights.target_file import target_of_run
+from maelstream.model.mae import MAE, MAEConfig, Reconstruction
+from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.decode import CpuDecoder, EncodedBatch
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import MaelstreamError
+from maelstream.shards.inspect import Unfit, inspect
+from maelstream.shards.reader import ShardReader
 
 RATIOS = (0.75, 0.85, 0.95)
 """Figure 4's."""
@@ -96,7 +96,7 @@ def reconstructions(model: MAE, shown: Shown, ratios: list[float]) -> dict[str, 
     return results
 
 
-def refuse_hidden_tokens(recipe: Recipe, folder: RunFolder) -> None:
+def check_reconstructs(recipe: Recipe, folder: RunFolder) -> None:
     """MaelstreamError for a run on tokens that nothing turns into pixels."""
     if (target_file := target_of_run(recipe, folder)) is not None and not target_file.shows_pixels:
         raise MaelstreamError(
@@ -164,10 +164,10 @@ def _central(
 ) -> Shown:
     """The centre of each image, as large as it gets, under the mask of the run's first epoch."""
     image_size, epoch = recipe.model.image_size, np.zeros_like(samples)
-    centre = AugmentDraws(0, CropConfig("none", margin=1), image_size).at(epoch, samples, widths, heights)
+    centre = AugmentSampler(0, CropConfig("none", margin=1), image_size).at(epoch, samples, widths, heights)
     batch = EncodedBatch(encoded, centre.windows, centre.resizes, centre.flips, None)
     decoder = CpuDecoder(lambda _: batch, len(samples), image_size, threads=2, device=torch.device("cpu"))
-    keys = AugmentDraws(recipe.seed, recipe.data.crop, image_size).at(epoch, samples, widths, heights).keys
+    keys = AugmentSampler(recipe.seed, recipe.data.crop, image_size).at(epoch, samples, widths, heights).keys
     return Shown(source, names, decoder.run(), torch.from_numpy(keys))
 
 
@@ -196,7 +196,7 @@ def main(args: list[str]) -> int:
     ratios = ratios_of(command.ratios, recipe.model)
     weights = command.weights or folder.checkpoints.at(folder.last_step())
     name = weights.stem if weights.is_file() else weights.resolve().name
-    refuse_hidden_tokens(recipe, folder)
+    check_reconstructs(recipe, folder)
     if command.images is not None and command.dataset is not None:
         raise MaelstreamError("--images and --dataset are two places to take images from; give one")
     if command.images is not None:

@@ -1,6 +1,6 @@
 """`maelstream report RUN [RUN ...]`: one HTML page of a run, or of several beside each other. It loads nothing.
 
-Numbers and pictures are embedded; jobs/page/ holds the templates, the style and the script that draws the curves.
+Numbers and pictures are embedded; jobs/reporting/page/ holds the templates, the style and the script that draws the curves.
 """
 
 import time
@@ -11,11 +11,10 @@ from typing import Annotated, Any
 import jinja2
 import tyro
 
-from jobs.album import album, data_uri
-from jobs.arguments import parsed
-from jobs.curves import Metrics, charts_of, curves_of, events_of
-from jobs.environment import version
-from jobs.overview import (
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.recipe import dump_recipe
+from maelstream.jobs.reporting.curves import Metrics, charts_of, curves_of, events_of
+from maelstream.jobs.reporting.overview import (
     changed_keys,
     checkpoints,
     dataset_cards,
@@ -25,11 +24,12 @@ from jobs.overview import (
     heading,
     replaced_samples,
 )
-from jobs.pictures import COLUMNS
-from jobs.recipe import dump_recipe
-from jobs.runfolder import RunFolder
-from shards.durable import written_whole
-from shards.errors import MaelstreamError
+from maelstream.jobs.reporting.pictures import COLUMNS
+from maelstream.jobs.reporting.report_images import album, data_uri
+from maelstream.jobs.run_folder.environment import version
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.shards.durable import written_whole
+from maelstream.shards.errors import MaelstreamError
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def _rendered(
 ) -> str:
     """The page, with what its script draws."""
     templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("jobs", "page"), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("maelstream.jobs.reporting", "page"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     lines = [
         {"name": str(folder.path), "curves": curves_of(metrics), "events": events_of(metrics)}

@@ -9,11 +9,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from jobs.arguments import parsed
-from jobs.evaluations import best_of_each, read_evaluations
-from jobs.runfolder import RunFolder
-from jobs.status import is_locked, read_status
-from shards.errors import MaelstreamError
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.evaluation.results import best_of_each, read_evaluations
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.run_folder.status import is_locked, read_status
+from maelstream.shards.errors import MaelstreamError
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from jobs.arguments import parsed
-from jobs.evaluations import Evaluation, read_evaluations
-from jobs.grid import Cell, cells_of, grid_of, slug
-from jobs.launch import Signals, gpus
-from jobs.recipe import RecipeError, dump_recipe, load_recipe
-from jobs.runfolder import RunFolder
-from jobs.status import is_locked, read_status
-from jobs.sweep_table import Outcome, draw, table, write_results
-from shards.durable import written_whole
-from shards.errors import MaelstreamError
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.evaluation.results import Evaluation, read_evaluations
+from maelstream.jobs.launch import Signals, gpus
+from maelstream.jobs.recipe import RecipeError, dump_recipe, load_recipe
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.run_folder.status import is_locked, read_status
+from maelstream.jobs.sweeps.grid import Cell, cells_of, grid_of, slug
+from maelstream.jobs.sweeps.table import Outcome, draw, table, write_results
+from maelstream.shards.durable import written_whole
+from maelstream.shards.errors import MaelstreamError
 
 _FOLDER = {"finetune": "--run", "linprobe": "--run", "partial": "--run", "knn": "--folder"}
 """Each job's option for the folder of its result."""
@@ -122,7 +122,7 @@ def sweep(command: Sweep, cells: Sequence[Cell], steps: Sequence[Step], start: S
     train, val = command.train or cells[0].recipe.data.dataset, command.val
     for cell in cells:
         folder = RunFolder(command.dir / cell.folder)
-        folder.refuse_other_experiment(cell.recipe, ())
+        folder.check_same_experiment(cell.recipe, ())
         if is_locked(folder.lock):
             raise RecipeError(f"{folder.path} is being trained already; wait for it, stop it, or give another --dir")
         for step in steps:
@@ -176,7 +176,7 @@ def launched(nproc: int, max_restarts: int) -> Start:
 
     def start(arguments: list[str]) -> int:
         launch = ["launch", "--nproc", str(nproc), "--max-restarts", str(max_restarts)]
-        command = [sys.executable, "-m", "jobs.command", *launch, *arguments]
+        command = [sys.executable, "-m", "maelstream.jobs.command", *launch, *arguments]
         with Signals() as signals:
             process = subprocess.Popen(
                 command, env=os.environ | {"MAELSTREAM_STDIN": "1"}, stdin=subprocess.PIPE, start_new_session=True

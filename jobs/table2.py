@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from jobs.arguments import parsed
-from jobs.hardware import free_bytes, synchronise
-from jobs.recipe import RecipeError
-from model.mae import MAE, MAEConfig
-from model.optimise import weight_decay_groups
-from model.transformer import choose_attention
-from shards.errors import MaelstreamError
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.hardware import free_bytes, synchronise
+from maelstream.jobs.recipe import RecipeError
+from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.optimise import weight_decay_groups
+from maelstream.model.transformer import choose_attention
+from maelstream.shards.errors import MaelstreamError
 
 IMAGES, EPOCHS, BATCH = 1_281_167, 800, 4096
 SIZES = {

@@ -1,7 +1,7 @@
 """`maelstream tune RECIPE`: the fastest engine and loader settings on this machine, found within a time budget.
 
 Coordinate descent: one setting after another is moved as long as that helps, until a round over all of them brings
-nothing or the time is up. Each trial is a process of its own (jobs.trial), so running out of memory is a result. Then
+nothing or the time is up. Each trial is a process of its own (maelstream.jobs.profiling.trial), so running out of memory is a result. Then
 the recipe as it is and the best of the search take turns, and the medians say what was gained. What is written is a
 recipe laid over the given one, with keys of `engine` and `loader` alone: the experiment stays what it was.
 """
@@ -24,10 +24,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from jobs.arguments import parsed
-from jobs.recipe import Recipe, RecipeError, dump_recipe, load_recipe, resolve
-from jobs.trial import OUT_OF_MEMORY
-from shards.durable import written_whole
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.profiling.trial import OUT_OF_MEMORY
+from maelstream.jobs.recipe import Recipe, RecipeError, dump_recipe, load_recipe, resolve
+from maelstream.shards.durable import written_whole
 
 MIN_GAIN = 1.01
 """Times as fast as the best that a setting must be to replace it; less is noise."""
@@ -227,7 +227,7 @@ class Trials:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trial.yaml"
             path.write_text(dump_recipe(laid_over(self._recipe, setting)))
-            command = [sys.executable, "-m", "jobs.trial", str(path), str(self._seconds)]
+            command = [sys.executable, "-m", "maelstream.jobs.profiling.trial", str(path), str(self._seconds)]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=self._limit_s)
             except subprocess.TimeoutExpired:

@@ -8,10 +8,10 @@ from typing import Annotated
 import tyro
 from rich.progress import Progress
 
-from jobs.arguments import parsed
-from shards.dataset import Dataset
-from shards.executors import Local
-from shards.verify import verify
+from maelstream.jobs.arguments import parsed
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.executors import Local
+from maelstream.shards.verify import verify
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from jobs.arguments import parsed
-from jobs.runfolder import RunFolder
-from jobs.runs import ago, state_of
-from jobs.status import read_status
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.run_folder.status import read_status
+from maelstream.jobs.runs import ago, state_of
 
 _REFRESH_S = 1.0
 _BLOCKS = "▁▂▃▄▅▆▇█"

@@ -12,9 +12,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from model.formats import encoder_of
-from model.position import interpolate_table
-from model.transformer import initialise, layer_norm
+from maelstream.model.formats import encoder_of
+from maelstream.model.position import interpolate_table
+from maelstream.model.transformer import initialise, layer_norm
 
 Pool = Literal["mean", "class_token"]
 

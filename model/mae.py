@@ -16,11 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model.masking import Mask, MaskKind, draw_mask, keep_count, refuse_grid_mask, take
-from model.patches import Target, denormalise, normalise, patchify, unpatchify
-from model.position import sincos_table
-from model.targets import PCATarget, PixelTarget, ReconstructionTarget, TokenTarget
-from model.transformer import AttentionKind, PatchProjection, blocks, choose_attention, initialise, layer_norm
+from maelstream.model.masking import Mask, MaskKind, draw_mask, keep_count, refuse_grid_mask, take
+from maelstream.model.patches import Target, denormalise, normalise, patchify, unpatchify
+from maelstream.model.position import sincos_table
+from maelstream.model.targets import PCATarget, PixelTarget, ReconstructionTarget, TokenTarget
+from maelstream.model.transformer import (
+    AttentionKind,
+    PatchProjection,
+    blocks,
+    choose_attention,
+    initialise,
+    layer_norm,
+)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from model.mae import MAE, MAEConfig
-from model.optimise import weight_decay_groups
+from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.optimise import weight_decay_groups
 
 BUCKET = 500_000_000
 """Elements of DeepSpeed's `reduce_bucket_size`."""

@@ -12,7 +12,7 @@ from jaxtyping import Float, Float32, Shaped, UInt8
 from torch import Tensor
 
 Target = Literal["pixel", "normalised_pixel", "pca", "token"]
-"""The first two follow from a patch alone and are computed here; `model.targets` has all."""
+"""The first two follow from a patch alone and are computed here; `maelstream.model.targets` has all."""
 
 _EPS = 1e-6
 

@@ -101,7 +101,7 @@ class Encoder(nn.Module):
         return self.blocks(mapped)
 
     def flops(self, height: int, width: int) -> int:
-        """Floating-point operations of one image, as `model.flops` counts them."""
+        """Floating-point operations of one image, as `maelstream.model.flops` counts them."""
         total, area = 0, height * width
         for group in self.blocks.children():
             total += 2 * area * sum(conv.w.numel() for conv in group.modules() if isinstance(conv, Conv))

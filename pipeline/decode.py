@@ -23,11 +23,11 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from pipeline.changes import Changes, changed
-from pipeline.draws import Draws
-from pipeline.ranges import stage
-from pipeline.scaled import STUB, reduction, window_of_scaled
-from shards.errors import MaelstreamError
+from maelstream.pipeline.augment_params import AugmentParams
+from maelstream.pipeline.dct_scaling import STUB, reduction, window_of_scaled
+from maelstream.pipeline.pixel_augment import PixelAugment, changed
+from maelstream.pipeline.tracing import stage
+from maelstream.shards.errors import MaelstreamError
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class EncodedBatch:
     windows: Int32[np.ndarray, "b 4"]  # to decode: left, top, width, height in pixels
     resizes: Int32[np.ndarray, "b 4"]  # of the window: height, width; then to crop from it: top, left
     flips: Bool[np.ndarray, "b"]
-    changes: Changes | None
+    changes: PixelAugment | None
 
     @classmethod
-    def of(cls, encoded: list[np.ndarray], draws: Draws) -> "EncodedBatch":
+    def of(cls, encoded: list[np.ndarray], draws: AugmentParams) -> "EncodedBatch":
         """The bytes with what was drawn for them."""
         return cls(encoded, draws.windows, draws.resizes, draws.flips, draws.changes)
 
@@ -261,7 +261,7 @@ class GpuDecoder:
         config: DecodeConfig = DecodeConfig(),
     ):
         self._source, self._image_size, self._device, self._output = source, image_size, device, output
-        self._changes: deque[Changes | None] = deque()  # of the batches that DALI has taken but not yet handed out
+        self._changes: deque[PixelAugment | None] = deque()  # of the batches that DALI has taken but not yet handed out
         self._stream = torch.cuda.Stream(device)
         self._pipeline = Pipeline(max_batch_size, threads, device.index, prefetch_queue_depth=2)
         with self._pipeline:

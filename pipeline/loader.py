@@ -1,6 +1,6 @@
 """The loader of pre-training: read-ahead, decoding, bad samples, and the whole state of the data path in one number.
 
-What a batch holds is `pipeline.line`'s; this is how it gets there: threads read ahead, DALI decodes, a queue hands
+What a batch holds is `maelstream.pipeline.batch_plan`'s; this is how it gets there: threads read ahead, DALI decodes, a queue hands
 over. A sample that cannot be decoded is found, named and replaced, and the decoder, which DALI gives up for lost, is
 made anew.
 """
@@ -20,17 +20,17 @@ import torch
 from jaxtyping import Int32, Int64, Shaped
 from torch import Tensor
 
-from pipeline.decode import DECODERS, DecodeConfig, EncodedBatch, Output
-from pipeline.draws import AugmentDraws
-from pipeline.feed import BadSample, BadSamples, Feed, LineFeed
-from pipeline.line import Line, MicroBatch, Place, Slices
-from pipeline.mix import Mix, MixOrder
-from pipeline.order import SampleOrder
-from pipeline.ranges import stage
-from pipeline.stream import Stream, StreamFeed
-from shards.dataset import Dataset
-from shards.errors import MaelstreamError
-from shards.inspect import Unfit, inspect
+from maelstream.pipeline.augment_params import AugmentSampler
+from maelstream.pipeline.batch_plan import BatchPlan, MicroBatch, SampleId, Slices
+from maelstream.pipeline.decode import DECODERS, DecodeConfig, EncodedBatch, Output
+from maelstream.pipeline.mix import Mix, MixOrder
+from maelstream.pipeline.order import SampleOrder
+from maelstream.pipeline.sample_source import BadSample, BadSamples, PlannedSource, SampleSource
+from maelstream.pipeline.stream import Stream, StreamSource
+from maelstream.pipeline.tracing import stage
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import MaelstreamError
+from maelstream.shards.inspect import Unfit, inspect
 
 _POLL_S = 0.1  # how often a thread that waits on a queue looks whether the loader was closed
 
@@ -46,7 +46,7 @@ class LoaderState(TypedDict):
 class Batch:
     """One micro-batch of one rank."""
 
-    images: Shaped[Tensor, "b 3 h w"]  # uint8, or normalised; see `pipeline.decode.Output`
+    images: Shaped[Tensor, "b 3 h w"]  # uint8, or normalised; see `maelstream.pipeline.decode.Output`
     keys: Int64[Tensor, "b"]  # masks are hashed from these; on the CPU, the model's device takes them
     samples: Int64[np.ndarray, "b"]
     epochs: Int64[np.ndarray, "b"]
@@ -55,7 +55,7 @@ class Batch:
     """This slice's size over the mean slice's: mean losses times weights average to the global batch's mean loss."""
 
 
-class PretrainLoader:
+class ImageLoader:
     """Iterates over the micro-batches of one rank without end; use it as a context manager, which stops its threads.
 
     `state_dict()` tells the line's state after the last *whole* global batch that was handed out.
@@ -65,7 +65,7 @@ class PretrainLoader:
         self,
         dataset: Dataset | Mix | Stream,
         order: SampleOrder | MixOrder,
-        draws: AugmentDraws,
+        draws: AugmentSampler,
         image_size: tuple[int, int],
         slices: Slices,
         rank: int,
@@ -93,7 +93,7 @@ class PretrainLoader:
         self._image_size, self._threads, self._prefetch = image_size, threads, prefetch
         self._output, self._config = output, decode
         bad = BadSamples(max_bad_share, len(dataset), on_bad)
-        self._feed = partial(feed_of, dataset, order, draws, slices, rank, prefetch, bad)
+        self._feed = partial(sample_source_of, dataset, order, draws, slices, rank, prefetch, bad)
         self._consumed = 0
         self._stop = threading.Event()
         self._producer: threading.Thread | None = None
@@ -113,7 +113,7 @@ class PretrainLoader:
             )
         self._consumed = state["epoch"] * len(self._dataset) + state["position"]
 
-    def __enter__(self) -> "PretrainLoader":
+    def __enter__(self) -> "ImageLoader":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -145,7 +145,7 @@ class PretrainLoader:
         finally:
             feed.close()
 
-    def _decode(self, feed: Feed, ahead: "ReadAhead", batches: "Queue[Batch | Exception]") -> int:
+    def _decode(self, feed: SampleSource, ahead: "ReadAhead", batches: "Queue[Batch | Exception]") -> int:
         """Decodes until the loader is closed, or an image fails and is known for bad; how many were handed over."""
         decoder = DECODERS[self._device.type](
             ahead, self._slices.largest, self._image_size, self._threads, self._device, self._output, self._config
@@ -164,10 +164,10 @@ class PretrainLoader:
             handed_over += 1
         return handed_over
 
-    def _undecodable(self, decoding: Iterable[tuple[MicroBatch, EncodedBatch]]) -> dict[Place, str]:
+    def _undecodable(self, decoding: Iterable[tuple[MicroBatch, EncodedBatch]]) -> dict[SampleId, str]:
         """Where in these micro-batches stands what DALI cannot decode, and why."""
-        reasons: dict[Place, str] = {}
-        suspects: dict[Place, EncodedBatch] = {}
+        reasons: dict[SampleId, str] = {}
+        suspects: dict[SampleId, EncodedBatch] = {}
         for planned, batch in decoding:
             for number, place in enumerate(planned.places()):
                 one = slice(number, number + 1)
@@ -179,7 +179,7 @@ class PretrainLoader:
                 except Unfit as reason:
                     reasons[place] = str(reason)
 
-        def fails(place: Place) -> bool:
+        def fails(place: SampleId) -> bool:
             try:
                 DECODERS[self._device.type](
                     lambda _: suspects[place], 1, self._image_size, 1, self._device, config=self._config
@@ -210,21 +210,21 @@ class PretrainLoader:
                 break
 
 
-def feed_of(
+def sample_source_of(
     dataset: Dataset | Mix | Stream,
     order: SampleOrder | MixOrder,
-    draws: AugmentDraws,
+    draws: AugmentSampler,
     slices: Slices,
     rank: int,
     prefetch: int,
     bad: BadSamples,
     start: int,
-) -> Feed:
+) -> SampleSource:
     """What a rank reads where `start` samples have been consumed."""
     if not isinstance(dataset, Stream):
-        return LineFeed(Line(dataset, order, draws, slices, rank), start, bad)
+        return PlannedSource(BatchPlan(dataset, order, draws, slices, rank), start, bad)
     assert isinstance(order, SampleOrder)
-    return StreamFeed(dataset, order, draws, slices, rank, start, prefetch, bad)
+    return StreamSource(dataset, order, draws, slices, rank, start, prefetch, bad)
 
 
 def _take(batches: "Queue[Batch | Exception]") -> Batch:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from pipeline.order import SampleOrder, Shuffle
-from shards.dataset import Dataset
-from shards.errors import MaelstreamError
-from shards.reader import ShardReader
+from maelstream.pipeline.order import SampleOrder, Shuffle
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import MaelstreamError
+from maelstream.shards.reader import ShardReader
 
 _PARTS = 1_000_000  # that weights are rounded to
 

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from pipeline.hashing import mix, sample_keys, seed_word
+from maelstream.pipeline.hashing import mix, sample_keys, seed_word
 
 _ROUNDS = 6
 _BLOCK, _WINDOW = 128, 16  # samples a block, blocks a window: 14 and 225 MB of ImageNet

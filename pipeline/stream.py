@@ -25,14 +25,14 @@ from PIL import Image, UnidentifiedImageError
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from pipeline.decode import EncodedBatch
-from pipeline.draws import AugmentDraws
-from pipeline.feed import BadSample, BadSamples
-from pipeline.line import MicroBatch, Place, Slices
-from pipeline.order import SampleOrder
-from shards.errors import MaelstreamError, StorageError
-from shards.inspect import MAX_PIXELS, jpeg_size, refusal
-from shards.scan import IMAGE_EXTENSIONS, json_label
+from maelstream.pipeline.augment_params import AugmentSampler
+from maelstream.pipeline.batch_plan import MicroBatch, SampleId, Slices
+from maelstream.pipeline.decode import EncodedBatch
+from maelstream.pipeline.order import SampleOrder
+from maelstream.pipeline.sample_source import BadSample, BadSamples
+from maelstream.shards.errors import MaelstreamError, StorageError
+from maelstream.shards.inspect import MAX_PIXELS, jpeg_size, refusal
+from maelstream.shards.scan import IMAGE_EXTENSIONS, json_label
 
 _PAUSES_S = (0.1, 0.4, 1.6, 6.4)
 _SHARD_BITS = 32  # a sample's number is its shard's, and behind it its own in the shard
@@ -89,18 +89,18 @@ class StreamSample(NamedTuple):
     label: int
 
     @property
-    def place(self) -> Place:
+    def place(self) -> SampleId:
         return self.epoch, self.sample
 
 
-class StreamFeed:
-    """The feed of a stream; as `pipeline.feed.Feed`."""
+class StreamSource:
+    """The feed of a stream; as `maelstream.pipeline.sample_source.SampleSource`."""
 
     def __init__(
         self,
         stream: Stream,
         order: SampleOrder,
-        draws: AugmentDraws,
+        draws: AugmentSampler,
         slices: Slices,
         rank: int,
         start: int,
@@ -123,7 +123,7 @@ class StreamFeed:
         self._samples = iter(shuffled(self._read_through()))
 
     def read(self, number: int) -> tuple[MicroBatch, EncodedBatch]:
-        """As `Feed.read`; of those handed out long ago nothing is kept."""
+        """As `SampleSource.read`; of those handed out long ago nothing is kept."""
         with self._lock:
             while self._next <= number:
                 first, end = self._slices.bounds(self._rank, self._next % self._slices.micro_batches)
@@ -138,13 +138,13 @@ class StreamFeed:
         planned = MicroBatch(numbers, epochs, np.arange(len(samples)), labels, draws)
         return planned, EncodedBatch.of([sample.data for sample in samples], draws)
 
-    def replace(self, reasons: dict[Place, str]) -> None:
-        """As `Feed.replace`: the next good sample of its micro-batch stands in a bad one's place."""
+    def replace(self, reasons: dict[SampleId, str]) -> None:
+        """As `SampleSource.replace`: the next good sample of its micro-batch stands in a bad one's place."""
         with self._lock:
             for number in self._micro_batches:
                 self._replace(number, reasons)
 
-    def _replace(self, number: int, reasons: dict[Place, str]) -> None:
+    def _replace(self, number: int, reasons: dict[SampleId, str]) -> None:
         samples = self._micro_batches[number]
         bad = [sample for sample in samples if sample.place in reasons]
         for sample in bad:
@@ -157,7 +157,7 @@ class StreamFeed:
         ]
 
     def close(self) -> None:
-        """As `Feed.close`; what is read is closed when it is let go."""
+        """As `SampleSource.close`; what is read is closed when it is let go."""
 
     def _read_through(self) -> Iterator[StreamSample]:
         shards, count = self._stream.shards, len(self._stream.shards)

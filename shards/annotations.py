@@ -15,8 +15,8 @@ from typing import Any
 
 from pyarrow.fs import FileType
 
-from shards.errors import DatasetError
-from shards.storage import Entry, Storage
+from maelstream.shards.errors import DatasetError
+from maelstream.shards.storage import Entry, Storage
 
 _PUBLISHED = re.compile(r"(train|val|test)20\d\d\.json|(train|val)_places205\.csv|places365_\w+\.txt")
 _PLACES205_LISTS = "trainvalsplit_places205"

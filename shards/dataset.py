@@ -12,9 +12,9 @@ import pyarrow as pa
 from jaxtyping import Int64
 from pyarrow.fs import FileType
 
-from shards.errors import DatasetError
-from shards.index import INDEX_NAME, NUMBERS, SCHEMA
-from shards.storage import Storage
+from maelstream.shards.errors import DatasetError
+from maelstream.shards.index import INDEX_NAME, NUMBERS, SCHEMA
+from maelstream.shards.storage import Storage
 
 FORMAT_VERSION = 1
 MANIFEST_NAME, INFO_NAME, QUARANTINE_NAME = "dataset.json", "_info.json", "quarantine.jsonl"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from shards.errors import DatasetError
+from maelstream.shards.errors import DatasetError
 
 
 @contextmanager

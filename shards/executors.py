@@ -16,7 +16,7 @@ from itertools import islice
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
-from shards.errors import DatasetError
+from maelstream.shards.errors import DatasetError
 
 
 class Executor(Protocol):
@@ -34,7 +34,7 @@ class Local:
     workers: int
 
     def __post_init__(self) -> None:
-        _refuse_none(self.workers)
+        _check_workers(self.workers)
 
     def run(self, task: str, jobs: Iterable[Any]) -> Generator[Any, None, None]:
         # Spawned, not forked: the caller may hold threads.
@@ -66,7 +66,7 @@ class Ray:
     workers: int
 
     def __post_init__(self) -> None:
-        _refuse_none(self.workers)
+        _check_workers(self.workers)
 
     def run(self, task: str, jobs: Iterable[Any]) -> Generator[Any, None, None]:
         try:
@@ -106,7 +106,7 @@ def _ray_cluster(ray: Any, workers: int) -> Iterator[None]:
 EXECUTORS: dict[str, Callable[[int], Executor]] = {"local": Local, "ray": Ray}
 
 
-def _refuse_none(workers: int) -> None:
+def _check_workers(workers: int) -> None:
     if workers < 1:
         raise DatasetError(f"--workers {workers}: at least one has to do it")
 

@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow.fs import FileType
 
-from shards.dataset import FORMAT_VERSION, INFO_NAME, MANIFEST_NAME, QUARANTINE_NAME, sealed
-from shards.errors import DatasetError
-from shards.executors import Executor
-from shards.index import INDEX_NAME, SCHEMA, write_one_batch
-from shards.plan import PLAN, PackOptions, Plan, as_found, shuffled, write_plan
-from shards.sources import Sources, find_sources
-from shards.storage import WORK, Storage
-from shards.work import Receipt, ScanJob, ShardJob
+from maelstream.shards.dataset import FORMAT_VERSION, INFO_NAME, MANIFEST_NAME, QUARANTINE_NAME, sealed
+from maelstream.shards.errors import DatasetError
+from maelstream.shards.executors import Executor
+from maelstream.shards.index import INDEX_NAME, SCHEMA, write_one_batch
+from maelstream.shards.plan import PLAN, PackOptions, Plan, as_found, shuffled, write_plan
+from maelstream.shards.sources import Sources, find_sources
+from maelstream.shards.storage import WORK, Storage
+from maelstream.shards.work import Receipt, ScanJob, ShardJob
 
 _CLAIM = f"{WORK}/claim"
 _JPEG_QUALITY = 90
@@ -163,7 +163,7 @@ def _carry_out(
         raise DatasetError(_not_strict(plan.left_out))
     missing = [job for job in _undone(jobs, destination) if job.number % part[1] == part[0] - 1]
     total_bytes = sum(plan.shard_bytes[job.number] for job in missing)
-    with closing(executor.run("shards.build:build", missing)) as built:
+    with closing(executor.run("maelstream.shards.build:build", missing)) as built:
         for count, (number, receipt) in enumerate(built, 1):
             if strict and receipt.quarantine:
                 raise DatasetError(_not_strict(receipt.quarantine))
@@ -228,7 +228,7 @@ def _scan_and_plan(build: _Build, executor: Executor, report: Report, part: tupl
     first = len(missing) * (part[0] - 1) // part[1]
     missing = missing[first:] + missing[:first]
     total_bytes = sum(files[job.number][1] for job in missing)
-    with closing(executor.run("shards.scan:scan", missing)) as scanned:
+    with closing(executor.run("maelstream.shards.scan:scan", missing)) as scanned:
         for count, (number, rows) in enumerate(scanned, 1):
             name, size = files[number]
             report(Progress("scan", count, len(missing), name, rows, 0, size, total_bytes))

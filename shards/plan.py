@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shards.errors import DatasetError
-from shards.index import write_one_batch
-from shards.storage import WORK, Storage
+from maelstream.shards.errors import DatasetError
+from maelstream.shards.index import write_one_batch
+from maelstream.shards.storage import WORK, Storage
 
 PLAN = f"{WORK}/plan.arrow"
 _LARGEST_LABEL = 99_999  # without class names; ImageNet-22k has 21,841
@@ -141,7 +141,7 @@ def as_found(files: list[str]) -> Cut:
 def write_plan(
     destination: Storage, tables: Iterable[pa.Table], classes: list[str] | None, named: bool, cut: Cut
 ) -> None:
-    """Writes the plan of the rows in `tables` (of `shards.scan.ROWS`).
+    """Writes the plan of the rows in `tables` (of `maelstream.shards.scan.ROWS`).
 
     `classes` are the names by label, where they are known; `named` tells that labels are names, even where they look
     like numbers.

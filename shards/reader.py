@@ -18,8 +18,8 @@ import google_crc32c
 import numpy as np
 from jaxtyping import Int64
 
-from shards.dataset import Dataset
-from shards.errors import DatasetError, StorageError
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import DatasetError, StorageError
 
 _GAP_BYTES = 2**18  # what a store sends in the time that one more request takes (20 ms at 10 MB/s and more)
 _RANGE_BYTES = 2**24

@@ -1,7 +1,7 @@
 """What SRC is, found by looking at it: class folders, lists of images, the ILSVRC2012 tars, WebDataset shards, or
 Parquet files.
 
-Nothing but lists, names and sizes is read here; what lies inside tars and Parquet files is for `shards.scan`.
+Nothing but lists, names and sizes is read here; what lies inside tars and Parquet files is for `maelstream.shards.scan`.
 """
 
 import fnmatch
@@ -18,9 +18,9 @@ import braceexpand
 import pyarrow as pa
 from pyarrow.fs import FileType
 
-from shards.annotations import from_above, is_list, published_lists, read_annotations
-from shards.errors import DatasetError
-from shards.storage import Entry, Storage
+from maelstream.shards.annotations import from_above, is_list, published_lists, read_annotations
+from maelstream.shards.errors import DatasetError
+from maelstream.shards.storage import Entry, Storage
 
 SPLITS = {
     "train": {"train", "training"},

@@ -19,8 +19,8 @@ from typing import BinaryIO, NamedTuple
 import pyarrow as pa
 from pyarrow import fs
 
-from shards.durable import written_whole
-from shards.errors import DatasetError, StorageError
+from maelstream.shards.durable import written_whole
+from maelstream.shards.errors import DatasetError, StorageError
 
 WORK = ".pack"
 """Folder of a build inside its dataset; gone when the dataset is whole."""

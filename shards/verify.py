@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import google_crc32c
 import numpy as np
 
-from shards.dataset import Dataset
-from shards.errors import DatasetError
-from shards.executors import Executor
-from shards.inspect import Unfit, inspect
-from shards.storage import Storage
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import DatasetError
+from maelstream.shards.executors import Executor
+from maelstream.shards.inspect import Unfit, inspect
+from maelstream.shards.storage import Storage
 
 _MISSING = "missing"
 
@@ -52,7 +52,7 @@ def verify(dataset: Dataset, deep: bool, executor: Executor, on_shard: Callable[
         if (fault := _wrong_digest(dataset.storage, name, sha256)) is not None:
             yield fault
     jobs = [VerifyJob(dataset.storage, number, deep) for number in range(len(dataset.shard_names))]
-    with closing(executor.run("shards.verify:verify_shard", jobs)) as verified:
+    with closing(executor.run("maelstream.shards.verify:verify_shard", jobs)) as verified:
         for faults in verified:
             on_shard()
             yield from faults

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 
-from shards.storage import WORK, Storage
+from maelstream.shards.storage import WORK, Storage
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class ScanJob:
     number: int
     file: str
     label_field: str | None
-    """As in `shards.plan.PackOptions`."""
+    """As in `maelstream.shards.plan.PackOptions`."""
     ground_truth: list[str] | None
-    """As in `shards.sources.Sources`."""
+    """As in `maelstream.shards.sources.Sources`."""
 
     @property
     def output(self) -> str:
-        """Rows of `shards.scan.ROWS`."""
+        """Rows of `maelstream.shards.scan.ROWS`."""
         return f"{WORK}/scan-{self.number:06d}.arrow"
 
     @property
@@ -49,7 +49,7 @@ class ShardJob:
     adopt: bool
     """Whether the shard stands already, and no byte of it may change."""
     resize: int | None
-    """As in `shards.plan.PackOptions`."""
+    """As in `maelstream.shards.plan.PackOptions`."""
     quality: int
 
     @property

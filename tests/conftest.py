@@ -10,8 +10,8 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from jobs.pack import main as pack
-from shards.dataset import Dataset
+from maelstream.jobs.pack import main as pack
+from maelstream.shards.dataset import Dataset
 
 # Ranks that a test starts import jobs/ and tests/ alike; two of them share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -33,7 +33,7 @@ def test_a_room_imports_only_the_rooms_below_it(path: Path) -> None:
 
 
 def test_an_upward_import_would_be_found() -> None:
-    assert imported_rooms("def f():\n    from jobs.engine import build_engine\n") == {"jobs"}
+    assert imported_rooms("def f():\n    from maelstream.jobs.training.engine import build_engine\n") == {"jobs"}
 
 
 @pytest.mark.parametrize("room", ["shards", "model"])

@@ -18,9 +18,9 @@ from benchmarks import gpu, gpu_train
 from benchmarks.gpu import PARTS, Outcome, Part, check, exit_code, table
 from benchmarks.gpu_part import CannotRun, Setting, last_words, row_of, written
 from benchmarks.gpu_part import main as part_main
-from jobs.runfolder import RunFolder
-from shards.dataset import Dataset
-from tests.forked import CONTEXT, start
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.shards.dataset import Dataset
+from tests.helpers.forked import CONTEXT, start
 
 MADE_UP = "tests.benchmarks.made_up"
 

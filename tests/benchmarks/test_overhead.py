@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from benchmarks.overhead import PLAIN, PROFILED, TRACED, Options, measured
-from tests.forked import CONTEXT
+from tests.helpers.forked import CONTEXT
 
 
 def _measure(recipe: str, out: Path) -> None:

@@ -12,13 +12,13 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from jobs.command import run
-from jobs.evaluations import Evaluation, read_evaluations
-from jobs.pack import main as pack
-from jobs.runfolder import RunFolder
-from shards.dataset import Dataset, sealed
+from maelstream.jobs.command import run
+from maelstream.jobs.evaluation.results import Evaluation, read_evaluations
+from maelstream.jobs.pack import main as pack
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.shards.dataset import Dataset, sealed
 from tests.conftest import write_images
-from tests.forked import run_ranks, start
+from tests.helpers.forked import run_ranks, start
 
 STEPS = 8
 SMALL = """

@@ -12,17 +12,17 @@ from safetensors.torch import save_file
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
-from jobs.command import run
-from jobs.evaluations import Evaluation, read_evaluations
-from jobs.pack import main as pack
-from jobs.recipe import Recipe, dump_recipe
-from model.classifier import ClassifierConfig, build_classifier
-from model.mae import MAE, MAEConfig
-from model.patches import normalise
-from shards.dataset import Dataset
+from maelstream.jobs.command import run
+from maelstream.jobs.evaluation.results import Evaluation, read_evaluations
+from maelstream.jobs.pack import main as pack
+from maelstream.jobs.recipe import Recipe, dump_recipe
+from maelstream.model.classifier import ClassifierConfig, build_classifier
+from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.patches import normalise
+from maelstream.shards.dataset import Dataset
 from tests.conftest import write_images
-from tests.crops import central_images
-from tests.forked import run_ranks
+from tests.helpers.crops import central_images
+from tests.helpers.forked import run_ranks
 
 MODEL = MAEConfig((32, 32), patch_size=8, dim=48, depth=2, heads=3, decoder_dim=16, decoder_depth=1, decoder_heads=2)
 CLASSIFIER = ClassifierConfig(classes=7, image_size=(32, 32), patch_size=8, dim=48, depth=2, heads=3, drop_path=0.0)
@@ -132,11 +132,11 @@ def test_knn_is_the_same_on_any_number_of_ranks(pretrained: Path, train: Dataset
     assert 0 < found[0].top1 < found[0].top5 < 100
 
 
-Line = Callable[..., str]
+BatchPlan = Callable[..., str]
 
 
 @pytest.fixture
-def line(capfd: pytest.CaptureFixture[str]) -> Line:
+def line(capfd: pytest.CaptureFixture[str]) -> BatchPlan:
     """What a command that refuses says."""
 
     def said(command: str, *args: object) -> str:
@@ -148,19 +148,19 @@ def line(capfd: pytest.CaptureFixture[str]) -> Line:
     return said
 
 
-def test_classes_that_differ_are_one_line(classifier: Path, packed: Dataset, line: Line) -> None:
+def test_classes_that_differ_are_one_line(classifier: Path, packed: Dataset, line: BatchPlan) -> None:
     said = line("evaluate", classifier, packed.folder, "--heads", 3)
     assert "tells 7 classes apart" in said and "has 3; give images of the classes" in said
 
 
-def test_an_encoder_is_no_classifier(pretrained: Path, val: Dataset, line: Line) -> None:
+def test_an_encoder_is_no_classifier(pretrained: Path, val: Dataset, line: BatchPlan) -> None:
     assert "is a run of pretrain, which has no classifier" in line("evaluate", pretrained, val.folder)
     file = pretrained / "checkpoints" / "step-00000012" / "weights.safetensors"
     assert "without a classifier; train one with `maelstream finetune`" in line("evaluate", file, val.folder)
 
 
 def test_heads_that_no_tensor_tells_and_tensors_that_do_not_fit_are_one_line(
-    classifier: Path, val: Dataset, tmp_path: Path, line: Line
+    classifier: Path, val: Dataset, tmp_path: Path, line: BatchPlan
 ) -> None:
     assert "--heads tells how many" in line("evaluate", classifier, val.folder)
     weights = torch.load(classifier)["model"] | {"blocks.1.mlp.fc1.weight": torch.zeros(7, 48)}
@@ -170,7 +170,7 @@ def test_heads_that_no_tensor_tells_and_tensors_that_do_not_fit_are_one_line(
 
 
 def test_data_without_labels_with_too_few_images_or_of_other_classes_is_one_line(
-    pretrained: Path, classifier: Path, train: Dataset, packed: Dataset, tmp_path: Path, line: Line
+    pretrained: Path, classifier: Path, train: Dataset, packed: Dataset, tmp_path: Path, line: BatchPlan
 ) -> None:
     (tmp_path / "flat").mkdir()
     for number, image in enumerate(sorted(Path(train.folder).parent.glob("images/*/00[01].jpg"))):
@@ -184,13 +184,13 @@ def test_data_without_labels_with_too_few_images_or_of_other_classes_is_one_line
 
 @pytest.mark.parametrize("option", [("--k", "0"), ("--temperature", "0"), ("--margin", "0.5"), ("--threads", "-1")])
 def test_options_that_make_no_sense_are_one_line(
-    pretrained: Path, train: Dataset, option: tuple[str, str], line: Line
+    pretrained: Path, train: Dataset, option: tuple[str, str], line: BatchPlan
 ) -> None:
     assert option[0] in line("knn", pretrained, train.folder, train.folder, *option)
 
 
 def test_an_encoder_of_another_size_than_its_run_s_is_one_line(
-    pretrained: Path, train: Dataset, tmp_path: Path, line: Line
+    pretrained: Path, train: Dataset, tmp_path: Path, line: BatchPlan
 ) -> None:
     shutil.copytree(pretrained, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(dump_recipe(Recipe(model=replace(MODEL, depth=3))))

@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ViTImageProcessor, ViTMAEForPreTraining, ViTMAEModel
 
-from jobs.card import without_paths
-from jobs.command import run
-from jobs.recipe import DataConfig, Recipe, StreamConfig, dump_recipe
-from jobs.weights import mae_weights, read_weights
-from model.formats import encoder_of
-from model.mae import MAE, MAEConfig
-from model.masking import mask_by_score
-from model.patches import normalise
-from shards.dataset import Dataset
+from maelstream.jobs.command import run
+from maelstream.jobs.recipe import DataConfig, Recipe, StreamConfig, dump_recipe
+from maelstream.jobs.reporting.model_card import without_paths
+from maelstream.jobs.weights.reading import mae_weights, read_weights
+from maelstream.model.formats import encoder_of
+from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.masking import mask_by_score
+from maelstream.model.patches import normalise
+from maelstream.shards.dataset import Dataset
 
 TINY = MAEConfig(
     (32, 32),
@@ -204,7 +204,7 @@ def test_an_export_is_reconstructed_from_like_the_run_itself_but_not_an_encoder_
 
 
 def test_nothing_of_transformers_is_needed_to_export_for_it(tiny: Path, tmp_path: Path) -> None:
-    hidden = "import sys; sys.modules['transformers'] = None; from jobs.command import run; sys.exit(run('export', {}))"
+    hidden = "import sys; sys.modules['transformers'] = None; from maelstream.jobs.command import run; sys.exit(run('export', {}))"
     args = [str(tiny), "--format", "hf", "--out", str(tmp_path / "out")]
     done = subprocess.run(
         [sys.executable, "-c", hidden.format(args)], capture_output=True, text=True, cwd=Path(__file__).parents[2]
@@ -249,7 +249,7 @@ def test_a_failing_export_leaves_the_older_one_as_it_was(
     def full(*_: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("jobs.export.model_card", full)
+    monkeypatch.setattr("maelstream.jobs.export.model_card", full)
     assert run("export", [*options, "--step", "8"]) == 2
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

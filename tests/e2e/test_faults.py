@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.health import SILENT
-from jobs.runfolder import RunFolder
-from jobs.status import read_status
-from tests.forked import Running, run_ranks, start
+from maelstream.jobs.distributed.health import SILENT
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.run_folder.status import read_status
+from tests.helpers.forked import Running, run_ranks, start
 
 STEPS = 12
 

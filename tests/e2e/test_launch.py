@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jobs.runfolder import RunFolder
-from tests.forked import free_port, run_ranks
+from maelstream.jobs.run_folder.folder import RunFolder
+from tests.helpers.forked import free_port, run_ranks
 
 ROOT = Path(__file__).parents[2]
 LONG = ("--optim.epochs", "4000", "--checkpoint.every-steps", "20")
@@ -38,12 +38,12 @@ def begin(tmp_path: Path) -> Iterator[Begin]:
 
 
 def launch(*options: str) -> list[str]:
-    return [sys.executable, "-m", "jobs.command", "launch", *options, "pretrain"]
+    return [sys.executable, "-m", "maelstream.jobs.command", "launch", *options, "pretrain"]
 
 
 def deepspeed(ranks: int) -> list[str]:
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
-    return [*runner, "--num_gpus", str(ranks), "--module", "jobs.pretrain"]
+    return [*runner, "--num_gpus", str(ranks), "--module", "maelstream.jobs.pretrain"]
 
 
 def wait_for_step(folder: RunFolder, step: int, process: subprocess.Popen) -> None:
@@ -115,7 +115,16 @@ def test_two_launchers_train_one_run(tiny: str, tmp_path: Path, begin: Begin) ->
 
 def test_slurm_s_environment_is_enough(tiny: str, tmp_path: Path, begin: Begin) -> None:
     common = {"SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x1)", "SLURM_JOB_ID": str(free_port())}
-    command = (sys.executable, "-m", "jobs.pretrain", tiny, "--run", str(tmp_path / "run"), "--stop-at-step", "3")
+    command = (
+        sys.executable,
+        "-m",
+        "maelstream.jobs.pretrain",
+        tiny,
+        "--run",
+        str(tmp_path / "run"),
+        "--stop-at-step",
+        "3",
+    )
     for more, code in (({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}, 0), ({}, 2)):
         tasks = [begin(*command, SLURM_PROCID=task, SLURM_LOCALID=task, **common, **more) for task in ("0", "1")]
         assert [task.wait(120) for task in tasks] == [code, code], (tmp_path / "output").read_text()
@@ -126,6 +135,6 @@ def test_torchrun_starts_it(tiny: str, tmp_path: Path, begin: Begin) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ("--run", str(tmp_path / "run"), "--stop-at-step", "3")
     # Behind `--`: torchrun takes --run for the beginning of one of its own options.
-    done = begin(*torchrun, "--module", "--", "jobs.pretrain", tiny, *options)
+    done = begin(*torchrun, "--module", "--", "maelstream.jobs.pretrain", tiny, *options)
     assert done.wait(120) == 0, (tmp_path / "output").read_text()
     assert RunFolder(tmp_path / "run").checkpoints.steps() == [3]

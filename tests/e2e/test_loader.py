@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.command import run
-from shards.dataset import Dataset
+from maelstream.jobs.command import run
+from maelstream.shards.dataset import Dataset
 
 
 def test_it_tells_rates_the_limit_and_writes_what_the_model_will_see(

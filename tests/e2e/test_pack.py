@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jobs.command import COMMANDS, run
-from jobs.demo import photographs, write_crops
-from jobs.pack import default_name
-from shards.dataset import Dataset
+from maelstream.jobs.command import COMMANDS, run
+from maelstream.jobs.demo import photographs, write_crops
+from maelstream.jobs.pack import default_name
+from maelstream.shards.dataset import Dataset
 from tests.conftest import write_images
 
 
@@ -195,7 +195,9 @@ def test_a_shard_size_that_is_none_is_refused(tmp_path: Path, capsys: pytest.Cap
 
 def maelstream(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", "from jobs.command import main; main()", *args], capture_output=True, text=True
+        [sys.executable, "-c", "from maelstream.jobs.command import main; main()", *args],
+        capture_output=True,
+        text=True,
     )
 
 

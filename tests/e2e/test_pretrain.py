@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs.command import run
-from jobs.pictures import read_about
-from jobs.runfolder import RunFolder
-from shards.dataset import Dataset
-from tests.forked import start
+from maelstream.jobs.command import run
+from maelstream.jobs.reporting.pictures import read_about
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.shards.dataset import Dataset
+from tests.helpers.forked import start
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -33,12 +33,12 @@ checkpoint: {{every_steps: 4, keep: 2}}
 
 
 def launch(ranks: int, *args: str) -> subprocess.CompletedProcess:
-    """`deepspeed --num_gpus RANKS --module jobs.pretrain ARGS`, as on the command line."""
+    """`deepspeed --num_gpus RANKS --module maelstream.jobs.pretrain ARGS`, as on the command line."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--master_port", str(port)]
-    command = [*deepspeed, "--num_gpus", str(ranks), "--module", "jobs.pretrain", *args]
+    command = [*deepspeed, "--num_gpus", str(ranks), "--module", "maelstream.jobs.pretrain", *args]
     # Its runner hands PYTHONPATH on; the interpreter's folder leads to the same python3 for the ranks.
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from jobs.command import run
-from jobs.recipe import load_recipe
-from model.memory import activation_bytes, state_bytes
-from pipeline.ranges import STAGES
-from shards.dataset import Dataset
-from tests.forked import run_ranks, start
+from maelstream.jobs.command import run
+from maelstream.jobs.recipe import load_recipe
+from maelstream.model.memory import activation_bytes, state_bytes
+from maelstream.pipeline.tracing import STAGES
+from maelstream.shards.dataset import Dataset
+from tests.helpers.forked import run_ranks, start
 
 NUMBERS = {"images_per_s", "bytes_per_s", "limit_images_per_s"}
 WHOLE = {

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.runfolder import RunFolder
-from tests.forked import run_ranks
+from maelstream.jobs.run_folder.folder import RunFolder
+from tests.helpers.forked import run_ranks
 
 STEPS = 12
 Unbroken = Callable[[tuple[str, ...]], RunFolder]
@@ -120,7 +120,7 @@ def test_a_compiled_model_trains_to_the_same_losses(tiny: str, tmp_path: Path) -
     running = []
     for name, more in (("eager", []), ("compiled", ["--engine.compile"])):
         options = ["--run", str(tmp_path / name), *ENGINES["zero1-fp32"], *more, "--stop-at-step", "3"]
-        running.append(subprocess.Popen([sys.executable, "-m", "jobs.pretrain", tiny, *options]))
+        running.append(subprocess.Popen([sys.executable, "-m", "maelstream.jobs.pretrain", tiny, *options]))
     assert [process.wait() for process in running] == [0, 0]
     eager, compiled = (told(RunFolder(tmp_path / name)) for name in ("eager", "compiled"))
     assert [loss for _, loss, _ in compiled] == pytest.approx([loss for _, loss, _ in eager], rel=1e-5)

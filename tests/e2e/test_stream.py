@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command import run
-from jobs.runfolder import RunFolder
-from shards.dataset import Dataset
+from maelstream.jobs.command import run
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.shards.dataset import Dataset
 from tests.conftest import TINY
-from tests.forked import run_ranks
+from tests.helpers.forked import run_ranks
 from tests.pipeline.test_stream import pattern
 
 

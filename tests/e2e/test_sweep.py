@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from jobs.command import run
-from jobs.runfolder import RunFolder
-from jobs.status import is_locked
-from tests.forked import run_ranks
+from maelstream.jobs.command import run
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.run_folder.status import is_locked
+from tests.helpers.forked import run_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def test_a_sweep_killed_with_9_leaves_no_rank_and_goes_on_from_the_checkpoint(
 ) -> None:
     out = tmp_path / "out"
     options = [tiny, "--dir", str(out), "--grid", "optim.base_lr=0.05,0.1", "--nproc", "1"]
-    command = [sys.executable, "-m", "jobs.command", "sweep", *options]
+    command = [sys.executable, "-m", "maelstream.jobs.command", "sweep", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     first, second = (RunFolder(out / f"base-lr-{lr}_seed-0") for lr in ("0.05", "0.1"))
     run_ranks(1, tiny, "--run", str(first.path), "--seed", "0", "--optim.base-lr", "0.05", output=tmp_path / "first")

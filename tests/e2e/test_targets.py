@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs import fit_tokenizer
-from jobs.command import run
-from jobs.runfolder import RunFolder
-from jobs.targetfile import read_target_file
-from shards.dataset import Dataset
-from tests.forked import run_ranks
+from maelstream.jobs import fit_tokenizer
+from maelstream.jobs.command import run
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.weights.target_file import read_target_file
+from maelstream.shards.dataset import Dataset
+from tests.helpers.forked import run_ranks
 
 RECIPE = """
 model: {image_size: [32, 32], patch_size: 8, dim: 48, depth: 2, heads: 3, decoder_dim: 32, decoder_depth: 1,

@@ -7,8 +7,8 @@ from typing import Annotated
 import pytest
 import tyro
 
-from jobs.arguments import parsed
-from shards.errors import MaelstreamError
+from maelstream.jobs.arguments import parsed
+from maelstream.shards.errors import MaelstreamError
 
 
 @dataclass(frozen=True)

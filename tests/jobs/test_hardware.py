@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jobs.hardware import datasheet_flops_per_s, matrix_flops_per_s
+from maelstream.jobs.hardware import datasheet_flops_per_s, matrix_flops_per_s
 
 
 @pytest.mark.parametrize(

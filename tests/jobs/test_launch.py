@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs import launch
-from jobs.command import run
+from maelstream.jobs import launch
+from maelstream.jobs.command import run
 
 PYTHON = sys.executable
 RANK_SCRIPT = """#!/bin/bash
-# `python -m jobs.command pretrain BEHAVIOUR ...`; the attempt is counted in a file a rank.
+# `python -m maelstream.jobs.command pretrain BEHAVIOUR ...`; the attempt is counted in a file a rank.
 echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR" >> "$LOG"
 eval "$4"
 """

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from jobs.command import run
-from jobs.runfolder import RunFolder
-from tests.jobs.reported import make_run
+from maelstream.jobs.command import run
+from maelstream.jobs.run_folder.folder import RunFolder
+from tests.helpers.reported import make_run
 
 ARTEFACTS = Path(__file__).parents[1] / "artefacts"
 PHONE, DESK = {"width": 375, "height": 740}, {"width": 1200, "height": 900}

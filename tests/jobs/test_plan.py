@@ -18,12 +18,12 @@ from benchmarks.plan import (
     predicted_state,
     storages_alive,
 )
-from jobs.command import run
-from jobs.devices import DEVICES, Device
-from jobs.plan import MODELS, Job, Step, count_of, memory_of, micro_batches_of, step_of
-from jobs.recipe import RecipeError
-from model.memory import traffic
-from tests.forked import CONTEXT
+from maelstream.jobs.command import run
+from maelstream.jobs.devices import DEVICES, Device
+from maelstream.jobs.plan import MODELS, Job, Step, count_of, memory_of, micro_batches_of, step_of
+from maelstream.jobs.recipe import RecipeError
+from maelstream.model.memory import traffic
+from tests.helpers.forked import CONTEXT
 
 JOB = Job(MODELS["vit-l16"], 8, 1, 4096, False, 1e9, 110_000, None)
 

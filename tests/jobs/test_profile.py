@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.profile import summary, table
+from maelstream.jobs.profile import summary, table
 
 WHOLE: dict[str, Any] = {
     "steps": 3,

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.classification import model_of
-from jobs.recipe import (
+from maelstream.jobs.evaluation.classification import model_of
+from maelstream.jobs.recipe import (
     ClassificationRecipe,
     Recipe,
     RecipeError,
@@ -20,9 +20,9 @@ from jobs.recipe import (
     load_recipe,
     read_values,
 )
-from jobs.runfolder import RunFolder
-from jobs.trainer import schedule_of
-from model.mae import MAE
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.training.trainer import schedule_of
+from maelstream.model.mae import MAE
 
 EVERY = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 LABELLED = [path for path in EVERY if "job" in read_values(path)]
@@ -199,13 +199,13 @@ def test_a_run_goes_on_with_another_schedule_when_allowed_and_never_with_another
     with pytest.raises(
         RecipeError, match=r"another optim.epochs \(800.0, now 900.0\).*--allow optim.epochs, or another"
     ):
-        folder.refuse_other_experiment(longer, ())
-    folder.refuse_other_experiment(longer, ("optim.epochs",))
+        folder.check_same_experiment(longer, ())
+    folder.check_same_experiment(longer, ("optim.epochs",))
     with pytest.raises(RecipeError, match="--allow seed: a run keeps it for life"):
-        folder.refuse_other_experiment(longer, ("optim.epochs", "seed"))
+        folder.check_same_experiment(longer, ("optim.epochs", "seed"))
     other = load_recipe(recipe_file(tmp_path, "model: {depth: 2}\noptim: {epochs: 900}"))
     with pytest.raises(RecipeError, match=r"model.depth \(12, now 2\)(?!.*--allow)"):
-        folder.refuse_other_experiment(other, ("optim.epochs",))
+        folder.check_same_experiment(other, ("optim.epochs",))
 
 
 def test_longer_recipes_differ_from_their_base_in_epochs_alone() -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from jobs.command import run
-from jobs.pictures import COLUMNS, NOTES, About, read_about, sheet, write_pictures
-from jobs.recipe import Recipe, load_recipe
-from jobs.reconstruct import Shown, folder_images, possible_ratios, ratios_of, reconstructions
-from model.mae import MAE, MAEConfig
-from shards.errors import MaelstreamError
+from maelstream.jobs.command import run
+from maelstream.jobs.recipe import Recipe, load_recipe
+from maelstream.jobs.reconstruct import Shown, folder_images, possible_ratios, ratios_of, reconstructions
+from maelstream.jobs.reporting.pictures import COLUMNS, NOTES, About, read_about, sheet, write_pictures
+from maelstream.model.mae import MAE, MAEConfig
+from maelstream.shards.errors import MaelstreamError
 from tests.conftest import photograph, write_images
 
 SMALL = MAEConfig((32, 32), 4, dim=24, depth=1, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2)

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-import jobs
-from jobs.album import album
-from jobs.command import run
-from jobs.curves import charts_of, curves_of, thinned
-from jobs.evaluations import Evaluation, record
-from jobs.pictures import About, write_pictures
-from jobs.recipe import ClassificationRecipe, LabelledData, dump_recipe
-from jobs.runfolder import RunFolder
-from shards.dataset import Dataset
-from tests.jobs.reported import make_run, pictures
+from maelstream.jobs import reporting
+from maelstream.jobs.command import run
+from maelstream.jobs.evaluation.results import Evaluation, record
+from maelstream.jobs.recipe import ClassificationRecipe, LabelledData, dump_recipe
+from maelstream.jobs.reporting.curves import charts_of, curves_of, thinned
+from maelstream.jobs.reporting.pictures import About, write_pictures
+from maelstream.jobs.reporting.report_images import album
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.shards.dataset import Dataset
+from tests.helpers.reported import make_run, pictures
 
 
 class Page(HTMLParser):
@@ -65,7 +65,7 @@ def test_a_page_loads_nothing_from_outside(reported: RunFolder) -> None:
     assert len(page.ids) == len(set(page.ids))
     assert {address[1:] for address in page.addresses if address.startswith("#")} <= set(page.ids)
     for name in ("report.css", "report.js"):
-        text = (Path(jobs.__path__[0]) / "page" / name).read_text()
+        text = (Path(reporting.__path__[0]) / "page" / name).read_text()
         assert "url(" not in text and "@import" not in text and "fetch(" not in text and "import(" not in text
 
 
@@ -220,6 +220,6 @@ def test_large_pictures_are_made_smaller_and_shown_with_soft_edges(tmp_path: Pat
 def test_the_script_is_sound_javascript() -> None:
     if (node := shutil.which("node")) is None:
         pytest.skip("no node here")
-    script = Path(jobs.__path__[0]) / "page" / "report.js"
+    script = Path(reporting.__path__[0]) / "page" / "report.js"
     checked = subprocess.run([node, "--check", str(script)], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs.command import run
-from jobs.recipe import Recipe
-from jobs.runfolder import RunFolder
-from jobs.runs import ago, state_of
-from jobs.status import Status
-from jobs.watch import curve
+from maelstream.jobs.command import run
+from maelstream.jobs.recipe import Recipe
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.run_folder.status import Status
+from maelstream.jobs.runs import ago, state_of
+from maelstream.jobs.watch import curve
 
 
 @pytest.fixture

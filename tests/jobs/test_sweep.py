@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from jobs import sweep
-from jobs.command import run
-from jobs.evaluations import Evaluation, record
-from jobs.recipe import load_recipe
-from jobs.runfolder import RunFolder
-from jobs.status import Status
+from maelstream.jobs import sweep
+from maelstream.jobs.command import run
+from maelstream.jobs.evaluation.results import Evaluation, record
+from maelstream.jobs.recipe import load_recipe
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.run_folder.status import Status
 
 RATIOS = ["--grid", "model.mask_ratio=0.5,0.75", "--seeds", "0,1"]
 TOP1 = {("0.5", "0"): 60.0, ("0.5", "1"): 62.0, ("0.75", "0"): 70.0, ("0.75", "1"): 71.0}

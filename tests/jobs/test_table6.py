@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.recipe import ClassificationRecipe, read_values, resolve_as
+from maelstream.jobs.recipe import ClassificationRecipe, read_values, resolve_as
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TABLE_6 = {

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from jobs.command import run
-from jobs.recipe import EngineConfig, LoaderConfig, OptimConfig, Recipe, RecipeError, load_recipe
-from jobs.trial import fits, main
-from jobs.tune import (
+from maelstream.jobs.command import run
+from maelstream.jobs.profiling.trial import fits, main
+from maelstream.jobs.recipe import EngineConfig, LoaderConfig, OptimConfig, Recipe, RecipeError, load_recipe
+from maelstream.jobs.tune import (
     ROUNDS,
     Axis,
     Setting,
@@ -27,8 +27,8 @@ from jobs.tune import (
     search,
     setting_of,
 )
-from shards.dataset import Dataset
-from tests.forked import CONTEXT
+from maelstream.shards.dataset import Dataset
+from tests.helpers.forked import CONTEXT
 
 AXES = [
     Axis("micro", (8, 16, 32, 64, 128), True),
@@ -180,7 +180,7 @@ def _trial(path: str, seconds: str, output: Path) -> None:
 def test_for_real_on_a_tiny_recipe(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def forked(command: list[str], **_: object) -> subprocess.CompletedProcess:
         """Without the seconds that imports take."""
-        assert command[:3] == [sys.executable, "-m", "jobs.trial"]
+        assert command[:3] == [sys.executable, "-m", "maelstream.jobs.profiling.trial"]
         process = CONTEXT.Process(target=_trial, args=(*command[3:], tiny.with_name("said")))
         process.start()
         process.join()
@@ -188,8 +188,8 @@ def test_for_real_on_a_tiny_recipe(tiny: Path, monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(subprocess, "run", forked)
     micro_batches = Axis("engine.micro_batch_size", (2, 16), True)
-    monkeypatch.setattr("jobs.tune.axes_of", lambda *_: [micro_batches])
-    monkeypatch.setattr("jobs.tune.ROUNDS", 1)
+    monkeypatch.setattr("maelstream.jobs.tune.axes_of", lambda *_: [micro_batches])
+    monkeypatch.setattr("maelstream.jobs.tune.ROUNDS", 1)
     assert run("tune", [str(tiny), "--minutes", "5", "--trial-seconds", "0.2"]) == 0
     out = tiny.with_name("tiny.tuned.yaml")
     said = " ".join(capsys.readouterr().out.split())

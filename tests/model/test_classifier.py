@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.classifier import (
+from maelstream.model.classifier import (
     ClassifierConfig,
     FeatureNorm,
     Pool,
@@ -19,9 +19,9 @@ from model.classifier import (
     make_linear_probe,
     train_last_blocks,
 )
-from model.mae import MAE, MAEConfig
-from model.patches import normalise
-from model.position import interpolate_table
+from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.patches import normalise
+from maelstream.model.position import interpolate_table
 
 Golden = Callable[[str], Mapping[str, np.ndarray]]
 

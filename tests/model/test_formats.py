@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
-from model.formats import (
+from maelstream.model.formats import (
     encoder_of,
     from_hf,
     has_decoder,
@@ -28,9 +28,9 @@ from model.formats import (
     to_hf_file,
     to_reference,
 )
-from model.mae import MAE, MAEConfig, position_tables
-from model.masking import mask_by_score
-from model.patches import normalise
+from maelstream.model.mae import MAE, MAEConfig, position_tables
+from maelstream.model.masking import mask_by_score
+from maelstream.model.patches import normalise
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "f64"
 TINY = MAEConfig((64, 64), dim=64, depth=2, heads=4, decoder_dim=32, decoder_depth=2, decoder_heads=4)

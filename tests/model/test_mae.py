@@ -8,11 +8,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import masking
-from model.mae import MAE, MAEConfig, position_tables
-from model.masking import Mask, draw_mask, random_mask, take
-from model.patches import Target, normalise, patchify, target_of
-from model.transformer import PatchProjection
+from maelstream.model import masking
+from maelstream.model.mae import MAE, MAEConfig, position_tables
+from maelstream.model.masking import Mask, draw_mask, random_mask, take
+from maelstream.model.patches import Target, normalise, patchify, target_of
+from maelstream.model.transformer import PatchProjection
 
 TINY = MAEConfig(
     image_size=(32, 32), patch_size=8, dim=32, depth=2, heads=4, decoder_dim=16, decoder_depth=1, decoder_heads=2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.masking import (
+from maelstream.model.masking import (
     Mask,
     MaskKind,
     block_mask,

@@ -7,7 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.neighbours import Neighbours, votes
+from maelstream.model.neighbours import Neighbours, votes
 
 K, CLASSES, TEMPERATURE = 7, 5, 0.07
 

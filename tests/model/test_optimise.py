@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.classifier import ClassifierConfig, build_classifier
-from model.mae import MAE, MAEConfig
-from model.optimise import LARS, Span, layer_decay_groups, lr_at, weight_decay_groups
+from maelstream.model.classifier import ClassifierConfig, build_classifier
+from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.optimise import LARS, Span, layer_decay_groups, lr_at, weight_decay_groups
 
 Golden = Callable[[str], Mapping[str, np.ndarray]]
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from model.mae import MAE, MAEConfig
-from model.masking import Mask, keep_count, mask_by_score, take
-from model.patches import Target, patchify
-from model.transformer import AttentionKind
+from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.masking import Mask, keep_count, mask_by_score, take
+from maelstream.model.patches import Target, patchify
+from maelstream.model.transformer import AttentionKind
 
 Vectors = Mapping[str, np.ndarray]
 Golden = Callable[[str], Vectors]

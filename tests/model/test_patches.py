@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from model.patches import Target, denormalise, normalise, patch_statistics, patchify, pixels_of, target_of, unpatchify
+from maelstream.model.patches import (
+    Target,
+    denormalise,
+    normalise,
+    patch_statistics,
+    patchify,
+    pixels_of,
+    target_of,
+    unpatchify,
+)
 
 
 def test_a_patch_is_its_rows_then_columns_then_channels() -> None:

@@ -5,8 +5,8 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from model.patches import normalise, patchify
-from model.pca import PatchMoments, principal_components
+from maelstream.model.patches import normalise, patchify
+from maelstream.model.pca import PatchMoments, principal_components
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

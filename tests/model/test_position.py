@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.mae import MAEConfig, position_tables
-from model.position import interpolate_table, sincos_table
+from maelstream.model.mae import MAEConfig, position_tables
+from maelstream.model.position import interpolate_table, sincos_table
 
 Golden = Callable[[str], Mapping[str, np.ndarray]]
 

@@ -9,13 +9,13 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.flops import forward_flops, training_flops
-from model.mae import MAE, MAEConfig
-from model.masking import random_mask, take
-from model.optimise import weight_decay_groups
-from model.patches import normalise, patchify
-from model.targets import PCATarget, TokenTarget
-from model.tokenizer import Decoder, Encoder, TokenizerConfig, fitted, initialise, map_pixels
+from maelstream.model.flops import forward_flops, training_flops
+from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.masking import random_mask, take
+from maelstream.model.optimise import weight_decay_groups
+from maelstream.model.patches import normalise, patchify
+from maelstream.model.targets import PCATarget, TokenTarget
+from maelstream.model.tokenizer import Decoder, Encoder, TokenizerConfig, fitted, initialise, map_pixels
 
 TINY = MAEConfig(
     image_size=(32, 48),

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.tokenizer import (
+from maelstream.model.tokenizer import (
     Decoder,
     Encoder,
     TokenizerConfig,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import Attention
 
-from model.mae import MAE, MAEConfig
-from model.transformer import AttentionKind, PatchProjection, choose_attention
+from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.transformer import AttentionKind, PatchProjection, choose_attention
 
 CONFIG = MAEConfig(image_size=(32, 32), dim=192, depth=2, heads=3, decoder_dim=128, decoder_depth=1, decoder_heads=4)
 

@@ -13,12 +13,20 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
-from pipeline.changes import Changes
-from pipeline.decode import DECODERS, CpuDecoder, DecodeConfig, EncodedBatch, Output, dali_inputs, resized_windows
-from pipeline.draws import AugmentDraws, CropConfig
-from pipeline.scaled import reduction
-from shards.errors import MaelstreamError
-from shards.inspect import refusal
+from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.dct_scaling import reduction
+from maelstream.pipeline.decode import (
+    DECODERS,
+    CpuDecoder,
+    DecodeConfig,
+    EncodedBatch,
+    Output,
+    dali_inputs,
+    resized_windows,
+)
+from maelstream.pipeline.pixel_augment import PixelAugment
+from maelstream.shards.errors import MaelstreamError
+from maelstream.shards.inspect import refusal
 from tests.conftest import DEVICES, encoded, photograph
 
 SIZE = (224, 224)
@@ -45,7 +53,7 @@ def drawn(data: list[np.ndarray]) -> EncodedBatch:
     """The windows and flips that a first epoch draws for these files."""
     sizes = np.array([Image.open(io.BytesIO(item.tobytes())).size for item in data])
     samples = np.arange(len(data))
-    draws = AugmentDraws(0, CropConfig(), SIZE).at(np.zeros_like(samples), samples, sizes[:, 0], sizes[:, 1])
+    draws = AugmentSampler(0, CropConfig(), SIZE).at(np.zeros_like(samples), samples, sizes[:, 0], sizes[:, 1])
     return EncodedBatch(data, draws.windows, draws.resizes, draws.flips, draws.changes)
 
 
@@ -212,7 +220,7 @@ def test_the_centre_is_what_torchvision_s_evaluation_sees(imagenet_sample: Path,
     evaluation = Compose([Resize(resized, InterpolationMode.BICUBIC), CenterCrop(size)])
     sides = np.array([Image.open(io.BytesIO(item.tobytes())).size for item in data])
     crop = CropConfig("none", margin=resized / size)
-    draws = AugmentDraws(0, crop, (size, size)).at(np.zeros(64, int), np.arange(64), sides[:, 0], sides[:, 1])
+    draws = AugmentSampler(0, crop, (size, size)).at(np.zeros(64, int), np.arange(64), sides[:, 0], sides[:, 1])
     batch = EncodedBatch(data, draws.windows, draws.resizes, draws.flips, draws.changes)
     ours = CpuDecoder(lambda _: batch, 64, (size, size), 2, torch.device("cpu")).run().numpy().astype(int)
     theirs = [
@@ -228,7 +236,7 @@ def test_the_gpu_s_graph_on_the_cpu_gives_nearly_the_same(imagenet_sample: Path,
     """The same DALI nodes but for where the decoder runs; DALI's own bicubic is 0.2 levels from PIL's."""
     data = imagenet_files(imagenet_sample, 32)
     sides = np.array([Image.open(io.BytesIO(item.tobytes())).size for item in data])
-    draws = AugmentDraws(0, CropConfig(kind), SIZE)  # type: ignore[arg-type]
+    draws = AugmentSampler(0, CropConfig(kind), SIZE)  # type: ignore[arg-type]
     drawn = draws.at(np.zeros(32, int), np.arange(32), sides[:, 0], sides[:, 1])
     batch = EncodedBatch(data, drawn.windows, drawn.resizes, drawn.flips, None)
     pipeline = Pipeline(32, 2, device_id=None)
@@ -245,7 +253,7 @@ def test_jitter_is_torchvision_s() -> None:
     data, window = encoded(photograph(), "JPEG"), np.array([[0, 0, 300, 200]], np.int32)
     batch = whole([data], window, NONE)
     factors, order = np.array([[1.3, 0.7, 1.2]]), np.array([[2, 0, 1]])
-    changes = Changes(factors, order, None, None, None, np.zeros(1, np.int64))
+    changes = PixelAugment(factors, order, None, None, None, np.zeros(1, np.int64))
     plain, changed = decode(batch), decode(replace(batch, changes=changes))
     picture = Image.fromarray(plain[0].permute(1, 2, 0).numpy())
     for change, factor in ((adjust_saturation, 1.2), (adjust_brightness, 1.3), (adjust_contrast, 0.7)):
@@ -259,7 +267,7 @@ def test_decoding_at_a_dct_scale_costs_a_few_levels(imagenet_sample: Path, side:
     """Windows that are no larger than twice the crop are decoded as ever, to the bit."""
     data = imagenet_files(imagenet_sample, 64)
     sides = np.array([Image.open(io.BytesIO(item.tobytes())).size for item in data])
-    draws = AugmentDraws(0, CropConfig(), (side, side)).at(np.zeros(64, int), np.arange(64), sides[:, 0], sides[:, 1])
+    draws = AugmentSampler(0, CropConfig(), (side, side)).at(np.zeros(64, int), np.arange(64), sides[:, 0], sides[:, 1])
     batch = EncodedBatch.of(data, draws)
     plain, scaled = (
         CpuDecoder(

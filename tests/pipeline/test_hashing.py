@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.hashing import mix, sample_keys, seed_word, uniforms
+from maelstream.pipeline.hashing import mix, sample_keys, seed_word, uniforms
 
 
 def splitmix64(state: int) -> int:

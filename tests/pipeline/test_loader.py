@@ -15,17 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.store import SlowStorage
-from jobs.pack import main as pack
-from pipeline.decode import DecodeConfig
-from pipeline.draws import AugmentDraws, CropConfig
-from pipeline.feed import BadSample
-from pipeline.line import Slices
-from pipeline.loader import Batch, LoaderState, PretrainLoader
-from pipeline.order import SampleOrder, Shuffle
-from shards.dataset import Dataset
-from shards.errors import DatasetError, MaelstreamError
-from shards.reader import ShardReader
-from shards.storage import Storage
+from maelstream.jobs.pack import main as pack
+from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.decode import DecodeConfig
+from maelstream.pipeline.loader import Batch, ImageLoader, LoaderState
+from maelstream.pipeline.order import SampleOrder, Shuffle
+from maelstream.pipeline.sample_source import BadSample
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import DatasetError, MaelstreamError
+from maelstream.shards.reader import ShardReader
+from maelstream.shards.storage import Storage
 from tests.conftest import DEVICES, encoded, photograph
 
 
@@ -37,9 +37,9 @@ def loader_of(
     threads: int = 1,
     shuffle: Shuffle = "global",
     **options: Any,
-) -> PretrainLoader:
-    order, draws = SampleOrder(len(dataset), 5, shuffle), AugmentDraws(5, CropConfig(), (32, 32))
-    return PretrainLoader(dataset, order, draws, (32, 32), slices, rank, threads, prefetch, **options)
+) -> ImageLoader:
+    order, draws = SampleOrder(len(dataset), 5, shuffle), AugmentSampler(5, CropConfig(), (32, 32))
+    return ImageLoader(dataset, order, draws, (32, 32), slices, rank, threads, prefetch, **options)
 
 
 def take(
@@ -316,7 +316,7 @@ class FlakyStorage(SlowStorage):
 
 
 def test_a_store_that_fails_now_and_then_is_asked_again(packed: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.reader._PAUSES_S", (0.001,) * 4)
+    monkeypatch.setattr("maelstream.shards.reader._PAUSES_S", (0.001,) * 4)
     place = packed.storage.filesystem, packed.storage.path, packed.storage.shown, 0.0, [0]
     remote = Dataset.open_storage(FlakyStorage(*place, answers_every=3))
     samples = np.array([3])

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.store import SlowStorage
-from pipeline.draws import AugmentDraws, CropConfig
-from pipeline.feed import BadSample
-from pipeline.line import Slices
-from pipeline.loader import LoaderState, PretrainLoader
-from pipeline.mix import Mix, MixOrder, MixReader
-from pipeline.order import Shuffle
-from shards.dataset import Dataset
-from shards.errors import MaelstreamError
-from shards.reader import ShardReader
+from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.loader import ImageLoader, LoaderState
+from maelstream.pipeline.mix import Mix, MixOrder, MixReader
+from maelstream.pipeline.order import Shuffle
+from maelstream.pipeline.sample_source import BadSample
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import MaelstreamError
+from maelstream.shards.reader import ShardReader
 from tests.pipeline.test_loader import content, damaged_copy
 
 
@@ -39,8 +39,8 @@ def take(
     shuffle: Shuffle = "global",
     **options: object,
 ) -> list:
-    order, draws = MixOrder(mix, 5, shuffle), AugmentDraws(5, CropConfig(), (32, 32))
-    with PretrainLoader(mix, order, draws, (32, 32), slices, rank, 1, 2, **options) as loader:  # type: ignore[arg-type]
+    order, draws = MixOrder(mix, 5, shuffle), AugmentSampler(5, CropConfig(), (32, 32))
+    with ImageLoader(mix, order, draws, (32, 32), slices, rank, 1, 2, **options) as loader:  # type: ignore[arg-type]
         if state is not None:
             loader.load_state_dict(state)
         return content(islice(loader, count))

@@ -6,7 +6,7 @@ import torch
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from pipeline.mixup import MixupConfig, mixed
+from maelstream.pipeline.mixup import MixupConfig, mixed
 
 LABELS = torch.tensor([0, 1, 2, 3, 4, 5])
 

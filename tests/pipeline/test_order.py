@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.order import SampleOrder
+from maelstream.pipeline.order import SampleOrder
 
 
 def epoch_of(order: SampleOrder, epoch: int) -> np.ndarray:

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.command import run
-from pipeline.draws import AugmentDraws, CropConfig
-from pipeline.feed import BadSample
-from pipeline.line import Slices
-from pipeline.loader import Batch, LoaderState, PretrainLoader
-from pipeline.order import SampleOrder, Shuffle
-from pipeline.stream import Stream
-from shards.dataset import Dataset
-from shards.errors import DatasetError, MaelstreamError, StorageError
+from maelstream.jobs.command import run
+from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.loader import Batch, ImageLoader, LoaderState
+from maelstream.pipeline.order import SampleOrder, Shuffle
+from maelstream.pipeline.sample_source import BadSample
+from maelstream.pipeline.stream import Stream
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import DatasetError, MaelstreamError, StorageError
 from tests.pipeline.test_loader import DAMAGE, content, damaged_copy
 from tests.shards.test_sources import write_tar
 
@@ -86,8 +86,8 @@ def take(
     shuffle: Shuffle = "global",
     **options: Any,
 ) -> list[Batch]:
-    order, draws = SampleOrder(len(stream.shards), 5, shuffle), AugmentDraws(5, CropConfig(), (32, 32))
-    with PretrainLoader(stream, order, draws, (32, 32), slices, rank, 1, 2, **options) as loader:
+    order, draws = SampleOrder(len(stream.shards), 5, shuffle), AugmentSampler(5, CropConfig(), (32, 32))
+    with ImageLoader(stream, order, draws, (32, 32), slices, rank, 1, 2, **options) as loader:
         if state is not None:
             loader.load_state_dict(state)
         return list(islice(loader, count))
@@ -120,11 +120,11 @@ def test_a_buffer_shuffles_what_it_holds_and_loses_nothing(packed: Dataset) -> N
 
 def test_images_are_those_of_the_indexed_dataset(packed: Dataset) -> None:
     """Nothing cropped at random, so that the draws, which hang on the sample's number, do not matter."""
-    centre = AugmentDraws(5, CropConfig("none"), (32, 32))
+    centre = AugmentSampler(5, CropConfig("none"), (32, 32))
     stream = Stream(f"{packed.folder}/{pattern(packed)}", 60, shuffle_buffer=1)
     found = []
     for data, order in ((stream, SampleOrder(len(stream.shards), 5)), (packed, SampleOrder(60, 5))):
-        with PretrainLoader(data, order, centre, (32, 32), Slices(60, 1, 1), 0, 1, 2) as loader:
+        with ImageLoader(data, order, centre, (32, 32), Slices(60, 1, 1), 0, 1, 2) as loader:
             found.append(sorted((image, label) for _, _, image, _, label in content(islice(loader, 1))))
     assert found[0] == found[1]
 
@@ -156,7 +156,7 @@ def test_a_resumed_stream_begins_with_the_shard_where_it_stood(packed: Dataset) 
 def test_what_breaks_off_is_fetched_again_and_nothing_comes_twice(
     packed: Dataset, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.stream._PAUSES_S", (0.001,) * 4)
+    monkeypatch.setattr("maelstream.pipeline.stream._PAUSES_S", (0.001,) * 4)
     urls = f"{serve(packed.folder, failures=2)}/{pattern(packed)}"
     whole = Stream(f"{packed.folder}/{pattern(packed)}", 60)
     assert content(take(Stream(urls, 60), Slices(8, 1, 1), 9)) == content(take(whole, Slices(8, 1, 1), 9))
@@ -164,7 +164,7 @@ def test_what_breaks_off_is_fetched_again_and_nothing_comes_twice(
 
 @pytest.mark.parametrize("failures", [0, 9])
 def test_what_never_comes_is_named(packed: Dataset, serve: Any, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
-    monkeypatch.setattr("pipeline.stream._PAUSES_S", (0.001,) * 4)
+    monkeypatch.setattr("maelstream.pipeline.stream._PAUSES_S", (0.001,) * 4)
     url = f"{serve(packed.folder, failures)}/{'nowhere.tar' if not failures else packed.shard_names[0]}"
     with pytest.raises(StorageError, match=rf"{url} cannot be read \(.+\); asked 5 times"):
         take(Stream(url, 60), Slices(8, 1, 1), 1)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from shards.executors import Local
-from shards.pack import pack
-from shards.plan import PackOptions
+from maelstream.shards.executors import Local
+from maelstream.shards.pack import pack
+from maelstream.shards.plan import PackOptions
 from tests.conftest import write_images
 
 OPTIONS = PackOptions(name="tiny", split="train", shard_bytes=30_000, seed=3)

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.command import run
-from shards.dataset import Dataset
-from shards.reader import ShardReader
+from maelstream.jobs.command import run
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.reader import ShardReader
 from tests.conftest import encoded, photograph
 from tests.shards.test_pack import by_stock_dali
 from tests.shards.test_sources import IMAGES, quarantine, samples_of, webdataset_members, write_tar

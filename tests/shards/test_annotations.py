@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.command import run
-from shards.errors import DatasetError
-from shards.executors import Local
-from shards.pack import pack
+from maelstream.jobs.command import run
+from maelstream.shards.errors import DatasetError
+from maelstream.shards.executors import Local
+from maelstream.shards.pack import pack
 from tests.shards.conftest import OPTIONS
 from tests.shards.test_pack import digests
 from tests.shards.test_sources import IMAGES, build, quarantine, samples_of

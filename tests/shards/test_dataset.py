@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.pack import main as pack
-from shards.dataset import Dataset, sealed
-from shards.errors import DatasetError
-from shards.reader import ShardReader
+from maelstream.jobs.pack import main as pack
+from maelstream.shards.dataset import Dataset, sealed
+from maelstream.shards.errors import DatasetError
+from maelstream.shards.reader import ShardReader
 from tests.conftest import write_images
 
 
@@ -132,7 +132,7 @@ def test_more_shards_than_a_process_may_open_are_read(tmp_path: Path) -> None:
     images = write_images(tmp_path / "src", classes=1, per_class=60)
     assert pack([str(images), str(tmp_path / "out"), "--shard-size", "1B", "--workers", "1"]) == 0
     script = (
-        "import resource, sys, numpy as np; from shards.dataset import Dataset; from shards.reader import ShardReader\n"
+        "import resource, sys, numpy as np; from maelstream.shards.dataset import Dataset; from maelstream.shards.reader import ShardReader\n"
         "dataset = Dataset.open(sys.argv[1]); assert len(dataset.shard_names) == 60\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
         "reader = ShardReader(dataset, check_crc=True)\n"

@@ -11,15 +11,15 @@ import numpy as np
 import psutil
 import pytest
 
-from jobs.command import run
-from shards.executors import EXECUTORS, Local, Ray
-from shards.pack import pack
+from maelstream.jobs.command import run
+from maelstream.shards.executors import EXECUTORS, Local, Ray
+from maelstream.shards.pack import pack
 from tests.conftest import encoded, photograph
 from tests.shards.conftest import OPTIONS
 from tests.shards.test_pack import digests
 from tests.shards.test_sources import write_parquet, write_tar
 
-PACK = ["-c", "import sys; from jobs.command import run; sys.exit(run('pack', sys.argv[1:]))"]
+PACK = ["-c", "import sys; from maelstream.jobs.command import run; sys.exit(run('pack', sys.argv[1:]))"]
 SHARDED = ["--name", "tiny", "--shard-size", "30000", "--seed", "3", "--workers", "2"]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.inspect import ImageInfo, Unfit, decoded, inspect, refusal
+from maelstream.shards.inspect import ImageInfo, Unfit, decoded, inspect, refusal
 from tests.conftest import encoded, photograph
 
 JPEG = encoded(photograph(), "JPEG").tobytes()

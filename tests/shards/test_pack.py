@@ -21,12 +21,12 @@ import webdataset
 from nvidia.dali import Pipeline, fn
 from PIL import Image
 
-from shards.dataset import Dataset
-from shards.errors import DatasetError
-from shards.executors import Local
-from shards.pack import PackResult, pack
-from shards.plan import PackOptions
-from shards.reader import ShardReader
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import DatasetError
+from maelstream.shards.executors import Local
+from maelstream.shards.pack import PackResult, pack
+from maelstream.shards.plan import PackOptions
+from maelstream.shards.reader import ShardReader
 from tests.conftest import encoded, photograph, write_images
 from tests.shards.conftest import OPTIONS
 
@@ -72,8 +72,8 @@ def test_a_build_killed_with_9_and_started_again_gives_the_same_bytes(
 ) -> None:
     destination = tmp_path / "killed"
     script = (
-        "import sys; from shards.executors import Local; from shards.pack import pack\n"
-        "from shards.plan import PackOptions\n"
+        "import sys; from maelstream.shards.executors import Local; from maelstream.shards.pack import pack\n"
+        "from maelstream.shards.plan import PackOptions\n"
         "if __name__ == '__main__':\n"
         "    pack(*sys.argv[1:], PackOptions('tiny', 'train', 30_000, 3), Local(1), lambda _: None)\n"
     )
@@ -256,7 +256,7 @@ def test_a_full_disk_is_one_clear_error_and_keeps_what_was_finished(images: Path
             break
         name.unlink()
     script = (
-        "import resource, signal, sys; from jobs.command import run\n"
+        "import resource, signal, sys; from maelstream.jobs.command import run\n"
         "if __name__ == '__main__':\n"
         "    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)\n"
@@ -357,7 +357,7 @@ def test_worker_memory_does_not_grow_with_huge_images(tmp_path: Path) -> None:
     for number in range(3):
         photograph(9331, 6530, seed=number).save(folder / f"{number}.jpg", quality=50)
     script = (
-        "import resource, sys; from jobs.command import run\n"
+        "import resource, sys; from maelstream.jobs.command import run\n"
         "if __name__ == '__main__':\n"
         "    assert run('pack', [*sys.argv[1:], '--workers', '1']) == 0\n"
         "    print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, 'KiB')\n"

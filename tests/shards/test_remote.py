@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
 
-from jobs.command import run
-from shards.dataset import Dataset
-from shards.errors import DatasetError
-from shards.reader import ShardReader, coalesced
-from shards.storage import Storage
+from maelstream.jobs.command import run
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import DatasetError
+from maelstream.shards.reader import ShardReader, coalesced
+from maelstream.shards.storage import Storage
 from tests.conftest import write_images
 
 OPTIONS = ["--name", "tiny", "--shard-size", "30000", "--seed", "3", "--workers", "2"]

@@ -13,12 +13,12 @@ import pytest
 import webdataset
 from scipy.io import savemat
 
-from shards.dataset import Dataset
-from shards.errors import DatasetError
-from shards.executors import Local
-from shards.pack import pack
-from shards.plan import PackOptions
-from shards.reader import ShardReader
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import DatasetError
+from maelstream.shards.executors import Local
+from maelstream.shards.pack import pack
+from maelstream.shards.plan import PackOptions
+from maelstream.shards.reader import ShardReader
 from tests.conftest import encoded, photograph
 
 IMAGES = [encoded(photograph(40 + number, 30, seed=number), "JPEG").tobytes() for number in range(12)]

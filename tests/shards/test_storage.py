@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from shards.errors import DatasetError
-from shards.storage import Storage
+from maelstream.shards.errors import DatasetError
+from maelstream.shards.storage import Storage
 
 
 def test_a_file_that_goes_while_its_folder_is_listed_is_passed_over(
@@ -23,7 +23,7 @@ def test_a_file_that_goes_while_its_folder_is_listed_is_passed_over(
         (tmp_path / "goes").unlink()
         return iter(found)
 
-    monkeypatch.setattr("shards.storage.os.scandir", then_gone)
+    monkeypatch.setattr("maelstream.shards.storage.os.scandir", then_gone)
     assert [(entry.name, entry.size) for entry in Storage.at(tmp_path).entries()] == [("stays", 3)]
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs.command import run
-from shards.dataset import Dataset
-from shards.errors import DatasetError
-from shards.verify import verify, verify_shard
+from maelstream.jobs.command import run
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import DatasetError
+from maelstream.shards.verify import verify, verify_shard
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ class Here:
     """An executor that needs no processes."""
 
     def run(self, task: str, jobs: Iterable[Any]) -> Generator[Any, None, None]:
-        assert task == "shards.verify:verify_shard"
+        assert task == "maelstream.shards.verify:verify_shard"
         yield from map(verify_shard, jobs)
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints: written aside, verified before they are loaded."""

@@ -1,0 +1,194 @@
+"""Saving while training goes on: the step pays for a copy in memory, threads write it.
+
+Each rank copies its partition to the host and writes its own part; when all parts are on the disk, rank 0 merges the
+weights, writes the manifest and gives the folder its name. Ranks learn how far the others are from two numbers that
+they add up once a step anyway, so the threads themselves never talk to each other.
+"""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from maelstream.jobs.checkpointing.partition import Partition, Piece
+from maelstream.jobs.checkpointing.store import FILES, STATE, CheckpointStore, State
+from maelstream.jobs.checkpointing.tensor_writer import Digest, digest_of, fragment, fragments_of, write_tensors
+from maelstream.jobs.distributed.ranks import AgreedError, ControlGroup
+from maelstream.shards.durable import sync, written_whole
+from maelstream.shards.errors import MaelstreamError
+
+
+class SaveError(AgreedError):
+    """A checkpoint that could not be written."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of this rank's state in the host's memory."""
+
+    pieces: list[Piece]
+    flats: dict[str, list[Tensor]]
+    """Weights and moments of each kind, by partition."""
+    moments: tuple[str, ...]
+    """Kinds of the latter."""
+    fixed: dict[str, Tensor]
+    """Float32, on the CPU, whole: what is of the model but not of the optimizer."""
+
+    def part(self, kind: str, piece: Piece) -> Tensor:
+        return self.flats[kind][piece.flat][piece.offset : piece.offset + piece.size]
+
+
+class Saver:
+    """Writes the checkpoints of a run; all ranks call `save`, `advance` and `finish` at the same steps."""
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        control_group: ControlGroup,
+        shapes: dict[str, tuple[int, ...]],
+        keep: int,
+        keep_every_steps: int,
+        heartbeat: Callable[[], None],
+        published: Callable[[int], None],
+    ):
+        """`shapes` are those of what is merged, by name; `keep` and `keep_every_steps` as in `CheckpointStore.prune`;
+        `heartbeat` is called now and then while this rank waits for its own thread; `published`, by rank 0's thread, with
+        the step of a checkpoint that stands."""
+        self._store, self._control_group, self._shapes = store, control_group, shapes
+        self._keep, self._keep_every_steps, self._heartbeat = keep, keep_every_steps, heartbeat
+        self._published = published
+        self._phase: Literal["idle", "parts", "publish"] = "idle"
+        self._thread: threading.Thread | None = None
+        self._failure = ""
+        self._buffers: dict[str, list[Tensor]] = {}
+        self._step = 0
+        self._state: State
+        self._taken: Snapshot
+
+    @property
+    def signs(self) -> list[float]:
+        """What the ranks add up: is this one still writing, and did it fail?"""
+        return [float(self._thread is not None and self._thread.is_alive()), float(bool(self._failure))]
+
+    def save(self, partition: Partition, step: int, state: State, fixed: dict[str, Tensor] | None = None) -> None:
+        """Takes the snapshot of `step` and starts writing; waits for an earlier save that is still being written.
+
+        `fixed` are those tensors of the model, whole and the same on all ranks, which `partition` has no part of.
+        """
+        self.finish()
+        snapshot = self._snapshot(partition, fixed or {})
+        self._step, self._state, self._phase = step, state, "parts"
+        self._taken = snapshot
+        self._start(lambda: self._write_part(snapshot))
+
+    def advance(self, writing: float, failed: float) -> str:
+        """Goes on when no rank is writing any more, given the sums of all `signs`; what went wrong, or ""."""
+        if self._phase == "idle" or writing:
+            return ""
+        if failed:
+            texts = self._control_group.all_texts(self._failure)
+            if self._control_group.ranks.rank == 0:
+                shutil.rmtree(self._writing, ignore_errors=True)
+            self._phase, self._failure = "idle", ""
+            return f"{self._store.at(self._step)} cannot be written: {next(filter(None, texts))}"
+        if self._phase == "parts":
+            self._phase = "publish"
+            if self._control_group.ranks.rank == 0:
+                snapshot = self._taken
+                self._start(lambda: self._publish(snapshot))
+        else:
+            self._phase = "idle"
+        return ""
+
+    def finish(self) -> None:
+        """Waits until the last save is on the disk; SaveError when it failed."""
+        while self._phase != "idle":
+            while self._thread is not None and self._thread.is_alive():
+                self._thread.join(timeout=1)
+                self._heartbeat()
+            if failure := self.advance(*self._control_group.sums(self.signs)):
+                raise SaveError(f"{failure}; the older checkpoints are whole")
+
+    @property
+    def _writing(self) -> Path:
+        return self._store.at(self._step).with_suffix(".writing")
+
+    def _start(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except (OSError, MaelstreamError) as error:
+                self._failure = str(error)
+
+        self._thread = threading.Thread(target=run, name="save")
+        self._thread.start()
+
+    def _snapshot(self, partition: Partition, fixed: dict[str, Tensor]) -> Snapshot:
+        """Copies into memory that is used again: on a GPU pinned, so that all copies run side by side."""
+        flats = {kind: [partition.moment(n, kind) for n in range(len(partition.flats))] for kind in partition.moments}
+        flats |= partition.weights
+        if not self._buffers:
+            pin = torch.cuda.is_available()
+            for kind, tensors in flats.items():
+                self._buffers[kind] = [torch.empty(flat.shape, pin_memory=pin) for flat in tensors]
+        for kind, tensors in flats.items():
+            for buffer, flat in zip(self._buffers[kind], tensors, strict=True):
+                buffer.copy_(flat, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return Snapshot(partition.pieces, self._buffers, partition.moments, fixed)
+
+    def _name(self, kind: str, rank: int) -> str:
+        return f"{kind}-{rank:05d}-of-{self._control_group.ranks.world_size:05d}.safetensors"
+
+    def _write_part(self, snapshot: Snapshot) -> None:
+        """This rank's moments, its part of the weights, and what the manifest will say of the former."""
+        rank, folder = self._control_group.ranks.rank, self._writing
+        folder.mkdir(parents=True, exist_ok=True)
+        digests = {}
+        weights = tuple(kind for kind in FILES if kind in snapshot.flats)
+        for kinds, file in ((snapshot.moments, "moments"), (weights, "weights")):
+            parts = [(kind, piece) for piece in snapshot.pieces for kind in kinds]
+            shapes = {fragment(kind, piece.name, piece.start): (piece.size,) for kind, piece in parts}
+            path = folder / self._name(file, rank)
+            digests[file] = write_tensors(path, shapes, (snapshot.part(*part) for part in parts))
+        with (folder / f"{rank:05d}.json").open("w") as note:
+            json.dump(asdict(digests["moments"]), note)
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        """Rank 0: parts of all ranks become one checkpoint."""
+        folder = self._writing
+        ranks = range(self._control_group.ranks.world_size)
+        notes = [folder / f"{rank:05d}.json" for rank in ranks]
+        digests = {
+            self._name("moments", rank): Digest(**json.loads(note.read_text()))
+            for rank, note in zip(ranks, notes, strict=True)
+        }
+        parts = [folder / self._name("weights", rank) for rank in ranks]
+        with fragments_of(parts) as weights:
+
+            def merged(kind: str) -> Iterator[Tensor]:
+                for name, shape in self._shapes.items():
+                    if name in snapshot.fixed:
+                        yield snapshot.fixed[name]
+                    else:
+                        yield weights.read(kind, name, 0, torch.Size(shape).numel())
+
+            for kind, name in FILES.items():
+                if kind in snapshot.flats:
+                    digests[name] = write_tensors(folder / name, self._shapes, merged(kind))
+        with written_whole(folder / STATE) as file:
+            file.write(json.dumps(self._state).encode())
+        digests[STATE] = digest_of(folder / STATE)
+        for part in [*parts, *notes]:
+            part.unlink()
+        sync(folder)
+        self._store.publish(folder, self._step, digests)
+        self._store.prune(self._keep, self._keep_every_steps)
+        self._published(self._step)

@@ -1,0 +1,1 @@
+"""Ranks, their process group, and what ends them."""

@@ -1,0 +1,126 @@
+"""What makes a run ill: steps of NaN or Inf, losses out of line, ranks that fall silent."""
+
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from maelstream.jobs.distributed.ranks import AgreedError
+
+SILENT = 70  # exit code of ranks that wait for one that does not come
+_REMEMBERED = 50
+
+
+class IllError(AgreedError):
+    """A run that goes on no more by itself."""
+
+
+class BadSteps:
+    """Counts steps that were skipped for NaN or Inf."""
+
+    def __init__(self, most: int):
+        self._most, self._in_a_row = most, 0
+
+    def note(self, skipped: bool, step: int, last_good: str) -> None:
+        """IllError when the last `most` steps were skipped; `last_good` names what to go back to."""
+        self._in_a_row = self._in_a_row + 1 if skipped else 0
+        if self._in_a_row == self._most:
+            raise IllError(
+                f"NaN or Inf in {self._most} steps in a row, up to step {step}: the weights are as they were before; "
+                f"the last good checkpoint is {last_good}. Lower optim.base_lr, set optim.clip_grad, look at the data"
+            )
+
+
+class Spikes:
+    """Flags losses that are many times what they were."""
+
+    def __init__(self, times: float):
+        self._times = times
+        self._last: deque[float] = deque(maxlen=_REMEMBERED)
+
+    def note(self, loss: float) -> bool:
+        """Whether `loss`, that of the next step, is a spike; the first steps of a start tell nothing yet."""
+        spike = len(self._last) == _REMEMBERED and loss > self._times * statistics.median(self._last)
+        self._last.append(loss)
+        return spike
+
+
+class Watchdog:
+    """Names ranks that fall silent, and ends this one, which would wait for them forever.
+
+    Use it as a context manager. The main thread calls `heartbeat` wherever it gets on; a thread writes down how far it is,
+    in a file a rank that all hosts of the run see, so that no rank's death takes the record with it.
+    """
+
+    def __init__(
+        self, folder: Path, rank: int, world_size: int, silent_s: float, end: Callable[[str], None] | None = None
+    ):
+        """`end` is told what is wrong instead of ending the process; for tests."""
+        self._folder, self._rank, self._world_size, self._silent_s = folder, rank, world_size, silent_s
+        self._end = end or _exit
+        self._beats = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._write(0)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def heartbeat(self) -> None:
+        """Tells that the main thread has come one place further; ranks pass the same places."""
+        self._beats += 1
+
+    def _run(self) -> None:
+        ticks, beats, since = 0, self._beats, time.monotonic()
+        then: dict[int, tuple[str, str]] = {}
+        while not self._over.wait(self._silent_s / 20):
+            ticks += 1
+            self._write(ticks)
+            waited_s = time.monotonic() - since
+            if self._beats != beats:
+                beats, since, then = self._beats, time.monotonic(), {}
+            elif waited_s > self._silent_s / 2 and not then:
+                then = self._read()
+            elif waited_s > self._silent_s and then:
+                now = self._read()
+                if any(now[rank][0] != then[rank][0] for rank in now):  # somebody gets on; so shall we
+                    since, then = time.monotonic(), {}
+                    continue
+                stopped = [rank for rank in now if now[rank] == then[rank] and rank != self._rank]
+                least = min(int(count) for count, _ in now.values())
+                behind = [rank for rank in now if int(now[rank][0]) == least]
+                names = ", ".join(map(str, stopped or behind))
+                what = "their processes stand still" if stopped else "the others have come further"
+                if not stopped and len(behind) == self._world_size:
+                    what = "all of them wait at the same place"
+                self._end(f"rank {names}: silent for {self._silent_s:g} s ({what}); this run ends")
+                return
+
+    def _write(self, ticks: int) -> None:
+        (self._folder / f"{self._rank:05d}").write_text(f"{self._beats} {ticks}")
+
+    def _read(self) -> dict[int, tuple[str, str]]:
+        """Beats and ticks of every rank; a file that is just being written is read again."""
+        found: dict[int, tuple[str, str]] = {}
+        for rank in range(self._world_size):
+            path = self._folder / f"{rank:05d}"
+            # A rank that has not begun has no file yet.
+            while len(parts := path.read_text().split() if path.exists() else ["0", "0"]) != 2:
+                time.sleep(0.01)
+            found[rank] = (parts[0], parts[1])
+        return found
+
+
+def _exit(what: str) -> None:
+    print(f"maelstream: {what}", file=sys.stderr, flush=True)
+    os._exit(SILENT)

@@ -1,0 +1,153 @@
+"""This process among the others: how it finds them, and how they agree on a thing."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+# Before DeepSpeed is imported, which otherwise warns on every rank that it found no accelerator.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+
+from maelstream.shards.errors import MaelstreamError
+
+_SLURM = {
+    "RANK": "SLURM_PROCID",
+    "WORLD_SIZE": "SLURM_NTASKS",
+    "LOCAL_RANK": "SLURM_LOCALID",
+    "LOCAL_WORLD_SIZE": "SLURM_STEP_TASKS_PER_NODE",
+}
+
+
+class RanksError(MaelstreamError):
+    """Ranks that cannot be started or joined as asked."""
+
+
+class MeetingError(RanksError):
+    """Ranks that did not find each other; they may, when started again."""
+
+    exit_code = 75
+
+
+class LostError(MaelstreamError):
+    """Another rank is gone."""
+
+    exit_code = 69
+
+
+class AgreedError(MaelstreamError):
+    """Found by all ranks together, so that rank 0 speaks for them."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @property
+    def threads(self) -> int:
+        """This rank's share of the machine's cores."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+
+
+def ranks_from_environment() -> Ranks:
+    """As the launcher (`maelstream launch`, `deepspeed`, `torchrun`, `srun`) set them; one rank without a launcher.
+
+    Raises:
+        RanksError: more ranks on this machine than it has GPUs.
+    """
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        # The last one is like "4(x2)": 4 tasks on each of 2 nodes.
+        os.environ |= {name: os.environ[slurm].partition("(")[0] for name, slurm in _SLURM.items()}
+        if "MASTER_ADDR" not in os.environ:
+            raise RanksError("srun sets no MASTER_ADDR; start from jobs/slurm/pretrain.sbatch, which exports it")
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size  # torchrun, deepspeed
+    ranks = Ranks(int(os.environ.get("RANK", "0")), world_size, int(os.environ.get("LOCAL_RANK", "0")), int(local))
+    if torch.cuda.is_available() and ranks.local_world_size > torch.cuda.device_count():
+        raise RanksError(
+            f"{ranks.local_world_size} ranks on a machine with {torch.cuda.device_count()} GPUs; start one a GPU"
+        )
+    return ranks
+
+
+@contextlib.contextmanager
+def process_group(ranks: Ranks, timeout_s: float) -> Iterator["ControlGroup"]:
+    """Joins the ranks, and leaves them together when the block ends; a collective gives up after `timeout_s`."""
+    told = dict(os.environ)
+    if ranks.world_size == 1:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ.setdefault("MASTER_PORT", str(free.getsockname()[1]))
+    # The shared-memory all-reduce for CPUs is compiled at its first use, which takes a minute and a C++ compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(ranks.threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local_rank)
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False, timeout=timeout)
+    except torch.distributed.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise MeetingError(f"rank {ranks.rank} cannot meet the others at {where} ({_first_line(error)})") from None
+    try:
+        yield ControlGroup(ranks, torch.distributed.new_group(backend="gloo", timeout=timeout))
+    except MaelstreamError as error:
+        error.found_by_all = isinstance(error, AgreedError)  # a bad sample, say, is met by one rank alone
+        raise
+    except RuntimeError as error:  # gloo has no class of its own
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower():
+            raise LostError(f"rank {ranks.rank} lost another rank ({_first_line(error)}); see its output") from None
+        raise
+    finally:
+        torch.distributed.destroy_process_group()
+        for name in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - told.keys():
+            os.environ.pop(name, None)  # or a process that this one starts takes itself for a rank
+
+
+@dataclass(frozen=True)
+class ControlGroup:
+    """How ranks agree: sums of a few numbers over a group of CPUs, which leaves the GPUs' queues alone."""
+
+    ranks: Ranks
+    group: Any
+
+    def sums(self, values: list[float]) -> list[float]:
+        """Of each of `values` over all ranks, in float64."""
+        total = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(total, group=self.group)
+        return total.tolist()
+
+    def any(self, value: bool) -> bool:
+        """Whether it holds on at least one rank."""
+        return self.sums([float(value)])[0] > 0
+
+    def all_texts(self, text: str) -> list[str]:
+        """Every rank's, by rank."""
+        texts: list[str] = [""] * self.ranks.world_size
+        torch.distributed.all_gather_object(texts, text, group=self.group)
+        return texts
+
+    def text_of_first(self, text: str) -> str:
+        """Rank 0's."""
+        texts = [text]
+        torch.distributed.broadcast_object_list(texts, src=0, group=self.group)
+        return texts[0]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,1 @@
+"""Classifiers trained and scored on labels."""

@@ -1,0 +1,186 @@
+"""The command line of `finetune`, `linprobe`, `partial` and `scratch`, and how their recipe comes about.
+
+The encoder's sizes come from its weights, the number of classes from the data, the rest from the recipe: the paper's
+for ViT-B, L and H, or the job's own for every other size. What the recipe says of the sizes must fit the weights.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from maelstream.jobs.arguments import parsed
+from maelstream.jobs.distributed.ranks import ranks_from_environment
+from maelstream.jobs.evaluation.classification import Classification
+from maelstream.jobs.recipe import (
+    RECIPES,
+    ClassificationRecipe,
+    Job,
+    RecipeError,
+    dump_recipe,
+    laid_over,
+    read_values,
+    resolve_as,
+)
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.training.trainer import train
+from maelstream.jobs.weights.reading import WeightsError, encoder_values, read_weights
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import MaelstreamError
+
+_PAPERS = {(768, 12): "_vit_b16", (1024, 24): "_vit_l16", (1280, 32): "_vit_h14"}
+_FROM_WEIGHTS = ("image_size", "patch_size", "in_chans", "dim", "depth", "heads", "mlp_ratio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What every one of these commands is told."""
+
+    recipe: Annotated[ClassificationRecipe, tyro.conf.arg(name="")]
+    run: Path = Path("runs/classify")
+    """The run's folder; a run that lies there already goes on from its newest checkpoint."""
+    recipe_file: Annotated[Path | None, tyro.conf.arg(name="recipe", aliases=["--recipe-file"])] = None
+    """A YAML file; the paper's for the size of the encoder, or the job's for every other, if not given."""
+    stop_at_step: int | None = None
+    """Save and stop after this step, instead of at the end of the schedule."""
+    allow: tuple[str, ...] = ()
+    """Keys of the experiment that may be others than those the run was started with: --allow optim.epochs."""
+    print_config: bool = False
+    """Print the resolved recipe and stop."""
+
+
+@dataclass(frozen=True)
+class Scratch(Training):
+    """Train a classifier without pre-training, or go on with the run that lies in --run."""
+
+    train: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TRAIN")]
+    """A packed dataset with labels."""
+    val: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VAL")]
+    """Another, of the same classes; measured on every image of it."""
+
+
+@dataclass(frozen=True)
+class Classify(Training):
+    """Train a classifier, or go on with the run that lies in --run."""
+
+    weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS")]
+    """A run's folder, whose newest checkpoint is taken, or a file or folder of weights."""
+    train: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TRAIN")]
+    """A packed dataset with labels."""
+    val: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VAL")]
+    """Another, of the same classes; measured on every image of it."""
+
+
+def recipe_of(
+    job: Job, weights: str, train: Dataset, val: Dataset, file: Path | None, folder: RunFolder
+) -> ClassificationRecipe:
+    """The recipe before what the command line changes.
+
+    Raises:
+        MaelstreamError: weights that cannot be read, a recipe of another job or that makes no sense.
+    """
+    told: dict[str, Any] = {"data": {"train": train.folder, "val": val.folder}, "weights": weights, "job": job}
+    begun = folder.any_recipe() if folder.config.exists() and folder.checkpoints.steps() else None
+    if isinstance(begun, ClassificationRecipe) and begun.weights == weights:  # which may lie there no more
+        sizes = {name: getattr(begun.model, name) for name in _FROM_WEIGHTS}
+        told["weights_step"] = begun.weights_step
+        encoder: dict[str, Any] = {"model": sizes, "data": {"mean": begun.data.mean, "std": begun.data.std}}
+    elif weights:
+        stored = read_weights(Path(weights))
+        heads = [tensor for name, tensor in stored.tensors.items() if re.match(r"head\..*weight$", name)]
+        if heads:
+            raise WeightsError(
+                f"{stored.file} holds a classifier of {len(heads[0])} classes, {train.folder} has "
+                f"{len(train.classes)}: training begins with an encoder; `maelstream evaluate` measures a classifier"
+            )
+        encoder = encoder_values(stored)
+        run = RunFolder(Path(weights))
+        told["weights_step"] = run.last_step() if run.config.exists() else None
+    else:
+        encoder = {}
+    if file is None:
+        size = encoder.get("model", {})
+        name = "finetune" if job == "partial" else job
+        file = RECIPES / f"{name}{_PAPERS.get((size.get('dim'), size.get('depth')), '')}.yaml"
+    values = read_values(file)
+    if (other := values.get("job", job)) != job and (job, other) != ("partial", "finetune"):
+        raise RecipeError(f"{file} is a recipe of {other}; {job} takes recipes/{job}.yaml or what has it as its base")
+    classes = {"model": {"classes": max(1, len(train.classes))}}
+    return resolve_as(ClassificationRecipe, laid_over(laid_over(laid_over(encoder, classes), values), told), str(file))
+
+
+def check_datasets(train: Dataset, val: Dataset) -> None:
+    """MaelstreamError for data on which no classifier can be trained or measured."""
+    for dataset in (train, val):
+        if not len(dataset):
+            raise MaelstreamError(f"{dataset.folder} holds no image; pack some")
+        if not dataset.classes or dataset.label.min() < 0:
+            raise MaelstreamError(f"{dataset.folder} has no labels; pack class folders, or what brings labels along")
+    if train.classes != val.classes:
+        raise MaelstreamError(
+            f"{train.folder} has {len(train.classes)} classes and {val.folder} {len(val.classes)}, which are not the "
+            "same; pack both from folders of the same names"
+        )
+    if len(train.classes) > len(train):
+        raise MaelstreamError(
+            f"{train.folder} has {len(train.classes)} classes and {len(train)} images; each class needs one at least"
+        )
+
+
+def check_recipe(recipe: ClassificationRecipe, train: Dataset) -> None:
+    """RecipeError for values that do not go together, or not with the data."""
+    tuning = recipe.tuning
+    if recipe.model.classes != len(train.classes):
+        raise RecipeError(f"model.classes {recipe.model.classes}: {train.folder} has {len(train.classes)} classes")
+    if recipe.job == "partial" and tuning.blocks < 0:
+        raise RecipeError("partial needs --blocks: how many of the last blocks are trained; 0.5 is the MLP of the last")
+    if tuning.blocks > recipe.model.depth:
+        raise RecipeError(f"tuning.blocks {tuning.blocks:g}: the encoder has {recipe.model.depth}")
+    if tuning.probe != (recipe.job == "linprobe"):
+        raise RecipeError(f"tuning.probe {tuning.probe}: linprobe needs it, and {recipe.job} is another job")
+    if tuning.probe and recipe.model.drop_path:
+        raise RecipeError(f"model.drop_path {recipe.model.drop_path}: a probe reads exact features; take 0")
+    if len(tuning.lrs) > 1 and recipe.optim.clip_grad:
+        raise RecipeError("optim.clip_grad measures the gradients of all tuning.lrs together; take one lr, or 0")
+    if tuning.optimizer == "lars" and recipe.engine.offload_optimizer:
+        raise RecipeError("engine.offload_optimizer: LARS has little to offload; leave it out")
+
+
+def classify(job: Job, args: list[str]) -> int:
+    """The exit code of a command; 0 when the run reached its end or --stop-at-step."""
+    args = ["--tuning.blocks" if arg == "--blocks" else arg for arg in args]
+    schema: Any
+    schema, names = (Scratch, ["TRAIN", "VAL"]) if job == "scratch" else (Classify, ["WEIGHTS", "TRAIN", "VAL"])
+    default: Any = schema(*[tyro.MISSING] * len(names), recipe=ClassificationRecipe())  # for --help
+    given = args[: len(names)]
+    if not {"-h", "--help"} & set(args):
+        if len(given) < len(names) or any(arg.startswith("-") for arg in given):
+            raise RecipeError(f"{' '.join(names)} come first: `maelstream {job} {' '.join(names)} --run DIR ...`")
+        weights = "" if job == "scratch" else given[0]
+        train_set, val_set = (Dataset.open(folder) for folder in given[-2:])
+        check_datasets(train_set, val_set)
+        run = Path(_option(args, "--run") or f"runs/{job}-{Path(weights or given[-2]).name}")
+        file = _option(args, "--recipe") or _option(args, "--recipe-file")
+        recipe = recipe_of(job, weights, train_set, val_set, Path(file) if file else None, RunFolder(run))
+        default = schema(*given, recipe=recipe, run=run)
+    command = parsed(schema, args, job, default)
+    recipe = command.recipe
+    check_recipe(recipe, train_set)
+    if command.print_config:
+        print(dump_recipe(recipe), end="")
+        return 0
+    folder, ranks = RunFolder(command.run), ranks_from_environment()
+    folder.check_same_experiment(recipe, command.allow)
+    return train(Classification(recipe, train_set, val_set, ranks), folder, command.stop_at_step, ranks)
+
+
+def _option(args: list[str], name: str) -> str | None:
+    """The value of an option that is needed before the others can be read."""
+    for place, arg in enumerate(args):
+        if arg == name and place + 1 < len(args):
+            return args[place + 1]
+        if arg.startswith(f"{name}="):
+            return arg.partition("=")[2]
+    return None

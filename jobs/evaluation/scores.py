@@ -1,0 +1,90 @@
+"""Top-1 and top-5 of classifiers over every image of a validation set exactly once, on any number of ranks.
+
+Hits are counted as integers, which add up to the same on any number of ranks. torchmetrics would count them, too, but
+has no place for images that cannot be decoded: they are in the denominator, and are named.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from torch import Tensor, nn
+
+from maelstream.jobs.distributed.ranks import ControlGroup
+from maelstream.model.patches import normalise
+from maelstream.pipeline.eval_pass import Reading, every_image
+from maelstream.pipeline.sample_source import BadSample
+from maelstream.shards.dataset import Dataset
+
+Classify = Callable[[UInt8[Tensor, "b 3 h w"]], Float[Tensor, "heads b classes"]]
+"""Logits of one or several classifiers for images as they were decoded, on the decoder's device."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one classifier."""
+
+    top1: float
+    """Percent of `images`, as `top5`."""
+    top5: float
+    images: int
+    """All of the validation set."""
+    undecodable: tuple[str, ...] = ()
+    """Those of them that could not be decoded, which count as wrong, each with its reason."""
+
+
+@torch.no_grad()
+def scores(classify: Classify, dataset: Dataset, reading: Reading, control_group: ControlGroup) -> list[Scores]:
+    """Of each head of `classify`, on all images of a dataset whose labels are its classes; the same on every rank.
+
+    `classify` is called equally often on every rank, always with as many images.
+
+    Raises:
+        MaelstreamError: fewer images than ranks, or a dataset that cannot be read.
+    """
+    bad: list[BadSample] = []
+    counts = torch.zeros(1, 2, dtype=torch.int64)
+    for portion in every_image(dataset, reading, control_group.ranks.rank, control_group.ranks.world_size, bad.append):
+        logits = classify(portion.images)  # (heads, B, classes)
+        labels = torch.from_numpy(dataset.label[portion.samples]).long().to(logits.device)
+        counted = torch.from_numpy(portion.counts).to(logits.device)
+        found = hits(logits, labels) & counted[:, None]  # (heads, B, 2)
+        counts = counts.to(logits.device) + found.sum(1)  # stays there: nobody waits for it
+    sums = control_group.sums([float(count) for count in counts.flatten().tolist()])
+    undecodable = named(bad, control_group)
+    size = len(dataset)
+    return [
+        Scores(100 * top1 / size, 100 * top5 / size, size, undecodable)
+        for top1, top5 in zip(sums[::2], sums[1::2], strict=True)
+    ]
+
+
+def hits(logits: Float[Tensor, "*heads b classes"], labels: Int64[Tensor, "b"]) -> Bool[Tensor, "*heads b 2"]:
+    """Whether the label is the first, and among the first five; of equal logits the lower class comes first.
+
+    A logit that is not a number comes before all others: a model that went wrong scores nothing by it.
+    """
+    classes = torch.arange(logits.shape[-1], device=logits.device)
+    own = logits.gather(-1, labels[:, None].expand(*logits.shape[:-1], 1))
+    before = (logits > own) | ((logits == own) & (classes < labels[:, None])) | logits.isnan()
+    rank = before.sum(-1)  # (*heads, B)
+    return torch.stack([rank < 1, rank < 5], -1)
+
+
+def named(bad: list[BadSample], control_group: ControlGroup) -> tuple[str, ...]:
+    """What any rank met, each once, in the order of samples; on every rank."""
+    told = control_group.all_texts(json.dumps([(each.sample, str(each)) for each in bad]))
+    return tuple(dict(sorted((sample, text) for texts in told for sample, text in json.loads(texts))).values())
+
+
+def classify_with(model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> Classify:
+    """A classifier that takes normalised images, for `scores`; it stands where its parameters do."""
+    device = next(model.parameters()).device
+
+    def classify(images: Tensor) -> Tensor:
+        logits = model(normalise(images.to(device), mean, std))
+        return logits if logits.ndim == 3 else logits[None]
+
+    return classify

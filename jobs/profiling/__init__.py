@@ -1,0 +1,1 @@
+"""How fast each stage of a run is, and which one limits it."""

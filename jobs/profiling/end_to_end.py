@@ -1,0 +1,148 @@
+"""The run as it is, for a few seconds: loader, engine and `train_step`, with what they wait for and what they use."""
+
+import contextlib
+import os
+import resource
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from maelstream.jobs.distributed.ranks import ControlGroup
+from maelstream.jobs.distributed.stop import SIGNALS
+from maelstream.jobs.hardware import synchronise
+from maelstream.jobs.pretrain import reconstruction_loss
+from maelstream.jobs.profiling.data_stages import Streamed
+from maelstream.jobs.training.log import Clock
+from maelstream.jobs.training.trainer import train_step
+from maelstream.pipeline.loader import Batch
+from maelstream.pipeline.tracing import observed
+from maelstream.shards.errors import MaelstreamError
+
+_WARM_UP = 2  # steps
+_LEAST = 3  # steps that count
+_TRACED = 3
+_SAMPLE_S = 0.1
+
+
+class Whole(NamedTuple):
+    """What the run did; times are this rank's, rates those of all ranks together."""
+
+    steps: int
+    images_per_s: float
+    step_s: float
+    """Median."""
+    data_wait: float
+    """Share of the time that the step waited for images."""
+    data_wait_p50_s: float
+    """Of a step."""
+    data_wait_p99_s: float
+    cpu_utilisation: float
+    """Of the cores that this process may use, by this process."""
+    gpu_utilisation: float | None
+    """Share of the time in which the GPU did anything, as NVML has it; None without."""
+    rss_bytes: int
+    """Most that this process has held."""
+    gpu_bytes: int | None
+
+
+def run_whole(
+    engine: Any, streamed: Streamed, control_group: ControlGroup, micro_batches: int, seconds: float, trace: Path | None
+) -> Whole:
+    """Takes steps for about `seconds`, then some more that `trace` records."""
+    clock, slices, gpu = Clock(), streamed.slices, engine.device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+
+    def step(batches: Iterator[Batch]) -> tuple[float, float]:
+        signs = lambda: [0.0] * len(SIGNALS)  # noqa: E731
+        train_step(engine, reconstruction_loss, batches, micro_batches, clock, lambda: None, control_group, signs)
+        synchronise(engine.device)
+        return clock.take()
+
+    with streamed.loader() as loader:
+        batches = iter(loader)
+        clock.take()
+        warm = [step(batches)[0] for _ in range(_WARM_UP)]
+        (total_s,) = control_group.sums([warm[-1]])  # the same on all ranks, which then take as many steps
+        steps = max(_LEAST, int(seconds * control_group.ranks.world_size / total_s))
+        with GpuUtilisation() if gpu else contextlib.nullcontext() as sampled:
+            began, cpu_began = time.perf_counter(), time.process_time()
+            times = [step(batches) for _ in range(steps)]
+            wall_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
+        if trace is not None:
+            write_trace(lambda: [step(batches) for _ in range(_TRACED)], trace, control_group.ranks.rank)
+    waits = np.array([seconds * share for seconds, share in times])
+    return Whole(
+        steps=steps,
+        images_per_s=steps * slices.batch_size / wall_s,
+        step_s=statistics.median(seconds for seconds, _ in times),
+        data_wait=float(waits.sum()) / wall_s,
+        data_wait_p50_s=float(np.quantile(waits, 0.5)),
+        data_wait_p99_s=float(np.quantile(waits, 0.99)),
+        cpu_utilisation=cpu_s / wall_s / len(os.sched_getaffinity(0)),
+        gpu_utilisation=sampled.mean if sampled is not None else None,
+        rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        gpu_bytes=torch.cuda.max_memory_allocated() if gpu else None,
+    )
+
+
+class GpuUtilisation:
+    """Samples NVML's figure in a thread, while it is entered."""
+
+    def __init__(self) -> None:
+        self._samples: list[int] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="utilisation", daemon=True)
+
+    def __enter__(self) -> "GpuUtilisation":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @property
+    def mean(self) -> float | None:
+        """0 to 1; None where NVML, or nvidia-ml-py, which asks it, is missing."""
+        return statistics.mean(self._samples) / 100 if self._samples else None
+
+    def _run(self) -> None:
+        while not self._over.wait(_SAMPLE_S):
+            try:
+                self._samples.append(torch.cuda.utilization())
+            except (ModuleNotFoundError, RuntimeError):
+                return
+
+
+def write_trace(work: Callable[[], object], file: Path, rank: int) -> None:
+    """Does `work` under torch.profiler, with ranges of the stages in all threads; a file for Perfetto, of rank 0.
+
+    Raises:
+        MaelstreamError: a file that cannot be written, a profiler that is not permitted.
+    """
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    try:
+        with profile(activities=activities, experimental_config=everywhere) as profiler, observed(record_function):
+            work()
+    except RuntimeError as error:
+        if "profil" not in str(error).lower() and "cupti" not in str(error).lower():
+            raise
+        reason = str(error).splitlines()[0]
+        raise MaelstreamError(
+            f"--trace: the profiler is not permitted here ({reason}); see NVIDIA's ERR_NVGPUCTRPERM, or leave it out"
+        ) from None
+    if rank == 0:
+        try:
+            file.touch()  # the exporter says nothing of why it cannot
+            profiler.export_chrome_trace(str(file))
+        except OSError as error:
+            raise MaelstreamError(f"--trace {file} cannot be written ({error.strerror})") from None

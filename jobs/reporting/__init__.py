@@ -1,0 +1,1 @@
+"""Reports, reconstructions and progress for people."""

@@ -1,0 +1,217 @@
+"""What a report tells of a run beside curves and pictures, from its files, as plain text and numbers."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from maelstream.jobs.checkpointing.store import MANIFEST
+from maelstream.jobs.evaluation.results import Evaluation, read_evaluations
+from maelstream.jobs.info import facts, left_out, short_sides
+from maelstream.jobs.recipe import LabelledData, flat_values
+from maelstream.jobs.reporting.curves import Metrics
+from maelstream.jobs.run_folder.environment import Start, read_starts
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.run_folder.status import read_status
+from maelstream.jobs.runs import ago, state_of
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import MaelstreamError
+
+_SHOWN = 20  # replaced samples
+
+
+def heading(folder: RunFolder, metrics: Metrics) -> dict[str, Any]:
+    """Name, state, how far it has come, and its figures now."""
+    status, last = read_status(folder.status), metrics[-1]
+    losses = [line["loss"] for line in metrics if line["loss"] is not None]
+    rates = sorted(line["images_per_s"] for line in metrics)
+    waits = sorted(line["data_wait"] for line in metrics)
+    step, total = (status.step, status.total_steps) if status else (last["step"], 0)
+    state = state_of(folder)
+    figures = {
+        "step": f"{step:,}",
+        "epoch": f"{last['epoch']:.4g}",
+        "loss": f"{losses[-1]:.4f}" if losses else "none yet",
+        "loss at first": f"{losses[0]:.4f}" if losses else "none yet",
+        "images/s": f"{rates[len(rates) // 2]:,.0f}",
+        "data wait": f"{waits[len(waits) // 2]:.2%}",
+    }
+    if state == "running" and last["images_per_s"]:
+        images_a_step = folder.any_recipe().optim.batch_size
+        figures["left"] = f"about {_hours((total - step) * images_a_step / last['images_per_s'])}"
+    ranks = "1 rank" if status and status.ranks == 1 else f"{status.ranks} ranks" if status else ""
+    heard = f"on {ranks}, last heard of {ago(time.time() - status.updated)}" if status else ""
+    return {
+        "name": str(folder.path),
+        "state": state,
+        "step": step,
+        "total_steps": total,
+        "progress": f"{step:,} of {total:,}" if total else f"{step:,}",
+        "heard": f"{step:,} of {total:,} steps {heard}" if status else "",
+        "facts": figures,
+    }
+
+
+def flat_recipe(folder: RunFolder) -> dict[str, Any]:
+    """Every key of the recipe, dotted."""
+    return flat_values(asdict(folder.any_recipe()))
+
+
+def changed_keys(folder: RunFolder) -> dict[str, tuple[str, str]]:
+    """What is not as in the defaults, with both values."""
+    recipe = folder.any_recipe()
+    default = flat_values(asdict(type(recipe)()))
+    return {
+        name: (shown_value(value), shown_value(default.get(name)))
+        for name, value in flat_recipe(folder).items()
+        if value != default.get(name)
+    }
+
+
+def differing_values(folders: list[RunFolder]) -> dict[str, list[str]]:
+    """Keys in which runs differ, with each one's value."""
+    recipes = [flat_recipe(folder) for folder in folders]
+    names = dict.fromkeys(name for recipe in recipes for name in recipe)
+    values = {name: [shown_value(recipe.get(name)) for recipe in recipes] for name in names}
+    return {name: each for name, each in values.items() if len(set(each)) > 1}
+
+
+def shown_value(value: Any) -> str:
+    """As a recipe writes it, more or less."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown_value, value))}]"
+    return "—" if value is None else json.dumps(value) if isinstance(value, bool) or value == "" else str(value)
+
+
+def dataset_cards(folder: RunFolder) -> list[dict[str, Any]]:
+    """Of each dataset that the recipe names; one that is not there any more is told of."""
+    data = folder.any_recipe().data
+    if isinstance(data, LabelledData):
+        return [_card(path) for path in (data.train, data.val)]
+    if data.stream.urls:
+        told = {"samples an epoch": f"{data.stream.samples:,}"}
+        return [{"title": data.stream.urls, "missing": "", "facts": told, "sides": [], "left_out": None}]
+    return [_card(path) for path in data.mix or [data.dataset]]
+
+
+def _card(path: str) -> dict[str, Any]:
+    try:
+        dataset = Dataset.open(path)
+        reasons = left_out(dataset) if dataset.manifest["quarantined"] else []
+    except (MaelstreamError, OSError) as error:
+        return {"title": path, "missing": f"It cannot be opened now: {error}"}
+    sides = short_sides(dataset)
+    return {
+        "title": f"{dataset.manifest['name']} / {dataset.manifest['split']}",
+        "missing": "",
+        "facts": {"where": path, **facts(dataset)},
+        "sides": [(side, f"{count:,}", round(100 * count / max(sides.values()))) for side, count in sides.items()],
+        "left_out": [{"files": files, "text": reason, "first": first} for files, reason, first in reasons],
+    }
+
+
+def replaced_samples(folder: RunFolder) -> tuple[int, list[dict[str, str]]]:
+    """How many samples were replaced in the run, and the first of them."""
+    if not folder.quarantined.exists():
+        return 0, []
+    lines = [json.loads(line) for line in folder.quarantined.read_text().rpartition("\n")[0].splitlines()]
+    return len(lines), [{"key": f"{line['shard']}: {line['key']}", "why": line["reason"]} for line in lines[:_SHOWN]]
+
+
+def checkpoints(folder: RunFolder, epochs_a_step: float, verify: bool) -> list[dict[str, Any]]:
+    """The newest first; their sizes are compared with the manifest's, or with `verify` every byte."""
+    store, rows = folder.checkpoints, []
+    for step in reversed(store.steps()):
+        size = sum(path.stat().st_size for path in store.at(step).iterdir() if path.name != MANIFEST)
+        fault = store.fault(step) if verify else store.size_fault(step)
+        sound = "every byte as it was written" if verify else "sizes as they were written; --verify reads every byte"
+        row = {"step": f"{step:,}", "epoch": f"{step * epochs_a_step:.4g}", "size": _bytes(size)}
+        rows.append(row | {"state": fault or sound, "bad": bool(fault), "verified": verify})
+    for bad in sorted(store.folder.glob("step-*.bad")):
+        rows.append(
+            {"step": bad.name, "epoch": "", "size": "", "state": "put aside as damaged", "bad": True, "verified": False}
+        )
+    return rows
+
+
+def environment(folder: RunFolder) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Of the newest start, and all starts in a line each."""
+    if not (starts := read_starts(folder)):
+        return {}, []
+    last = starts[-1]
+    told = {
+        "started as": last.command,
+        "ranks": f"{last.ranks}, {last.ranks_a_host} a host",
+        "device": _device(last),
+        "processor": f"{last.processor}, {last.cores} cores, {last.memory_gib:g} GiB",
+        "host": f"{last.host}, {last.system}",
+        "versions": ", ".join([f"Python {last.python}", *(f"{name} {v}" for name, v in last.packages.items())]),
+    }
+    lines = [
+        {
+            "when": time.strftime("%F %T", time.localtime(start.began)),
+            "step": f"{start.step:,}",
+            "where": f"{start.host}, {start.ranks} ranks, {_device(start)}",
+            "command": start.command,
+        }
+        for start in starts
+    ]
+    return told, lines
+
+
+def _device(start: Start) -> str:
+    if not start.devices:
+        return "CPU"
+    kinds = dict.fromkeys(start.devices)
+    counts = ", ".join(f"{start.devices.count(kind)} x {kind}" for kind in kinds)
+    return f"{counts} (CUDA {start.cuda})"
+
+
+def evaluation_rows(folders: list[RunFolder]) -> list[dict[str, Any]]:
+    """Every evaluation of every run; the best top-1 of each job is marked."""
+    found = [(number, one) for number, folder in enumerate(folders) for one in read_evaluations(folder.path)]
+    rows = []
+    for number, one in found:
+        others = [other.top1 for _, other in found if other.job == one.job]
+        best = len(others) > 1 and one.top1 == max(others)
+        rows.append(_evaluation_row(one, str(folders[number].path), number, best))
+    return rows
+
+
+def _evaluation_row(one: Evaluation, run: str, number: int, best: bool) -> dict[str, Any]:
+    return asdict(one) | {
+        "run": run,
+        "number": number,
+        "best": best,
+        "epochs": "" if one.epochs is None else f"{one.epochs:g}",
+        "step": "" if one.step is None else f"{one.step:,}",
+        "images": f"{one.images:,}",
+        "val": Path(one.val).name,
+        "settings": ", ".join(_settings(one.settings)),
+    }
+
+
+def _settings(settings: dict[str, Any]) -> Iterator[str]:
+    """What there is to tell: of heads side by side each with its top-1, and nothing of blocks that are all trained."""
+    heads: dict[str, dict[str, float]] = settings.get("all", {})
+    for name, value in settings.items():
+        if name == "all":
+            yield from (f"{head}: {of_head['top1']:.2f} %" for head, of_head in heads.items() if len(heads) > 1)
+        elif name == "undecodable":
+            yield from [f"{len(value)} images undecodable"] if value else []
+        elif not (name == "best" and len(heads) < 2) and not (name == "blocks" and value < 0):
+            yield f"{name.replace('_', ' ')} {shown_value(value)}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:,.1f} {unit}" if unit != "B" else f"{count:,.0f} B"
+        count /= 1024
+    return f"{count:,.1f} TiB"
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"

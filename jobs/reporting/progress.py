@@ -1,0 +1,87 @@
+"""How far a build of shards is: a bar with rate, time left and quarantine count, or a line a step."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from maelstream.shards import pack
+
+_STEPS = {"scan": "looking through sources", "shard": "shards"}
+
+
+class Display:
+    """Shows what a build reports; use it as a context manager, and call it with each report."""
+
+    def __init__(self) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, disable=not sys.stdout.isatty())
+        self._tasks: dict[str, TaskID] = {}
+        self._samples = self._quarantined = self._bytes = 0
+        self._step, self._began = "", time.monotonic()
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, progress: pack.Progress) -> None:
+        if progress.step != self._step:
+            if self._step:
+                self._began = time.monotonic()
+            self._step, self._samples, self._quarantined, self._bytes = progress.step, 0, 0, 0
+        self._samples += progress.samples
+        self._quarantined += progress.quarantined
+        self._bytes += progress.bytes
+        elapsed_s = max(time.monotonic() - self._began, 1e-9)
+        text = f"{progress.done:,}/{progress.total:,} {_STEPS[progress.step]}"
+        numbers = (
+            f"{self._samples:,} images, {self._samples / elapsed_s:,.0f} images/s, "
+            f"{self._bytes / 2**20 / elapsed_s:,.1f} MiB/s"
+        )
+        if progress.step == "shard":
+            numbers += f", {self._quarantined:,} quarantined"
+        if self._bar.disable:
+            left_s = (progress.total_bytes - self._bytes) * elapsed_s / max(self._bytes, 1)
+            print(f"{text}: {progress.name}: {numbers}, {_clock(left_s)} left", flush=True)
+            return
+        if progress.step not in self._tasks:
+            self._tasks[progress.step] = self._bar.add_task(text, total=progress.total_bytes, numbers="")
+        self._bar.update(
+            self._tasks[progress.step], description=text, completed=self._bytes, numbers=numbers, refresh=True
+        )
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt once, which lets what is being written be finished; a second one ends it all."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # workers end when this process does
+        print("\nstopping: what is being written is finished first; Ctrl-C again stops at once", file=sys.stderr)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _clock(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}" if minutes >= 60 else f"{minutes}:{second:02d}"

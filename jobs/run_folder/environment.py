@@ -1,0 +1,103 @@
+"""`environment.json` of a run: on what machine and with which versions each of its starts was carried out."""
+
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter
+
+from maelstream.jobs.distributed.ranks import Ranks
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.shards.durable import written_whole
+from maelstream.shards.errors import MaelstreamError
+
+# fmt: off
+_PACKAGES = ("maelstream", "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "deepspeed", "timm",
+             "numpy", "pyarrow", "webdataset", "pillow", "simplejpeg", "safetensors")
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run."""
+
+    step: int
+    """Steps that the run had taken before."""
+    began: float
+    """Seconds since 1970."""
+    command: str
+    """As it was typed, of rank 0."""
+    host: str
+    system: str
+    python: str
+    processor: str
+    cores: int
+    """That rank 0 may use."""
+    memory_gib: float
+    devices: tuple[str, ...]
+    """GPUs of rank 0's machine; none on a CPU."""
+    cuda: str
+    """Version that torch was built for, "" where no GPU is used."""
+    ranks: int
+    ranks_a_host: int
+    packages: dict[str, str]
+    """Versions, of what is installed."""
+
+
+def start_of(step: int, ranks: Ranks) -> Start:
+    """What this process sees."""
+    gpus = range(torch.cuda.device_count())
+    return Start(
+        step=step,
+        began=time.time(),
+        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        host=platform.node(),
+        system=platform.platform(),
+        python=platform.python_version(),
+        processor=_processor(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        devices=tuple(torch.cuda.get_device_name(n) for n in gpus),
+        cuda=(torch.version.cuda or "") if gpus else "",
+        ranks=ranks.world_size,
+        ranks_a_host=ranks.local_world_size,
+        packages={name: found for name in _PACKAGES if (found := version(name))},
+    )
+
+
+def record_start(folder: RunFolder, step: int, ranks: Ranks) -> None:
+    """Adds this start, after `step` steps, to those of the run."""
+    starts = [*read_starts(folder), start_of(step, ranks)]
+    with written_whole(folder.environment) as file:
+        file.write(json.dumps([asdict(start) for start in starts], indent=1).encode() + b"\n")
+
+
+def read_starts(folder: RunFolder) -> list[Start]:
+    """Oldest first; none of a run older than the file. MaelstreamError for another file under its name."""
+    if not folder.environment.exists():
+        return []
+    try:
+        return TypeAdapter(list[Start]).validate_json(folder.environment.read_bytes())
+    except ValueError:
+        raise MaelstreamError(f"{folder.environment} is damaged, or of another version; remove it") from None
+
+
+def version(package: str) -> str:
+    """Of an installed package, "" where it is not installed."""
+    try:
+        return installed(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _processor() -> str:
+    """The kernel's name of it, the architecture where it tells none."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

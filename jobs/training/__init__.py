@@ -1,0 +1,1 @@
+"""The training loop, the DeepSpeed engine and the run log."""

@@ -1,0 +1,65 @@
+"""What a recipe trains on, opened, and its loader: a packed dataset, a mix of several, or a stream."""
+
+import math
+from collections.abc import Callable
+
+from maelstream.jobs.recipe import AnyRecipe, DataConfig, Recipe
+from maelstream.pipeline.augment_params import AugmentSampler
+from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.loader import ImageLoader
+from maelstream.pipeline.mix import Mix, MixOrder
+from maelstream.pipeline.order import SampleOrder
+from maelstream.pipeline.sample_source import BadSample
+from maelstream.pipeline.stream import Stream
+from maelstream.shards.dataset import Dataset
+from maelstream.shards.errors import MaelstreamError
+
+
+def open_data(config: DataConfig, seed: int) -> tuple[Dataset | Mix | Stream, SampleOrder | MixOrder]:
+    """The data and the order of its samples; of a stream, the order of its shards.
+
+    Raises:
+        MaelstreamError: nothing there, no sound weights, a stream whose length is not told.
+    """
+    if config.stream.urls:
+        stream = config.stream.opened()
+        if config.shuffle == "block":
+            raise MaelstreamError("a stream cannot be shuffled by blocks; its shards are shuffled, and a buffer is")
+        return stream, SampleOrder(len(stream.shards), seed, config.shuffle)
+    if config.mix:
+        mix = Mix.open(config.mix)
+        return mix, MixOrder(mix, seed, config.shuffle)
+    dataset = Dataset.open(config.dataset)
+    return dataset, SampleOrder(len(dataset), seed, config.shuffle)
+
+
+def slices_of(recipe: AnyRecipe, world_size: int) -> Slices:
+    """The global batch in the fewest slices of at most `engine.micro_batch_size`, equally many a rank."""
+    share = math.ceil(recipe.optim.batch_size / world_size)
+    return Slices(recipe.optim.batch_size, world_size, math.ceil(share / recipe.engine.micro_batch_size))
+
+
+def loader_of(
+    recipe: Recipe,
+    dataset: Dataset | Mix | Stream,
+    order: SampleOrder | MixOrder,
+    slices: Slices,
+    rank: int,
+    threads: int,
+    on_bad: Callable[[BadSample], None] = lambda _: None,
+) -> ImageLoader:
+    """The loader with the draws and settings of a recipe."""
+    size = recipe.model.image_size
+    return ImageLoader(
+        dataset,
+        order,
+        AugmentSampler(recipe.seed, recipe.data.crop, size),
+        size,
+        slices,
+        rank,
+        threads,
+        recipe.loader.prefetch,
+        decode=recipe.loader.decode,
+        max_bad_share=recipe.loader.max_bad_share,
+        on_bad=on_bad,
+    )

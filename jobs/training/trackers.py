@@ -1,0 +1,73 @@
+"""Weights & Biases and MLflow: the same numbers as in metrics.jsonl, where a recipe asks for them.
+
+Both are extras and imported only then. A run that goes on goes on there, too: their names of it lie in `trackers.json`.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from maelstream.jobs.recipe import AnyRecipe
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.shards.durable import written_whole
+from maelstream.shards.errors import MaelstreamError
+
+Tracker = Callable[[int, dict[str, Any]], None]
+
+
+def import_trackers(recipe: AnyRecipe) -> dict[str, ModuleType]:
+    """Those that the recipe asks for; MaelstreamError for one that is not installed."""
+    modules = {}
+    for name, wanted in (("wandb", recipe.log.wandb), ("mlflow", recipe.log.mlflow)):
+        if wanted:
+            try:
+                modules[name] = __import__(name)
+            except ImportError as error:
+                raise MaelstreamError(
+                    f"log.{name} is set, but {error}: `pip install maelstream[{name}]`, or --log.no-{name}"
+                ) from None
+    return modules
+
+
+@contextmanager
+def trackers(modules: dict[str, ModuleType], recipe: AnyRecipe, folder: RunFolder) -> Iterator[list[Tracker]]:
+    """Functions that record the values of a step; for rank 0."""
+    file = folder.path / "trackers.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    name, found = folder.path.resolve().name, []
+    with ExitStack() as stack:
+        if wandb := modules.get("wandb"):
+            run = wandb.init(
+                project="maelstream",
+                name=name,
+                id=known.get("wandb"),
+                resume="allow",
+                dir=str(folder.path),
+                config=asdict(recipe),
+            )
+            known["wandb"] = run.id
+            stack.callback(run.finish)
+            found.append(lambda step, values: wandb.log(values, step=step))
+        if mlflow := modules.get("mlflow"):
+            mlflow.set_experiment("maelstream")
+            # A name goes with a new run only.
+            which = {"run_id": known["mlflow"]} if "mlflow" in known else {"run_name": name}
+            run = stack.enter_context(mlflow.start_run(**which))
+            known["mlflow"] = run.info.run_id
+            found.append(lambda step, values: mlflow.log_metrics(_numbers(values), step=step))
+        if modules:
+            _remember(file, known)
+        yield found
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def _remember(file: Path, known: dict[str, str]) -> None:
+    with written_whole(file) as out:
+        out.write(json.dumps(known).encode())

@@ -1,0 +1,1 @@
+"""Weights and target files, read from wherever they are."""

@@ -1,0 +1,263 @@
+"""Weights from wherever they lie: a run, a checkpoint, an export, a folder of Hugging Face's, one file.
+
+They come back under the reference's names, finite, and in the shapes of the model that asks for them. A `.pth` is read
+as tensors alone: what it may hold of code is never run.
+"""
+
+import argparse
+import json
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from maelstream.jobs.checkpointing.store import MANIFEST
+from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.model.classifier import (
+    ClassifierConfig,
+    Pool,
+    build_classifier,
+    encoder_weights,
+    fresh_parameters,
+    make_linear_probe,
+)
+from maelstream.model.formats import (
+    Weights,
+    has_decoder,
+    likely_model,
+    mismatches,
+    not_finite,
+    square_grid,
+    to_reference,
+)
+from maelstream.model.mae import MAE, MAEConfig, position_tables
+from maelstream.shards.errors import MaelstreamError
+
+EXPORT_NAME = "export.json"
+"""In each folder that `maelstream export` wrote: the format, the step and the model's configuration."""
+_IN_A_FOLDER = ("weights.safetensors", "model.safetensors", "pytorch_model.bin")
+_SIZES = ("image_size", "patch_size", "in_chans", "dim", "depth", "heads", "mlp_ratio")
+_SHOWN = 3  # tensors that a message names
+
+
+class WeightsError(MaelstreamError):
+    """Weights that cannot be read, or that do not fit the model that asks for them."""
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    file: Path
+    tensors: dict[str, Tensor]
+    """Under the reference's names, on the CPU, in the dtype of the file."""
+    grid: tuple[int, int] | None
+    """Rows and columns of patches of the position table; None where neither a configuration nor a square tells."""
+
+
+def read_weights(path: Path) -> StoredWeights:
+    """The weights of `path`, the newest ones of a run.
+
+    Raises:
+        WeightsError: nothing to read there, a checkpoint's file with another SHA-256 than it was written with, names
+            of no MAE, code in a `.pth`, or a tensor with a NaN or an infinity.
+    """
+    file = _file_of(path)
+    _check_digest(file)
+    config = _config_of(file)
+    try:
+        tensors = to_reference(_load(file))
+    except ValueError as error:
+        raise WeightsError(f"{file}: {error}") from None
+    if "pos_embed" not in tensors:  # a checkpoint of ours leaves out what does not change
+        if config is None:
+            raise WeightsError(
+                f"{file} has no position table, and nothing beside it tells of one; give the run's folder"
+            )
+        tensors = position_tables(config) | tensors
+    if names := not_finite(tensors):
+        raise WeightsError(f"{file}: NaN or infinity in {_some(names, ', ')}; take weights of an earlier step")
+    return StoredWeights(file, tensors, square_grid(tensors) if config is None else config.grid)
+
+
+def encoder_values(stored: StoredWeights) -> dict[str, Any]:
+    """Keys of a classification recipe that follow from the encoder: its sizes, and what pixels are normalised by."""
+    config, tensors = _config_of(stored.file), stored.tensors
+    if config is not None:
+        sizes = {name: getattr(config, name) for name in _SIZES}
+        return {"model": sizes, "data": {"mean": config.mean, "std": config.std}}
+    dim, in_chans, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    sizes = {"patch_size": patch_size, "in_chans": in_chans, "dim": dim, "depth": depth}
+    sizes["heads"] = 16 if (dim, depth) == (1280, 32) else dim // 64  # no tensor tells
+    if stored.grid is not None:
+        sizes["image_size"] = tuple(patch_size * side for side in stored.grid)
+    return {"model": sizes}
+
+
+def mae_weights(stored: StoredWeights, config: MAEConfig) -> dict[str, Tensor]:
+    """What `MAE(config).load_state_dict` takes; WeightsError for an encoder alone, or for a model of another size."""
+    if not has_decoder(stored.tensors):
+        raise WeightsError(
+            f"{stored.file} holds an encoder alone ({likely_model(stored.tensors)}), as the published mae_pretrain_* "
+            "do: fine-tuning can start from it, but without a decoder nothing is reconstructed; give a full checkpoint"
+        )
+    with torch.device("meta"):
+        expected = MAE(config).state_dict()
+    _check_shapes(stored, expected)
+    return stored.tensors
+
+
+def classifier_from(stored: StoredWeights, config: ClassifierConfig, seed: int = 0) -> VisionTransformer:
+    """A classifier that starts from the encoder of `stored`; its head, and the norm behind the mean, are fresh.
+
+    Raises:
+        WeightsError: an encoder of another size, or a position table of which nothing tells the grid.
+    """
+    if stored.grid is None:
+        raise WeightsError(
+            f"{stored.file}: its position table is of no square grid, and nothing beside it tells of which; give the "
+            "run's folder, or what `maelstream export` made of it"
+        )
+    model = build_classifier(config, seed)
+    try:
+        weights = encoder_weights(stored.tensors, config, stored.grid)
+    except ValueError as error:  # a table that is not of the grid that is told
+        raise WeightsError(f"{stored.file}: {error}") from None
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in fresh_parameters(config)}
+    _check_shapes(StoredWeights(stored.file, weights, stored.grid), expected)
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def classifier_values(
+    stored: StoredWeights, heads: int | None, image_size: int | None
+) -> tuple[dict[str, Any], tuple[float, ...], tuple[float, ...]]:
+    """Sizes for a `ClassifierConfig` on the encoder of `stored`, and the mean and deviation that images are normalised
+    by; `heads` where nothing beside the weights tells, `image_size` pixels of a side where not the stored one.
+
+    Raises:
+        WeightsError: a position table of no square grid, whose image size nothing tells.
+    """
+    values = encoder_values(stored)
+    sizes = values["model"]
+    if heads is not None:
+        sizes["heads"] = heads
+    if image_size is not None:
+        sizes["image_size"] = (image_size, image_size)
+    if "image_size" not in sizes:
+        raise WeightsError(f"{stored.file}: its position table is of no square grid, and nothing tells of which")
+    pixels = values.get("data", {"mean": MAEConfig.mean, "std": MAEConfig.std})
+    return sizes, pixels["mean"], pixels["std"]
+
+
+def classifier_of(
+    stored: StoredWeights, heads: int | None
+) -> tuple[VisionTransformer, ClassifierConfig, tuple[float, ...], tuple[float, ...]]:
+    """The classifier that `stored` holds, as its tensors tell, and the mean and deviation of its images.
+
+    Raises:
+        WeightsError: an encoder without a head, or sizes that do not go together.
+    """
+    probe = "head.1.weight" in stored.tensors  # behind a BatchNorm
+    head = stored.tensors.get("head.1.weight" if probe else "head.weight")
+    if head is None or head.ndim != 2:
+        raise WeightsError(
+            f"{stored.file} holds {likely_model(stored.tensors)} without a classifier; train one with `maelstream "
+            "finetune`, or give it to `maelstream knn`"
+        )
+    sizes, mean, std = classifier_values(stored, heads, None)
+    pool: Pool = "mean" if "fc_norm.weight" in stored.tensors else "class_token"
+    try:
+        config = ClassifierConfig(**sizes, classes=len(head), pool=pool, drop_path=0.0)
+    except ValueError as error:
+        raise WeightsError(f"{stored.file}: {error}; --heads tells how many") from None
+    model = build_classifier(config)
+    if probe:
+        make_linear_probe(model)
+    expected = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    weights = {name: tensor for name, tensor in stored.tensors.items() if tensor.is_floating_point()}
+    _check_shapes(StoredWeights(stored.file, weights, stored.grid), expected)
+    model.load_state_dict(weights, strict=False)  # but for how many batches a norm has seen
+    return model, config, mean, std
+
+
+def _check_shapes(stored: StoredWeights, expected: Weights) -> None:
+    if phrases := mismatches(stored.tensors, expected):
+        raise WeightsError(
+            f"{stored.file} looks like {likely_model(stored.tensors)}, and the model is {likely_model(expected)}: "
+            f"{_some(phrases, '; ')}"
+        )
+
+
+def _some(phrases: list[str], separator: str) -> str:
+    more = f" and {len(phrases) - _SHOWN} more" if len(phrases) > _SHOWN else ""
+    return separator.join(phrases[:_SHOWN]) + more
+
+
+def _file_of(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    if (folder := RunFolder(path)).config.exists():
+        path = folder.checkpoints.at(folder.last_step())
+    for name in _IN_A_FOLDER:
+        if (path / name).exists():
+            return path / name
+    raise WeightsError(
+        f"{path} holds no weights: it is not a run, and has none of {', '.join(_IN_A_FOLDER)}; give a run or a file"
+    )
+
+
+def _check_digest(file: Path) -> None:
+    """WeightsError for a file of a checkpoint that is not what was written; without a manifest nothing tells that."""
+    store = RunFolder(file.resolve().parent.parent.parent).checkpoints
+    step = store.step_of(file)
+    if step is None or not (store.at(step) / MANIFEST).exists():
+        return
+    if fault := store.fault(step, only=file.name):
+        raise WeightsError(f"{store.at(step)}: {fault}; give another checkpoint's folder")
+
+
+def _config_of(file: Path) -> MAEConfig | None:
+    """The model's configuration, where a run or an export lies around its weights."""
+    if (export := file.parent / EXPORT_NAME).exists():
+        try:
+            return TypeAdapter(MAEConfig).validate_python(json.loads(export.read_text())["model"])
+        except (ValueError, LookupError, TypeError):
+            raise WeightsError(f"{export} is damaged, or of another version; export the run again") from None
+    checkpoints = file.resolve().parent.parent
+    folder = RunFolder(checkpoints.parent)
+    is_of_run = checkpoints == folder.checkpoints.folder and folder.config.exists()
+    return folder.recipe().model if is_of_run else None
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a file, under the names that it has there."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        # Checkpoints of the reference's own training hold their command line besides: plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(f"{file} cannot be read ({error.strerror or 'not found'}); give a run or a file") from None
+    except pickle.UnpicklingError as error:
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise WeightsError(
+                f"{file} holds code ({code[1]}) beside its tensors, which is not run; ask its maker for tensors alone"
+            ) from None
+        raise WeightsError(f"{file} is not a file of weights that torch can read as tensors alone") from None
+    except (SafetensorError, RuntimeError, EOFError, LookupError, ValueError):
+        raise WeightsError(f"{file} is cut or is not a file of weights; fetch it again") from None
+    for key in ("model", "state_dict"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict):
+        raise WeightsError(f"{file} holds a {type(found).__name__}, not tensors by name")
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}

@@ -1,0 +1,237 @@
+"""What goes wrong in a rank, switched on by name before it starts: `kill_at_file_operation:7`."""
+
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+FAULTS: dict[str, Callable[[str], None]] = {}
+
+
+def _fault(function: Callable[[str], None]) -> Callable[[str], None]:
+    FAULTS[function.__name__] = function
+    return function
+
+
+def _at_step(step: int, act: Callable[[], None]) -> None:
+    """Does it in the forward pass of a step, counted from this start's first as 1; one micro-batch a step."""
+    from maelstream.model.mae import MAE
+
+    before, calls = MAE.forward, [0]
+
+    def forward(self: Any, *args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == step:
+            act()
+        return before(self, *args)
+
+    MAE.forward = forward  # type: ignore[assignment, method-assign]
+
+
+@_fault
+def stop_process(step: str) -> None:
+    """The process stands still, as one whose host hangs."""
+    _at_step(int(step), lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+@_fault
+def sleep_in_step(step: str) -> None:
+    """The main thread is stuck; the others of the process go on."""
+    _at_step(int(step), lambda: time.sleep(1000))
+
+
+@_fault
+def die(step: str) -> None:
+    _at_step(int(step), lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+@_fault
+def nan_loss(steps: str) -> None:
+    """The loss of these steps is NaN: "3", or "3-6"."""
+    from maelstream.model.mae import MAE
+
+    first, _, last = steps.partition("-")
+    before, calls = MAE.forward, [0]
+
+    def forward(self: Any, *args: Any) -> Any:
+        calls[0] += 1
+        loss = before(self, *args)
+        return loss * float("nan") if int(first) <= calls[0] <= int(last or first) else loss
+
+    MAE.forward = forward  # type: ignore[assignment, method-assign]
+
+
+@_fault
+def nan_gradient(step: str) -> None:
+    """The loss is fine; its gradient is not."""
+    from maelstream.model.mae import MAE
+
+    before, calls = MAE.forward, [0]
+
+    def forward(self: Any, *args: Any) -> Any:
+        calls[0] += 1
+        loss = before(self, *args)
+        if calls[0] == int(step):
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    MAE.forward = forward  # type: ignore[assignment, method-assign]
+
+
+@_fault
+def kill_at_file_operation(number: str) -> None:
+    """The whole process dies at the n-th open, sync, rename, mkdir or removal below `checkpoints/`."""
+    done = [0]
+
+    def count(what: str) -> None:
+        if "checkpoints" in what:
+            done[0] += 1
+            if done[0] == int(number):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event: str, args: tuple) -> None:
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"):
+            count(str(args[0]))
+
+    fsync = os.fsync
+
+    def counted_fsync(descriptor: int) -> None:
+        count(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    os.fsync = counted_fsync  # type: ignore[assignment]
+    sys.addaudithook(audit)
+
+
+@_fault
+def slow_save(seconds: str) -> None:
+    """Each file of a save takes longer."""
+    import maelstream.jobs.checkpointing.saver
+
+    before = maelstream.jobs.checkpointing.saver.write_tensors
+
+    def write_tensors(*args: Any) -> Any:
+        time.sleep(float(seconds))
+        return before(*args)
+
+    maelstream.jobs.checkpointing.saver.write_tensors = write_tensors  # type: ignore[assignment]
+
+
+@_fault
+def full_disk(files: str) -> None:
+    """These of the files that saves of this rank write, counted from 1, do not fit: "3", or "3-6"."""
+    import maelstream.jobs.checkpointing.saver
+
+    first, _, last = files.partition("-")
+    before, count = maelstream.jobs.checkpointing.saver.write_tensors, [0]
+
+    def write_tensors(*args: Any) -> Any:
+        count[0] += 1
+        if int(first) <= count[0] <= int(last or first):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(args[0]))
+        return before(*args)
+
+    maelstream.jobs.checkpointing.saver.write_tensors = write_tensors  # type: ignore[assignment]
+
+
+@_fault
+def slow_storage(seconds: str) -> None:
+    """Each read of a shard takes longer, as one from a store."""
+    import maelstream.jobs.profiling.measurement
+    from benchmarks.store import SlowStorage
+    from maelstream.shards.dataset import Dataset
+
+    before = maelstream.jobs.profiling.measurement.open_data
+
+    def open_data(*args: Any) -> Any:
+        dataset, order = before(*args)
+        assert isinstance(dataset, Dataset)
+        return Dataset.open_storage(SlowStorage.over(dataset, float(seconds))), order
+
+    maelstream.jobs.profiling.measurement.open_data = open_data  # type: ignore[assignment]
+
+
+@_fault
+def slow_decode(seconds: str) -> None:
+    """Each micro-batch takes longer to decode."""
+    from maelstream.pipeline.decode import CpuDecoder
+
+    before = CpuDecoder.decode
+
+    def decode(self: CpuDecoder) -> Any:
+        time.sleep(float(seconds))
+        return before(self)
+
+    CpuDecoder.decode = decode  # type: ignore[method-assign]
+
+
+@_fault
+def slow_step(seconds: str) -> None:
+    """Each forward pass takes longer."""
+    from maelstream.model.mae import MAE
+
+    before = MAE.forward
+
+    def forward(self: Any, *args: Any) -> Any:
+        time.sleep(float(seconds))
+        return before(self, *args)
+
+    MAE.forward = forward  # type: ignore[assignment, method-assign]
+
+
+@_fault
+def slow_portion(seconds: str) -> None:
+    """Measuring a classifier takes longer, with every portion of images."""
+    import maelstream.jobs.evaluation.classification as module
+
+    before = module.classify_with
+
+    def classify_with(*args: Any) -> Any:
+        classify = before(*args)
+
+        def slowly(images: Any) -> Any:
+            time.sleep(float(seconds))
+            return classify(images)
+
+        return slowly
+
+    module.classify_with = classify_with  # type: ignore[assignment]
+
+
+@_fault
+def little_memory(size: str) -> None:
+    """Bytes that the machine has free."""
+    import maelstream.jobs.profiling.step_stages
+
+    maelstream.jobs.profiling.step_stages.free_bytes = lambda device: int(size)
+
+
+@_fault
+def out_of_memory(most: str) -> None:
+    """More images than that do not fit, as on a GPU."""
+    import torch
+
+    from maelstream.model.mae import MAE
+
+    before = MAE.forward
+
+    def forward(self: Any, images: Any, keys: Any) -> Any:
+        if len(images) > int(most):
+            raise torch.OutOfMemoryError
+        return before(self, images, keys)
+
+    MAE.forward = forward  # type: ignore[method-assign]
+
+
+@_fault
+def no_profiler(reason: str) -> None:
+    """The driver lets nobody but root profile."""
+    import maelstream.jobs.profiling.end_to_end
+
+    def profile(**_: object) -> Any:
+        raise RuntimeError(reason)
+
+    maelstream.jobs.profiling.end_to_end.profile = profile  # type: ignore[assignment, misc]

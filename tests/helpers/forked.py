@@ -1,0 +1,94 @@
+"""Ranks of pre-training without the seconds that imports take: forked from a process that has imported everything.
+
+What a launcher does is left out; tests/e2e/test_launch.py starts real ones.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _rank(command: str, args: list[str], environment: dict[str, str], output: Path, fault: str) -> None:
+    from maelstream.jobs.command import run
+    from tests.helpers import faults
+
+    with output.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    if fault:
+        faults.FAULTS[fault.partition(":")[0]](fault.partition(":")[2])
+    code = run(command, args)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+@dataclass(frozen=True)
+class Running:
+    """Ranks that were started."""
+
+    ranks: list[ForkServerProcess]
+    output: Path
+
+    def wait(self, timeout_s: float = 120) -> list[int]:
+        """Exit codes by rank; those that are still there then are killed, which tells -9."""
+        end = time.monotonic() + timeout_s
+        for rank in self.ranks:
+            rank.join(max(0.0, end - time.monotonic()))
+        self.kill()
+        return [rank.exitcode or 0 for rank in self.ranks]
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        for rank in self.ranks:
+            if rank.is_alive():
+                assert rank.pid is not None
+                os.kill(rank.pid, number)
+        if number == signal.SIGKILL:
+            for rank in self.ranks:
+                rank.join()
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text()
+
+
+def start(
+    ranks: int, *args: str, output: Path, fault: str = "", faulty: int | None = None, command: str = "pretrain"
+) -> Running:
+    """`COMMAND ARGS` on so many ranks; `fault`, one of tests/faults.py, on all of them or on the `faulty` one."""
+    common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    common["MASTER_PORT"] = str(free_port())
+    output.write_text("")
+    processes = []
+    for rank in range(ranks):
+        environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        mine = fault if faulty in (None, rank) else ""
+        processes.append(CONTEXT.Process(target=_rank, args=(command, list(args), environment, output, mine)))
+        processes[-1].start()
+    return Running(processes, output)
+
+
+def run_ranks(
+    ranks: int, *args: str, output: Path, fault: str = "", faulty: int | None = None, command: str = "pretrain"
+) -> Running:
+    """`start`, and waits; the exit codes must all be 0."""
+    running = start(ranks, *args, output=output, fault=fault, faulty=faulty, command=command)
+    codes = running.wait()
+    assert codes == [0] * ranks, f"{codes}\n{running.said}"
+    return running

@@ -1,0 +1,29 @@
+"""Everything that a rank of pre-training imports; the process that tests/forked.py forks from imports this."""
+
+import gc
+import importlib
+import logging
+import os
+
+# What is forked cannot use CUDA once this process has asked for it; `make gpu-check` starts ranks of its own on GPUs.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for _module in (
+    "maelstream.jobs.pretrain",
+    "maelstream.jobs.profile",
+    "maelstream.jobs.evaluation.classify",
+    "maelstream.jobs.evaluate",
+    "maelstream.jobs.knn",
+    "tests.helpers.faults",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # every engine imports it, and it compiles kernels
+    "deepspeed.runtime.zero.stage3",
+    "nvidia.dali.fn",
+    "nvidia.dali.plugin.pytorch",
+):
+    importlib.import_module(_module)
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+torch.set_num_threads(1)
+gc.freeze()  # DeepSpeed collects garbage six times at the start

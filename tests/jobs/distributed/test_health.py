@@ -1,0 +1,59 @@
+"""Bad steps, spikes and silence, each told apart from health."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from maelstream.jobs.distributed.health import BadSteps, IllError, Spikes, Watchdog
+
+
+def test_only_bad_steps_in_a_row_stop_a_run() -> None:
+    bad = BadSteps(3)
+    for skipped in (True, True, False, True, True, False):
+        bad.note(skipped, 1, "")
+    bad.note(True, 8, "runs/a/step-4")
+    bad.note(True, 9, "runs/a/step-4")
+    with pytest.raises(IllError, match=r"3 steps in a row, up to step 10: .*last good checkpoint is runs/a/step-4"):
+        bad.note(True, 10, "runs/a/step-4")
+
+
+def test_a_loss_far_above_the_last_fifty_is_a_spike_and_noise_is_none() -> None:
+    spikes = Spikes(2.0)
+    assert not spikes.note(100.0)  # a start's first losses are high
+    assert not any(spikes.note(1.0 + 0.5 * (step % 2)) for step in range(60))
+    assert spikes.note(3.2)
+    assert not spikes.note(1.4)
+
+
+@pytest.fixture
+def watches(tmp_path: Path) -> Callable[..., list[Watchdog]]:
+    def make(count: int, said: list[str]) -> list[Watchdog]:
+        return [Watchdog(tmp_path / "ranks", rank, count, 0.5, said.append) for rank in range(count)]
+
+    return make
+
+
+def test_the_rank_that_is_behind_is_named(watches: Callable[..., list[Watchdog]]) -> None:
+    said: list[str] = []
+    first, second, third = watches(3, said)
+    with first, second, third:
+        for watch in (first, second, third, first, third):
+            watch.heartbeat()
+        end = time.monotonic() + 5
+        while len(said) < 3 and time.monotonic() < end:
+            time.sleep(0.02)
+    assert len(said) == 3 and all("rank 1: silent for 0.5 s (the others have come further)" in text for text in said)
+
+
+def test_ranks_that_get_on_are_never_named_and_who_waits_for_them_waits(watches: Callable[..., list[Watchdog]]) -> None:
+    """Rank 0 writes a checkpoint for longer than silence is allowed; it beats, the other waits."""
+    said: list[str] = []
+    first, second = watches(2, said)
+    with first, second:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            first.heartbeat()
+            time.sleep(0.02)
+    assert said == []

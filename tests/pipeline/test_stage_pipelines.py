@@ -1,0 +1,40 @@
+"""The halves of the decoder, put together again, are the decoder."""
+
+import numpy as np
+import torch
+
+from maelstream.pipeline.decode import CpuDecoder, DecodeConfig, Decoded, EncodedBatch
+from maelstream.pipeline.stage_pipelines import augment_alone, decode_alone
+from tests.conftest import encoded, photograph
+
+SIZE, CPU = (32, 48), torch.device("cpu")
+
+
+def batches() -> list[EncodedBatch]:
+    windows = np.array([[10, 20, 100, 80], [0, 0, 300, 200]], np.int32)
+    resizes = np.tile(np.array([*SIZE, 0, 0], np.int32), (2, 1))
+    return [
+        EncodedBatch(
+            [encoded(photograph(seed=2 * number + k), "JPEG") for k in range(2)],
+            windows,
+            resizes,
+            np.array([False, True]),
+            None,
+        )
+        for number in range(2)
+    ]
+
+
+def test_windows_come_in_turn_and_become_the_decoder_s_images() -> None:
+    data = batches()
+    decoder = CpuDecoder(lambda number: data[number % 2], 2, SIZE, 1, CPU)
+    expected = [decoder.run() for _ in range(3)]
+    decode = decode_alone(data, SIZE, 1, CPU, DecodeConfig())
+    decoded = decode()
+    assert isinstance(decoded, Decoded)
+    assert [np.asarray(decoded.windows[k]).shape for k in range(2)] == [(80, 100, 3), (200, 300, 3)]
+    augment, window_bytes = augment_alone(data, SIZE, 1, CPU, DecodeConfig())
+    for images in expected:
+        made = augment()
+        assert isinstance(made, torch.Tensor) and torch.equal(made, images)
+    assert window_bytes == (80 * 100 + 200 * 300) * 3 / 2
