@@ -11,7 +11,7 @@ import torch
 from benchmarks.gpu_part import Row, Setting
 from maelstream.jobs.profiling.data_stages import Streamed, rate
 from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.decode import DecodeConfig
 from maelstream.pipeline.loader import Batch
 from maelstream.pipeline.order import SampleOrder
@@ -28,9 +28,9 @@ TURNS = 3
 def streamed(setting: Setting, decode: DecodeConfig, batch_size: int) -> Streamed:
     """The dataset of the setting, as pre-training's loader takes it."""
     dataset = Dataset.open(setting.dataset)
-    draws, slices = AugmentSampler(0, CropConfig(), SIZE), Slices(min(batch_size, len(dataset)), 1, 1)
+    draws, batch_split = AugmentSampler(0, CropConfig(), SIZE), BatchSplit(min(batch_size, len(dataset)), 1, 1)
     threads = max(1, torch.get_num_threads())
-    return Streamed(dataset, SampleOrder(len(dataset), 0), draws, slices, 0, threads, 4, decode)
+    return Streamed(dataset, SampleOrder(len(dataset), 0), draws, batch_split, 0, threads, 4, decode)
 
 
 def config_of(setting: Setting, form: str) -> DecodeConfig:
@@ -43,7 +43,7 @@ def form(setting: Setting, form: str) -> list[Row]:
     config = config_of(setting, form)
     ours, theirs = streamed(setting, config, COMPARED), streamed(setting, DecodeConfig(on="cpu"), COMPARED)
     rows = [*same_draws(ours, theirs), *same_pixels(ours, theirs)]
-    return [*rows, endurance(replace(ours, slices=Slices(min(BATCH, len(ours.dataset)), 1, 1)), setting)]
+    return [*rows, endurance(replace(ours, batch_split=BatchSplit(min(BATCH, len(ours.dataset)), 1, 1)), setting)]
 
 
 def first_batches(streamed: Streamed) -> list[Batch]:
@@ -95,7 +95,7 @@ def endurance(streamed: Streamed, setting: Setting) -> Row:
 def loader(setting: Setting) -> list[Row]:
     """The loader alone beside bare decoding of the same windows, in turns."""
     source = streamed(setting, config_of(setting, "window"), BATCH)
-    size = source.slices.largest
+    size = source.batch_split.largest
     bare, whole = [], []
     with source.loader() as running:
         batches = iter(running)

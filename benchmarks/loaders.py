@@ -33,7 +33,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.decode import Output
 from maelstream.pipeline.loader import ImageLoader
 from maelstream.pipeline.order import SampleOrder
@@ -82,8 +82,10 @@ def augmentation() -> transforms.Compose:
 def maelstream(data: Data, output: Output) -> Iterator[Iterator[object]]:
     """This project's loader."""
     order, draws = SampleOrder(len(data.dataset), 0), AugmentSampler(0, CropConfig(), SIZE)
-    slices = Slices(BATCH, 1, 1)
-    with ImageLoader(data.dataset, order, draws, SIZE, slices, 0, data.threads, prefetch=4, output=output) as loader:
+    batch_split = BatchSplit(BATCH, 1, 1)
+    with ImageLoader(
+        data.dataset, order, draws, SIZE, batch_split, 0, data.threads, prefetch=4, output=output
+    ) as loader:
         yield iter(loader)
 
 

@@ -30,11 +30,11 @@ from maelstream.jobs.pretrain import reconstruction_loss
 from maelstream.jobs.profiling.end_to_end import run_whole, write_trace
 from maelstream.jobs.profiling.step_stages import Images
 from maelstream.jobs.recipe import load_recipe
-from maelstream.jobs.training.data import slices_of
+from maelstream.jobs.training.data import batch_split_of
 from maelstream.jobs.training.engine import build_engine, build_model
 from maelstream.jobs.training.log import Clock
 from maelstream.jobs.training.trainer import train_step
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.loader import Batch
 
 PLAIN, PROFILED, TRACED = "pre-training's loop", "inside the profile", "under torch.profiler"
@@ -53,7 +53,7 @@ class Options:
 class Held(NamedTuple):
     """In the place of what a loader streams: one batch for ever."""
 
-    slices: Slices
+    batch_split: BatchSplit
     batch: Batch
 
     @contextlib.contextmanager
@@ -63,27 +63,27 @@ class Held(NamedTuple):
 
 def held(recipe: Any, device: torch.device) -> Held:
     """Noise of the recipe's shape."""
-    slices = slices_of(recipe, 1)
-    images, keys = Images.made(slices.largest, recipe, device)
-    numbers = np.arange(slices.largest)
-    return Held(slices, Batch(images, keys, numbers, numbers, numbers.astype(np.int32), 1.0))
+    batch_split = batch_split_of(recipe, 1)
+    images, keys = Images.made(batch_split.largest, recipe, device)
+    numbers = np.arange(batch_split.largest)
+    return Held(batch_split, Batch(images, keys, numbers, numbers, numbers.astype(np.int32), 1.0))
 
 
 def plain_s(engine: Any, source: Held, control_group: ControlGroup, steps: int) -> float:
     """CPU seconds of a step, taken as `maelstream.jobs.training.trainer` takes it."""
-    clock, batches, micro_batches = Clock(), repeat(source.batch), source.slices.micro_batches
-    signs = lambda: [0.0] * len(SIGNALS)  # noqa: E731
+    clock, batches, micro_batches = Clock(), repeat(source.batch), source.batch_split.micro_batches
+    flags = lambda: [0.0] * len(SIGNALS)  # noqa: E731
     began = time.process_time()
     for _ in range(steps):
-        train_step(engine, reconstruction_loss, batches, micro_batches, clock, lambda: None, control_group, signs)
+        train_step(engine, reconstruction_loss, batches, micro_batches, clock, lambda: None, control_group, flags)
     return (time.process_time() - began) / steps
 
 
 def profiled_s(engine: Any, source: Any, control_group: ControlGroup, seconds: float) -> tuple[float, int]:
     """CPU seconds of a step as the profile's own figures tell them; and how many it took."""
-    whole = run_whole(engine, source, control_group, source.slices.micro_batches, seconds, None)
+    whole = run_whole(engine, source, control_group, source.batch_split.micro_batches, seconds, None)
     cores = len(os.sched_getaffinity(0))
-    return whole.cpu_utilisation * cores * source.slices.batch_size / whole.images_per_s, whole.steps
+    return whole.cpu_utilisation * cores * source.batch_split.batch_size / whole.images_per_s, whole.steps
 
 
 def traced_s(engine: Any, source: Held, control_group: ControlGroup, steps: int) -> float:
@@ -105,7 +105,7 @@ def measured(options: Options) -> dict[str, float]:
     with process_group(ranks, 600) as control_group:
         torch.set_num_threads(1)
         source = held(recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        engine = build_engine(recipe, source.slices, build_model(recipe, None))
+        engine = build_engine(recipe, source.batch_split, build_model(recipe, None))
         plain_s(engine, source, control_group, 2)
         for _ in range(options.rounds):
             seconds, steps = profiled_s(engine, source, control_group, options.seconds)

@@ -39,7 +39,7 @@ from maelstream.jobs.training.engine import build_engine, build_model
 from maelstream.model.mae import MAE, MAEConfig
 from maelstream.model.memory import BUCKET, activation_bytes, state_bytes, traffic
 from maelstream.model.optimise import weight_decay_groups
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 
 SMALL = MAEConfig(dim=384, heads=6)
 # Sizes that do not divide by two, and stage 3's large and small parameters alike.
@@ -127,7 +127,7 @@ def _rank(rank: int, port: int, config: MAEConfig, out: Path) -> None:
             before = storages_alive()
             recipe = Recipe(model=config, optim=OptimConfig(batch_size=8), engine=EngineConfig(zero=stage))
             model = build_model(recipe, None)
-            engine = build_engine(recipe, Slices(8, RANKS, MICRO_BATCHES), model)
+            engine = build_engine(recipe, BatchSplit(8, RANKS, MICRO_BATCHES), model)
             buffers = sum(buffer.nbytes for buffer in model.buffers())
             for _ in range(2):  # moments come with the first update
                 collectives.bytes = dict.fromkeys(Collectives.NAMES, 0)

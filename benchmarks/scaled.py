@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.loaders import BATCH, rate
 from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.dct_scaling import reduction
 from maelstream.pipeline.decode import CpuDecoder, DecodeConfig, EncodedBatch
 from maelstream.pipeline.loader import ImageLoader
@@ -94,7 +94,7 @@ def main() -> None:
                         SampleOrder(len(dataset), 0),
                         draws,
                         (side, side),
-                        Slices(BATCH, 1, 1),
+                        BatchSplit(BATCH, 1, 1),
                         0,
                         options.threads,
                         prefetch=4,

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.loaders import rate
 from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.loader import ImageLoader
 from maelstream.pipeline.order import SampleOrder, Shuffle
 from maelstream.shards.dataset import Dataset
@@ -103,8 +103,8 @@ def main() -> None:
         for _ in range(options.rounds):
             for name, (dataset, shuffle) in candidates.items():
                 order, draws = SampleOrder(len(dataset), 0, shuffle), AugmentSampler(0, CropConfig(), SIZE)
-                slices = Slices(BATCH, 1, 1)
-                with ImageLoader(dataset, order, draws, SIZE, slices, 0, options.threads, prefetch=4) as loader:
+                batch_split = BatchSplit(BATCH, 1, 1)
+                with ImageLoader(dataset, order, draws, SIZE, batch_split, 0, options.threads, prefetch=4) as loader:
                     rates[name].append(rate(iter(loader), 80))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     table = Table("", "images/s", "of the local disk's", title=f"{len(disk):,} images, {options.delay_s * 1e3:.0f} ms")

@@ -18,7 +18,7 @@ from maelstream.jobs.profiling.data_stages import Streamed, rate
 from maelstream.jobs.recipe import Recipe, RecipeError, StreamConfig, load_recipe
 from maelstream.jobs.training.data import open_data
 from maelstream.pipeline.augment_params import AugmentSampler
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.decode import DecodeConfig
 from maelstream.shards.errors import MaelstreamError
 
@@ -57,8 +57,11 @@ def streamed_by(command: Loader) -> Streamed:
     stream = StreamConfig(command.dst, command.samples) if command.samples is not None else StreamConfig()
     data = replace(recipe.data, dataset=command.dst, mix={}, stream=stream)
     dataset, order = open_data(data, recipe.seed)
-    draws, slices = AugmentSampler(recipe.seed, data.crop, size), Slices(min(command.batch_size, len(dataset)), 1, 1)
-    return Streamed(dataset, order, draws, slices, 0, command.threads, command.prefetch, command.decode)
+    draws, batch_split = (
+        AugmentSampler(recipe.seed, data.crop, size),
+        BatchSplit(min(command.batch_size, len(dataset)), 1, 1),
+    )
+    return Streamed(dataset, order, draws, batch_split, 0, command.threads, command.prefetch, command.decode)
 
 
 def tiles(images: torch.Tensor, columns: int) -> np.ndarray:
@@ -82,7 +85,7 @@ def measure(streamed: Streamed, seconds: float) -> dict[str, Any]:
     figures["decode and resize"] = streamed.decoder_rate(share)
     with streamed.loader() as loader:
         batches = iter(loader)
-        figures["whole"] = rate(lambda _: next(batches), streamed.slices.largest, share)
+        figures["whole"] = rate(lambda _: next(batches), streamed.batch_split.largest, share)
     return {
         "images_per_s": figures,
         "mb_per_s": figures["whole"] * streamed.bytes_an_image / 1e6,
@@ -99,7 +102,7 @@ def main(args: list[str]) -> int:
         raise RecipeError("--batch-size, --threads and --prefetch are at least 1, --seconds is more than 0")
     streamed = streamed_by(command)
     if command.save_grid is not None:
-        with replace(streamed, slices=Slices(min(64, len(streamed.dataset)), 1, 1)).loader() as loader:
+        with replace(streamed, batch_split=BatchSplit(min(64, len(streamed.dataset)), 1, 1)).loader() as loader:
             images = next(iter(loader)).images.cpu()
         try:
             Image.fromarray(tiles(images, 8)).save(command.save_grid)

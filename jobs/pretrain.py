@@ -29,7 +29,7 @@ from maelstream.jobs.training.engine import build_engine, build_model
 from maelstream.jobs.training.trainer import Loss, train
 from maelstream.jobs.weights.target_file import target_of_run
 from maelstream.model.mae import MAE
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.loader import Batch, ImageLoader
 from maelstream.pipeline.sample_source import BadSample
 
@@ -63,8 +63,10 @@ class Pretraining:
         self._target_file = target_of_run(recipe, folder)
         self._gallery = Gallery(recipe, folder, self.samples)
 
-    def loader(self, slices: Slices, rank: int, threads: int, on_bad: Callable[[BadSample], None]) -> ImageLoader:
-        return loader_of(self.recipe, self._dataset, self._order, slices, rank, threads, on_bad)
+    def loader(
+        self, batch_split: BatchSplit, rank: int, threads: int, on_bad: Callable[[BadSample], None]
+    ) -> ImageLoader:
+        return loader_of(self.recipe, self._dataset, self._order, batch_split, rank, threads, on_bad)
 
     def build(self, trained: dict[str, Tensor] | None) -> MAE:
         target = None if self._target_file is None else self._target_file.target(self.recipe.model)
@@ -73,8 +75,8 @@ class Pretraining:
             model.load_state_dict(trained, strict=False)  # buffers are no weights
         return model
 
-    def engine(self, model: Any, slices: Slices) -> Any:
-        return build_engine(self.recipe, slices, model)
+    def engine(self, model: Any, batch_split: BatchSplit) -> Any:
+        return build_engine(self.recipe, batch_split, model)
 
     def joined(
         self, engine: Any, partition: Partition, control_group: ControlGroup, heartbeat: Callable[[], None]

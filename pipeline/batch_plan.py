@@ -29,7 +29,7 @@ is bad is told for an epoch: it then follows from the bytes alone, whatever was 
 
 
 @dataclass(frozen=True)
-class Slices:
+class BatchSplit:
     """How a global batch is cut: slice `rank * micro_batches + m` is micro-batch `m` of `rank`."""
 
     batch_size: int
@@ -76,15 +76,15 @@ class BatchPlan:
     dataset: Dataset | Mix
     order: SampleOrder | MixOrder
     draws: AugmentSampler
-    slices: Slices
+    batch_split: BatchSplit
     rank: int
 
     def at(self, start: int, number: int, bad: Container[SampleId]) -> MicroBatch:
         """Micro-batch `number` of this rank, counted from where `start` samples of the line had been consumed, without
         those that are `bad`."""
-        step, micro_batch = divmod(number, self.slices.micro_batches)
-        first, end = self.slices.bounds(self.rank, micro_batch)
-        line = start + step * self.slices.batch_size + np.arange(first, end)
+        step, micro_batch = divmod(number, self.batch_split.micro_batches)
+        first, end = self.batch_split.bounds(self.rank, micro_batch)
+        line = start + step * self.batch_split.batch_size + np.arange(first, end)
         epochs, positions, samples = self.order.of_line(line)
         for place, found in enumerate(zip(epochs.tolist(), samples.tolist(), strict=True)):
             if found in bad:
@@ -95,10 +95,10 @@ class BatchPlan:
 
     def mine(self, start: int, line: Int64[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
         """Which places of the line this rank gets, where `start` samples had been consumed."""
-        slices = self.slices
-        count = slices.world_size * slices.micro_batches
-        edges = slices.batch_size * np.arange(1, count + 1) // count
-        rank = np.searchsorted(edges, (line - start) % slices.batch_size, "right") // slices.micro_batches
+        batch_split = self.batch_split
+        count = batch_split.world_size * batch_split.micro_batches
+        edges = batch_split.batch_size * np.arange(1, count + 1) // count
+        rank = np.searchsorted(edges, (line - start) % batch_split.batch_size, "right") // batch_split.micro_batches
         return (rank == self.rank) & (line >= start)
 
     def _replacement(self, epoch: int, sample: int, position: int, bad: Container[SampleId]) -> int:

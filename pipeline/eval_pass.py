@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.decode import DecodeConfig
 from maelstream.pipeline.loader import ImageLoader
 from maelstream.pipeline.order import SampleOrder
@@ -64,13 +64,13 @@ def every_image(
     size = len(dataset)
     if size < world_size:
         raise MaelstreamError(f"{dataset.folder} holds {size} images for {world_size} ranks; start fewer")
-    slices = Slices(min(size, reading.micro_batch_size * world_size), world_size, 1)
+    batch_split = BatchSplit(min(size, reading.micro_batch_size * world_size), world_size, 1)
     loader = ImageLoader(
         dataset,
         SampleOrder(size, 0, "none"),
         AugmentSampler(0, CropConfig(kind="none", margin=reading.margin), reading.image_size),
         reading.image_size,
-        slices,
+        batch_split,
         rank,
         reading.threads,
         reading.prefetch,
@@ -80,8 +80,8 @@ def every_image(
     )
     with loader:
         batches = iter(loader)
-        first, end = slices.bounds(rank, 0)
-        for start in range(0, size, slices.batch_size):
+        first, end = batch_split.bounds(rank, 0)
+        for start in range(0, size, batch_split.batch_size):
             line = start + np.arange(first, end)
             batch = next(batches)
             yield Portion(batch.images, line % size, (line < size) & (batch.samples == line % size))

@@ -21,7 +21,7 @@ from jaxtyping import Int32, Int64, Shaped
 from torch import Tensor
 
 from maelstream.pipeline.augment_params import AugmentSampler
-from maelstream.pipeline.batch_plan import BatchPlan, MicroBatch, SampleId, Slices
+from maelstream.pipeline.batch_plan import BatchPlan, BatchSplit, MicroBatch, SampleId
 from maelstream.pipeline.decode import DECODERS, DecodeConfig, EncodedBatch, Output
 from maelstream.pipeline.mix import Mix, MixOrder
 from maelstream.pipeline.order import SampleOrder
@@ -67,7 +67,7 @@ class ImageLoader:
         order: SampleOrder | MixOrder,
         draws: AugmentSampler,
         image_size: tuple[int, int],
-        slices: Slices,
+        batch_split: BatchSplit,
         rank: int,
         threads: int,
         prefetch: int,
@@ -84,16 +84,16 @@ class ImageLoader:
         `on_bad` is told of each sample that cannot be decoded and is replaced; when this rank has met more of them than
         `max_bad_share` of the dataset, iterating raises a DatasetError that lists them.
         """
-        if slices.batch_size > len(dataset):
+        if batch_split.batch_size > len(dataset):
             raise MaelstreamError(
-                f"batch_size {slices.batch_size} is larger than the dataset: {dataset.folder} holds "
+                f"batch_size {batch_split.batch_size} is larger than the dataset: {dataset.folder} holds "
                 f"{len(dataset)} samples; use a smaller batch_size"
             )
-        self._dataset, self._slices = dataset, slices
+        self._dataset, self._slices = dataset, batch_split
         self._image_size, self._threads, self._prefetch = image_size, threads, prefetch
         self._output, self._config = output, decode
         bad = BadSamples(max_bad_share, len(dataset), on_bad)
-        self._feed = partial(sample_source_of, dataset, order, draws, slices, rank, prefetch, bad)
+        self._feed = partial(sample_source_of, dataset, order, draws, batch_split, rank, prefetch, bad)
         self._consumed = 0
         self._stop = threading.Event()
         self._producer: threading.Thread | None = None
@@ -193,14 +193,14 @@ class ImageLoader:
         return found or {place: "DALI cannot decode it" for place in suspects if fails(place)}
 
     def _batch(self, planned: MicroBatch, images: Tensor) -> Batch:
-        slices = self._slices
+        batch_split = self._slices
         return Batch(
             images=images,
             keys=torch.from_numpy(planned.draws.keys),
             samples=planned.samples,
             epochs=planned.epochs,
             labels=planned.labels,
-            weight=len(planned.samples) * slices.world_size * slices.micro_batches / slices.batch_size,
+            weight=len(planned.samples) * batch_split.world_size * batch_split.micro_batches / batch_split.batch_size,
         )
 
     def _offer(self, batches: "Queue[Batch | Exception]", item: Batch | Exception) -> None:
@@ -214,7 +214,7 @@ def sample_source_of(
     dataset: Dataset | Mix | Stream,
     order: SampleOrder | MixOrder,
     draws: AugmentSampler,
-    slices: Slices,
+    batch_split: BatchSplit,
     rank: int,
     prefetch: int,
     bad: BadSamples,
@@ -222,9 +222,9 @@ def sample_source_of(
 ) -> SampleSource:
     """What a rank reads where `start` samples have been consumed."""
     if not isinstance(dataset, Stream):
-        return PlannedSource(BatchPlan(dataset, order, draws, slices, rank), start, bad)
+        return PlannedSource(BatchPlan(dataset, order, draws, batch_split, rank), start, bad)
     assert isinstance(order, SampleOrder)
-    return StreamSource(dataset, order, draws, slices, rank, start, prefetch, bad)
+    return StreamSource(dataset, order, draws, batch_split, rank, start, prefetch, bad)
 
 
 def _take(batches: "Queue[Batch | Exception]") -> Batch:

@@ -26,7 +26,7 @@ from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from maelstream.pipeline.augment_params import AugmentSampler
-from maelstream.pipeline.batch_plan import MicroBatch, SampleId, Slices
+from maelstream.pipeline.batch_plan import BatchSplit, MicroBatch, SampleId
 from maelstream.pipeline.decode import EncodedBatch
 from maelstream.pipeline.order import SampleOrder
 from maelstream.pipeline.sample_source import BadSample, BadSamples
@@ -101,14 +101,14 @@ class StreamSource:
         stream: Stream,
         order: SampleOrder,
         draws: AugmentSampler,
-        slices: Slices,
+        batch_split: BatchSplit,
         rank: int,
         start: int,
         prefetch: int,
         bad: BadSamples,
     ):
         """`order` is that of the shards; `start` samples of the stream have been consumed by all ranks."""
-        self._stream, self._order, self._draws, self._slices, self._rank = stream, order, draws, slices, rank
+        self._stream, self._order, self._draws, self._slices, self._rank = stream, order, draws, batch_split, rank
         self._bad, self._kept = bad, prefetch + _IN_FLIGHT
         self._micro_batches: dict[int, list[StreamSample]] = {}
         self._next = 0

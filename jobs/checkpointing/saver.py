@@ -72,7 +72,7 @@ class Saver:
         self._taken: Snapshot
 
     @property
-    def signs(self) -> list[float]:
+    def flags(self) -> list[float]:
         """What the ranks add up: is this one still writing, and did it fail?"""
         return [float(self._thread is not None and self._thread.is_alive()), float(bool(self._failure))]
 
@@ -88,7 +88,7 @@ class Saver:
         self._start(lambda: self._write_part(snapshot))
 
     def advance(self, writing: float, failed: float) -> str:
-        """Goes on when no rank is writing any more, given the sums of all `signs`; what went wrong, or ""."""
+        """Goes on when no rank is writing any more, given the sums of all `flags`; what went wrong, or ""."""
         if self._phase == "idle" or writing:
             return ""
         if failed:
@@ -112,7 +112,7 @@ class Saver:
             while self._thread is not None and self._thread.is_alive():
                 self._thread.join(timeout=1)
                 self._heartbeat()
-            if failure := self.advance(*self._control_group.sums(self.signs)):
+            if failure := self.advance(*self._control_group.sums(self.flags)):
                 raise SaveError(f"{failure}; the older checkpoints are whole")
 
     @property

@@ -48,13 +48,13 @@ class Stop:
         self._training = True
 
     @property
-    def signs(self) -> list[float]:
+    def flags(self) -> list[float]:
         """For each of `SIGNALS`, 1 when this rank received it."""
         return [float(self._received is number) for number in SIGNALS]
 
     @staticmethod
     def agreed(sums: list[float]) -> signal.Signals | None:
-        """The signal that some rank received, given the sums of all `signs`."""
+        """The signal that some rank received, given the sums of all `flags`."""
         return next((number for number, count in zip(SIGNALS, sums, strict=True) if count), None)
 
     def _listen(self) -> None:

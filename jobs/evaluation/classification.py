@@ -32,7 +32,7 @@ from maelstream.model.classifier import FeatureNorm, build_classifier, make_line
 from maelstream.model.optimise import LARS, Span, layer_decay_groups
 from maelstream.model.patches import normalise
 from maelstream.pipeline.augment_params import AugmentSampler
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.decode import Output
 from maelstream.pipeline.eval_pass import Reading
 from maelstream.pipeline.hashing import sample_keys, seed_word
@@ -79,7 +79,9 @@ class Classification:
         self._buffers: dict[str, Tensor] = {}  # of the engine's model, which training moves
         self._measured: tuple[int, dict[str, Scores]] = (-1, {})
 
-    def loader(self, slices: Slices, rank: int, threads: int, on_bad: Callable[[BadSample], None]) -> ImageLoader:
+    def loader(
+        self, batch_split: BatchSplit, rank: int, threads: int, on_bad: Callable[[BadSample], None]
+    ) -> ImageLoader:
         recipe, data, size = self.recipe, self.recipe.data, self.recipe.model.image_size
         order = SampleOrder(len(self._train), recipe.seed, data.shuffle)
         return ImageLoader(
@@ -87,7 +89,7 @@ class Classification:
             order,
             AugmentSampler(recipe.seed, data.crop, size),
             size,
-            slices,
+            batch_split,
             rank,
             threads,
             recipe.loader.prefetch,
@@ -109,7 +111,7 @@ class Classification:
         self._names = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
         return model
 
-    def engine(self, model: Any, slices: Slices) -> Any:
+    def engine(self, model: Any, batch_split: BatchSplit) -> Any:
         recipe, tuning = self.recipe, self.recipe.tuning
         if tuning.lrs:
             heads = [model.head[1]] if len(tuning.lrs) == 1 else list(model.head[1])
@@ -120,10 +122,10 @@ class Classification:
         else:
             groups = layer_decay_groups(model, recipe.optim.weight_decay, tuning.layer_decay)
         if tuning.optimizer == "adamw":
-            return engine_around(recipe, slices, model, adamw(recipe, groups))
+            return engine_around(recipe, batch_split, model, adamw(recipe, groups))
         for group in groups:
             group["weight_decay"] = recipe.optim.weight_decay  # LARS itself leaves vectors alone
-        return engine_around(recipe, slices, model, LARS(groups, 0.0, momentum=tuning.momentum))
+        return engine_around(recipe, batch_split, model, LARS(groups, 0.0, momentum=tuning.momentum))
 
     def joined(
         self, engine: Any, partition: Partition, control_group: ControlGroup, heartbeat: Callable[[], None]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maelstream.pipeline.augment_params import AugmentSampler
-from maelstream.pipeline.batch_plan import BatchPlan, MicroBatch, Slices
+from maelstream.pipeline.batch_plan import BatchPlan, BatchSplit, MicroBatch
 from maelstream.pipeline.decode import DECODERS, DecodeConfig, EncodedBatch
 from maelstream.pipeline.loader import ImageLoader, ReadAhead, sample_source_of
 from maelstream.pipeline.mix import Mix, MixOrder
@@ -55,7 +55,7 @@ class Streamed:
     dataset: Dataset | Mix | Stream
     order: SampleOrder | MixOrder
     draws: AugmentSampler
-    slices: Slices
+    batch_split: BatchSplit
     rank: int
     threads: int
     prefetch: int
@@ -68,7 +68,7 @@ class Streamed:
             self.order,
             self.draws,
             self.draws.image_size,
-            self.slices,
+            self.batch_split,
             self.rank,
             self.threads,
             self.prefetch,
@@ -79,14 +79,16 @@ class Streamed:
     def feed(self) -> SampleSource:
         """What reads for the loader."""
         bad = BadSamples(1, len(self.dataset), lambda _: None)
-        return sample_source_of(self.dataset, self.order, self.draws, self.slices, self.rank, self.prefetch, bad, 0)
+        return sample_source_of(
+            self.dataset, self.order, self.draws, self.batch_split, self.rank, self.prefetch, bad, 0
+        )
 
     @cached_property
     def line(self) -> BatchPlan | None:
         """None of a stream, whose order is that in which it is read."""
         if isinstance(self.dataset, Stream):
             return None
-        return BatchPlan(self.dataset, self.order, self.draws, self.slices, self.rank)
+        return BatchPlan(self.dataset, self.order, self.draws, self.batch_split, self.rank)
 
     @cached_property
     def held(self) -> list[EncodedBatch]:
@@ -104,7 +106,7 @@ class Streamed:
 
     def draws_rate(self, line: BatchPlan, seconds: float) -> float:
         """Images/s of planning alone: order, crops, flips."""
-        return rate(lambda number: line.at(0, number, ()), self.slices.largest, seconds)
+        return rate(lambda number: line.at(0, number, ()), self.batch_split.largest, seconds)
 
     def storage_rate(self, line: BatchPlan, seconds: float) -> float:
         """Images/s of bytes alone, in the order of the line, by as many readers as the loader has."""
@@ -130,25 +132,25 @@ class Streamed:
     def decode_rate(self, seconds: float) -> float:
         """Images/s of windows decoded from memory."""
         decode = decode_alone(self.held, self.draws.image_size, self.threads, self.decode.device, self.decode)
-        return rate(lambda _: decode(), self.slices.largest, seconds)
+        return rate(lambda _: decode(), self.batch_split.largest, seconds)
 
     def augment_rate(self, seconds: float) -> tuple[float, float]:
         """Images/s of windows resized, flipped and changed; and bytes of the mean window."""
         device = self.decode.device
         augment, size = augment_alone(self.held, self.draws.image_size, self.threads, device, self.decode)
-        return rate(lambda _: augment(), self.slices.largest, seconds), size
+        return rate(lambda _: augment(), self.batch_split.largest, seconds), size
 
     def decoder_rate(self, seconds: float) -> float:
         """Images/s of the decoder as the loader has it, fed from memory."""
         decoder = DECODERS[self.decode.device.type](
             lambda number: self.held[number % len(self.held)],
-            self.slices.largest,
+            self.batch_split.largest,
             self.draws.image_size,
             self.threads,
             self.decode.device,
             config=self.decode,
         )
-        return rate(lambda _: decoder.run(), self.slices.largest, seconds)
+        return rate(lambda _: decoder.run(), self.batch_split.largest, seconds)
 
     def _ahead_rate(self, read: Callable[[int], tuple[MicroBatch, EncodedBatch]], seconds: float) -> float:
         with ReadAhead(read, 0, self.prefetch) as ahead:
@@ -157,7 +159,7 @@ class Streamed:
                 ahead(number)
                 ahead.decoding.popleft()
 
-            return rate(take, self.slices.largest, seconds, WARM_UP + self.prefetch)
+            return rate(take, self.batch_split.largest, seconds, WARM_UP + self.prefetch)
 
 
 def sequential(dataset: Dataset) -> Sequential:

@@ -56,13 +56,13 @@ def run_whole(
     engine: Any, streamed: Streamed, control_group: ControlGroup, micro_batches: int, seconds: float, trace: Path | None
 ) -> Whole:
     """Takes steps for about `seconds`, then some more that `trace` records."""
-    clock, slices, gpu = Clock(), streamed.slices, engine.device.type == "cuda"
+    clock, batch_split, gpu = Clock(), streamed.batch_split, engine.device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
 
     def step(batches: Iterator[Batch]) -> tuple[float, float]:
-        signs = lambda: [0.0] * len(SIGNALS)  # noqa: E731
-        train_step(engine, reconstruction_loss, batches, micro_batches, clock, lambda: None, control_group, signs)
+        flags = lambda: [0.0] * len(SIGNALS)  # noqa: E731
+        train_step(engine, reconstruction_loss, batches, micro_batches, clock, lambda: None, control_group, flags)
         synchronise(engine.device)
         return clock.take()
 
@@ -81,7 +81,7 @@ def run_whole(
     waits = np.array([seconds * share for seconds, share in times])
     return Whole(
         steps=steps,
-        images_per_s=steps * slices.batch_size / wall_s,
+        images_per_s=steps * batch_split.batch_size / wall_s,
         step_s=statistics.median(seconds for seconds, _ in times),
         data_wait=float(waits.sum()) / wall_s,
         data_wait_p50_s=float(np.quantile(waits, 0.5)),

@@ -30,12 +30,12 @@ from maelstream.jobs.profiling.step_stages import (
     step_rate,
 )
 from maelstream.jobs.recipe import Recipe, RecipeError
-from maelstream.jobs.training.data import open_data, slices_of
+from maelstream.jobs.training.data import batch_split_of, open_data
 from maelstream.jobs.training.engine import build_engine, build_model
 from maelstream.model.flops import training_flops
 from maelstream.model.targets import PCATarget, TokenTarget
 from maelstream.pipeline.augment_params import AugmentSampler
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.mix import Mix
 from maelstream.pipeline.tracing import STAGES
 from maelstream.shards.dataset import Dataset
@@ -72,20 +72,20 @@ def streamed_by(recipe: Recipe, ranks: Ranks, micro_batches: int | None = None) 
         MaelstreamError: no data, or fewer samples than a step takes.
     """
     dataset, order = open_data(recipe.data, recipe.seed)
-    slices = slices_of(recipe, ranks.world_size)
-    if micro_batches is not None and micro_batches < slices.micro_batches:
+    batch_split = batch_split_of(recipe, ranks.world_size)
+    if micro_batches is not None and micro_batches < batch_split.micro_batches:
         count = ranks.world_size * micro_batches
-        slices = Slices(slices.largest * count, ranks.world_size, micro_batches)
-    if slices.largest * ranks.world_size > len(dataset):
+        batch_split = BatchSplit(batch_split.largest * count, ranks.world_size, micro_batches)
+    if batch_split.largest * ranks.world_size > len(dataset):
         raise RecipeError(
             f"{dataset.folder} is too small to measure: {len(dataset)} samples, and the ranks take "
-            f"{slices.largest * ranks.world_size} at once; lower --engine.micro-batch-size, or pack more images"
+            f"{batch_split.largest * ranks.world_size} at once; lower --engine.micro-batch-size, or pack more images"
         )
     return Streamed(
         dataset,
         order,
         AugmentSampler(recipe.seed, recipe.data.crop, recipe.model.image_size),
-        slices,
+        batch_split,
         ranks.rank,
         recipe.loader.threads or ranks.threads,
         recipe.loader.prefetch,
@@ -166,15 +166,15 @@ class Measurement:
         if self.decodes_on.type == "cuda":
             return Stage(None, why="images are decoded on the GPU")
         size = self.recipe.model.in_chans * math.prod(self.recipe.model.image_size)
-        rate = copy_rate(self.streamed.slices.largest, self.recipe, self.device, self.seconds)
+        rate = copy_rate(self.streamed.batch_split.largest, self.recipe, self.device, self.seconds)
         return Stage(rate, rate * size, copy_bytes_per_s(self.device) / size, "from pinned memory")
 
     def _step(self) -> Stage:
         gc.collect()  # decoders hold themselves in circles, and on a GPU memory with them
         if self.device.type == "cpu":
-            check_memory(self.recipe, self.streamed.slices.largest, self.control_group.ranks)
+            check_memory(self.recipe, self.streamed.batch_split.largest, self.control_group.ranks)
         model = bare_model(self.recipe, self.target, self.device)
-        batch = Images.made(self.streamed.slices.largest, self.recipe, self.device)
+        batch = Images.made(self.streamed.batch_split.largest, self.recipe, self.device)
         rate = step_rate(model, batch, self.device, self.seconds)
         limit = self.machine.matrix_flops_per_s / training_flops(self.recipe.model)
         return Stage(rate, None, limit, f"products of {self.machine.matrix_dtype} matrices")
@@ -182,8 +182,8 @@ class Measurement:
     def micro_batches(self, step_images_per_s: float) -> int:
         """As many as the recipe has, or as a step of a quarter of the time has."""
         (total,) = self.control_group.sums([step_images_per_s])
-        a_second = total / self.control_group.ranks.world_size / self.streamed.slices.largest
-        return min(self.streamed.slices.micro_batches, max(1, int(a_second * self.seconds / 4)))
+        a_second = total / self.control_group.ranks.world_size / self.streamed.batch_split.largest
+        return min(self.streamed.batch_split.micro_batches, max(1, int(a_second * self.seconds / 4)))
 
     def optimizer(self, times: EngineTimes) -> Stage:
         """Once a step of the recipe's batch."""
@@ -200,7 +200,7 @@ class Measurement:
         (once,) = self.control_group.sums([all_reduce_s(self.parameters, self.device, 1)])
         repeats = max(1, int(self.seconds * self.control_group.ranks.world_size / once))
         seconds = all_reduce_s(self.parameters, self.device, repeats)
-        times = 1 if self.recipe.engine.zero == 1 else self.streamed.slices.micro_batches
+        times = 1 if self.recipe.engine.zero == 1 else self.streamed.batch_split.micro_batches
         share = self.recipe.optim.batch_size / self.control_group.ranks.world_size
         return Stage(share / (times * seconds), 4 * self.parameters / seconds, None, "all-reduce of float32 gradients")
 
@@ -224,15 +224,15 @@ def measure(
         bare = stages["step"] if "step" in names else measurement.stage("step")
         assert bare.images_per_s is not None
         streamed = streamed_by(recipe, ranks, measurement.micro_batches(bare.images_per_s))
-        slices = streamed.slices
-        engine = build_engine(recipe, slices, build_model(recipe, target))
-        steps = max(3, int(seconds * control_group.sums([bare.images_per_s])[0] / slices.batch_size))
-        batch = Images.made(slices.largest, recipe, engine.device)
-        times = engine_times(engine, batch, slices.micro_batches, steps)
+        batch_split = streamed.batch_split
+        engine = build_engine(recipe, batch_split, build_model(recipe, target))
+        steps = max(3, int(seconds * control_group.sums([bare.images_per_s])[0] / batch_split.batch_size))
+        batch = Images.made(batch_split.largest, recipe, engine.device)
+        times = engine_times(engine, batch, batch_split.micro_batches, steps)
         if "optimizer" in names:
             stages["optimizer"] = measurement.optimizer(times)
         if "step" in names:
-            whole = run_whole(engine, streamed, control_group, slices.micro_batches, seconds, trace)
+            whole = run_whole(engine, streamed, control_group, batch_split.micro_batches, seconds, trace)
     if "comm" in names:
         stages["comm"] = measurement.comm()
     summed = {name: _summed(stages[name], control_group) for name in STAGES if name in stages}
@@ -248,7 +248,7 @@ def figures_of(
 ) -> dict[str, Any]:
     """What was measured, and what follows from it."""
     recipe, ranks, machine = measurement.recipe, measurement.control_group.ranks, measurement.machine
-    flops, recipe_slices = training_flops(recipe.model), measurement.streamed.slices
+    flops, recipe_slices = training_flops(recipe.model), measurement.streamed.batch_split
     peak = machine.matrix_flops_per_s * ranks.world_size
     figures: dict[str, Any] = {
         "version": VERSION,
@@ -256,7 +256,7 @@ def figures_of(
         "machine": machine._asdict(),
         "ranks": ranks.world_size,
         "micro_batch_size": recipe_slices.largest,
-        "micro_batches": {"recipe": recipe_slices.micro_batches, "measured": streamed.slices.micro_batches},
+        "micro_batches": {"recipe": recipe_slices.micro_batches, "measured": streamed.batch_split.micro_batches},
         "bytes_an_image": streamed.bytes_an_image,
         "flops_an_image": flops,
         "stages": {name: stage._asdict() for name, stage in stages.items()},
@@ -264,7 +264,7 @@ def figures_of(
     }
     step = stages["step"].images_per_s if "step" in stages else None
     if whole is not None and times is not None and step is not None:
-        measured, asked = streamed.slices.batch_size, recipe.optim.batch_size
+        measured, asked = streamed.batch_split.batch_size, recipe.optim.batch_size
         spread_s = 1 / whole.images_per_s + times.optimizer_s * (1 / asked - 1 / measured)
         with_engine = recipe_slices.largest * ranks.world_size / times.micro_batch_s
         figures["whole"] = whole._asdict() | {

@@ -23,7 +23,7 @@ from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.training.data import loader_of, open_data
 from maelstream.jobs.training.engine import build_engine, build_model
 from maelstream.jobs.weights.target_file import target_of_run
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 
 _WARM_UP, _LEAST = 2, 3  # micro-batches: the first ones compile and fill pools
 OUT_OF_MEMORY = "out of memory"
@@ -34,15 +34,15 @@ def measured(recipe: Recipe, seconds: float) -> float:
     ranks = ranks_from_environment()
     batch_size, micro = recipe.optim.batch_size, recipe.engine.micro_batch_size
     micro_batches = math.ceil(batch_size / micro)
-    slices = Slices(math.ceil(batch_size / micro_batches), 1, 1)
+    batch_split = BatchSplit(math.ceil(batch_size / micro_batches), 1, 1)
     dataset, order = open_data(recipe.data, recipe.seed)
     target_file = target_of_run(recipe, RunFolder(Path("no run")))
     target = None if target_file is None else target_file.target(recipe.model)
-    loader = loader_of(recipe, dataset, order, slices, 0, recipe.loader.threads or ranks.threads)
+    loader = loader_of(recipe, dataset, order, batch_split, 0, recipe.loader.threads or ranks.threads)
     passes: list[float] = []
     steps: list[float] = []
     with process_group(ranks, 600), loader:
-        engine = build_engine(recipe, slices, build_model(recipe, target))
+        engine = build_engine(recipe, batch_split, build_model(recipe, target))
         batches, began = iter(loader), time.perf_counter()
         while len(passes) < _WARM_UP + _LEAST or time.perf_counter() - began < seconds:
             start = time.perf_counter()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from maelstream.jobs.recipe import AnyRecipe, DataConfig, Recipe
 from maelstream.pipeline.augment_params import AugmentSampler
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.loader import ImageLoader
 from maelstream.pipeline.mix import Mix, MixOrder
 from maelstream.pipeline.order import SampleOrder
@@ -33,17 +33,17 @@ def open_data(config: DataConfig, seed: int) -> tuple[Dataset | Mix | Stream, Sa
     return dataset, SampleOrder(len(dataset), seed, config.shuffle)
 
 
-def slices_of(recipe: AnyRecipe, world_size: int) -> Slices:
+def batch_split_of(recipe: AnyRecipe, world_size: int) -> BatchSplit:
     """The global batch in the fewest slices of at most `engine.micro_batch_size`, equally many a rank."""
     share = math.ceil(recipe.optim.batch_size / world_size)
-    return Slices(recipe.optim.batch_size, world_size, math.ceil(share / recipe.engine.micro_batch_size))
+    return BatchSplit(recipe.optim.batch_size, world_size, math.ceil(share / recipe.engine.micro_batch_size))
 
 
 def loader_of(
     recipe: Recipe,
     dataset: Dataset | Mix | Stream,
     order: SampleOrder | MixOrder,
-    slices: Slices,
+    batch_split: BatchSplit,
     rank: int,
     threads: int,
     on_bad: Callable[[BadSample], None] = lambda _: None,
@@ -55,7 +55,7 @@ def loader_of(
         order,
         AugmentSampler(recipe.seed, recipe.data.crop, size),
         size,
-        slices,
+        batch_split,
         rank,
         threads,
         recipe.loader.prefetch,

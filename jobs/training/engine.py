@@ -23,7 +23,7 @@ from maelstream.jobs.recipe import AnyRecipe, Recipe
 from maelstream.model.mae import MAE
 from maelstream.model.optimise import weight_decay_groups
 from maelstream.model.targets import PCATarget, TokenTarget
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 
 
 class Float32Arithmetic(MAE):
@@ -70,19 +70,23 @@ def adamw(recipe: AnyRecipe, groups: list[dict]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=0.0, betas=recipe.optim.betas, fused=True)
 
 
-def build_engine(recipe: Recipe, slices: Slices, model: MAE) -> Any:
+def build_engine(recipe: Recipe, batch_split: BatchSplit, model: MAE) -> Any:
     """A DeepSpeed engine around `model`, whose weights it starts from; as pre-training has it."""
-    return engine_around(recipe, slices, model, adamw(recipe, weight_decay_groups(model, recipe.optim.weight_decay)))
+    return engine_around(
+        recipe, batch_split, model, adamw(recipe, weight_decay_groups(model, recipe.optim.weight_decay))
+    )
 
 
-def engine_around(recipe: AnyRecipe, slices: Slices, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+def engine_around(
+    recipe: AnyRecipe, batch_split: BatchSplit, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Any:
     """A DeepSpeed engine around any model and optimizer."""
     zero: dict[str, Any] = {"stage": recipe.engine.zero, "overlap_comm": False}  # open race reports when it overlaps
     if recipe.engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config = {
-        "train_micro_batch_size_per_gpu": slices.largest,  # only its log reads it
-        "gradient_accumulation_steps": slices.micro_batches,
+        "train_micro_batch_size_per_gpu": batch_split.largest,  # only its log reads it
+        "gradient_accumulation_steps": batch_split.micro_batches,
         "gradient_clipping": recipe.optim.clip_grad,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # LARS; a test compares it with the reference's

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maelstream.jobs.recipe import Recipe, RecipeError, load_recipe
 from maelstream.jobs.training.data import loader_of
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.order import SampleOrder
 from maelstream.shards.dataset import Dataset
 
@@ -38,5 +38,5 @@ def image_stream(
     if recipe.model.in_chans != 3:
         raise RecipeError(f"model.in_chans {recipe.model.in_chans}: images are decoded to 3 channels")
     order = SampleOrder(len(dataset), recipe.seed, recipe.data.shuffle)
-    with loader_of(recipe, dataset, order, Slices(batch_size, 1, 1), 0, threads) as loader:
+    with loader_of(recipe, dataset, order, BatchSplit(batch_size, 1, 1), 0, threads) as loader:
         yield (batch.images for batch in loader)

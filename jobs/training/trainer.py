@@ -25,12 +25,12 @@ from maelstream.jobs.recipe import AnyRecipe
 from maelstream.jobs.run_folder.environment import record_start
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.run_folder.status import Status, locked, read_status
-from maelstream.jobs.training.data import slices_of
+from maelstream.jobs.training.data import batch_split_of
 from maelstream.jobs.training.engine import clear_accumulated_gradients, gradients_are_finite, set_lr, without_update
 from maelstream.jobs.training.log import Clock, Log, memory_gib, mfu, run_log
 from maelstream.jobs.training.trackers import import_trackers, trackers
 from maelstream.model.optimise import lr_at
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.loader import Batch, ImageLoader
 from maelstream.pipeline.sample_source import BadSample
 from maelstream.pipeline.tracing import stage
@@ -52,12 +52,14 @@ class Task(Protocol):
     ema: float
     """Decay of the mean of the weights that is kept; 0: none."""
 
-    def loader(self, slices: Slices, rank: int, threads: int, on_bad: Callable[[BadSample], None]) -> ImageLoader: ...
+    def loader(
+        self, batch_split: BatchSplit, rank: int, threads: int, on_bad: Callable[[BadSample], None]
+    ) -> ImageLoader: ...
 
     def build(self, trained: dict[str, Tensor] | None) -> nn.Module:
         """The model with the weights of a checkpoint, or as it begins."""
 
-    def engine(self, model: Any, slices: Slices) -> Any: ...
+    def engine(self, model: Any, batch_split: BatchSplit) -> Any: ...
 
     def joined(
         self, engine: Any, partition: Partition, control_group: ControlGroup, heartbeat: Callable[[], None]
@@ -127,8 +129,8 @@ def train(task: Task, folder: RunFolder, stop_at_step: int | None, ranks: Ranks)
     recipe = task.recipe
     schedule = schedule_of(recipe, task.samples)
     end = schedule.total_steps if stop_at_step is None else min(schedule.total_steps, stop_at_step)
-    slices = slices_of(recipe, ranks.world_size)
-    loader = task.loader(slices, ranks.rank, recipe.loader.threads or ranks.threads, folder.quarantine)
+    batch_split = batch_split_of(recipe, ranks.world_size)
+    loader = task.loader(batch_split, ranks.rank, recipe.loader.threads or ranks.threads, folder.quarantine)
     modules = import_trackers(recipe)
     health, store = recipe.health, folder.checkpoints
 
@@ -148,7 +150,7 @@ def train(task: Task, folder: RunFolder, stop_at_step: int | None, ranks: Ranks)
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         shapes = {name: tuple(parameter.shape) for name, parameter in trained}
         shapes |= {name: tuple(tensor.shape) for name, tensor in task.fixed().items()}
-        engine = task.engine(model, slices)
+        engine = task.engine(model, batch_split)
         partition = partition_of(engine)
         if task.ema:
             partition = partition.keep_ema()
@@ -178,16 +180,16 @@ def train(task: Task, folder: RunFolder, stop_at_step: int | None, ranks: Ranks)
         stop.training()
         while step < end and signal is None:
             set_lr(engine, schedule.lr(step))
-            signs = lambda: [*saver.signs, *stop.signs]  # noqa: E731
+            flags = lambda: [*saver.flags, *stop.flags]  # noqa: E731
             loss, taken, sums = train_step(
                 engine,
                 task.loss(step),
                 batches,
-                slices.micro_batches,
+                batch_split.micro_batches,
                 reporter.clock,
                 watch.heartbeat,
                 control_group,
-                signs,
+                flags,
             )
             if taken and task.ema:
                 partition.update_ema(task.ema)
@@ -228,11 +230,11 @@ def train_step(
     clock: Clock,
     heartbeat: Callable[[], None],
     control_group: ControlGroup,
-    signs: Callable[[], list[float]],
+    flags: Callable[[], list[float]],
 ) -> tuple[float, bool, list[float]]:
     """One optimizer step, which NaN or Inf on any rank makes all of them skip.
 
-    Returns the mean loss of the global batch, whether the step was taken, and the sums of all ranks' `signs`.
+    Returns the mean loss of the global batch, whether the step was taken, and the sums of all ranks' `flags`.
     """
     total = torch.zeros((), device=engine.device)
     for number in range(micro_batches):
@@ -251,7 +253,7 @@ def train_step(
                 engine.step()
     bad = not (total.isfinite() and gradients_are_finite(engine))
     with stage("comm"):
-        loss_sum, bad_ranks, *sums = control_group.sums([total.item(), float(bad), *signs()])
+        loss_sum, bad_ranks, *sums = control_group.sums([total.item(), float(bad), *flags()])
     with stage("optimizer"), without_update(engine) if bad_ranks else contextlib.nullcontext():
         engine.step()
     taken = not bad_ranks and not engine.optimizer.overflow

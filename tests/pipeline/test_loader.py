@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from benchmarks.store import SlowStorage
 from maelstream.jobs.pack import main as pack
 from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.decode import DecodeConfig
 from maelstream.pipeline.loader import Batch, ImageLoader, LoaderState
 from maelstream.pipeline.order import SampleOrder, Shuffle
@@ -31,7 +31,7 @@ from tests.conftest import DEVICES, encoded, photograph
 
 def loader_of(
     dataset: Dataset,
-    slices: Slices,
+    batch_split: BatchSplit,
     rank: int = 0,
     prefetch: int = 2,
     threads: int = 1,
@@ -39,13 +39,18 @@ def loader_of(
     **options: Any,
 ) -> ImageLoader:
     order, draws = SampleOrder(len(dataset), 5, shuffle), AugmentSampler(5, CropConfig(), (32, 32))
-    return ImageLoader(dataset, order, draws, (32, 32), slices, rank, threads, prefetch, **options)
+    return ImageLoader(dataset, order, draws, (32, 32), batch_split, rank, threads, prefetch, **options)
 
 
 def take(
-    dataset: Dataset, slices: Slices, count: int, rank: int = 0, state: LoaderState | None = None, **options: Any
+    dataset: Dataset,
+    batch_split: BatchSplit,
+    count: int,
+    rank: int = 0,
+    state: LoaderState | None = None,
+    **options: Any,
 ) -> list[Batch]:
-    with loader_of(dataset, slices, rank, **options) as loader:
+    with loader_of(dataset, batch_split, rank, **options) as loader:
         if state is not None:
             loader.load_state_dict(state)
         return list(islice(loader, count))
@@ -63,9 +68,9 @@ def content(batches: Iterable[Batch], pixels: bool = True) -> list[tuple]:
 
 
 def global_batch(dataset: Dataset, step: int, world_size: int, micro_batches: int, batch_size: int = 8) -> list[tuple]:
-    slices = Slices(batch_size, world_size, micro_batches)
+    batch_split = BatchSplit(batch_size, world_size, micro_batches)
     first, last = step * micro_batches, (step + 1) * micro_batches
-    return [row for rank in range(world_size) for row in content(take(dataset, slices, last, rank)[first:])]
+    return [row for rank in range(world_size) for row in content(take(dataset, batch_split, last, rank)[first:])]
 
 
 @pytest.mark.parametrize("step", [0, 7])  # batch 7 reaches from epoch 0 of 60 samples into epoch 1
@@ -90,13 +95,13 @@ def test_each_sample_comes_exactly_once_an_epoch(
     """Uneven ends included: no divisibility is asked of samples, ranks, micro-batches or batch size."""
     if not world_size * micro_batches <= batch_size <= size:
         return
-    slices, order = Slices(batch_size, world_size, micro_batches), SampleOrder(size, seed=1)
+    batch_split, order = BatchSplit(batch_size, world_size, micro_batches), SampleOrder(size, seed=1)
     seen: Counter[tuple[int, int]] = Counter()
     for step in range(-(-epochs * size // batch_size)):
         for rank in range(world_size):
             for micro_batch in range(micro_batches):
-                first, end = slices.bounds(rank, micro_batch)
-                assert 1 <= end - first <= slices.largest
+                first, end = batch_split.bounds(rank, micro_batch)
+                assert 1 <= end - first <= batch_split.largest
                 epoch, position = np.divmod(step * batch_size + np.arange(first, end), size)
                 seen.update(zip(epoch.tolist(), order.at(epoch, position).tolist(), strict=True))
     whole_epochs = {key: count for key, count in seen.items() if key[0] < epochs}
@@ -104,33 +109,35 @@ def test_each_sample_comes_exactly_once_an_epoch(
 
 
 def test_the_loader_itself_delivers_each_sample_once_an_epoch_over_3_ranks(packed: Dataset) -> None:
-    batches = [batch for rank in range(3) for batch in take(packed, Slices(8, 3, 1), 15, rank)]  # 120 = 2 epochs of 60
+    batches = [
+        batch for rank in range(3) for batch in take(packed, BatchSplit(8, 3, 1), 15, rank)
+    ]  # 120 = 2 epochs of 60
     seen = Counter((row[1], row[0]) for row in content(batches))
     assert seen == {(epoch, sample): 1 for epoch in (0, 1) for sample in range(60)}
 
 
 def test_weights_make_the_mean_of_uneven_slices_the_mean_of_the_batch(packed: Dataset) -> None:
-    batches = [batch for rank in range(3) for batch in take(packed, Slices(8, 3, 2), 2, rank)]
+    batches = [batch for rank in range(3) for batch in take(packed, BatchSplit(8, 3, 2), 2, rank)]
     weighted = sum(batch.samples.mean() * batch.weight for batch in batches) / len(batches)
     assert weighted == pytest.approx(np.concatenate([batch.samples for batch in batches]).mean(), rel=1e-12)
-    assert {batch.weight for batch in take(packed, Slices(8, 2, 2), 2)} == {1.0}
+    assert {batch.weight for batch in take(packed, BatchSplit(8, 2, 2), 2)} == {1.0}
 
 
 @pytest.mark.parametrize("taken", [1, 6, 13])
 def test_a_restored_loader_goes_on_exactly(packed: Dataset, taken: int) -> None:
-    slices = Slices(8, 1, 2)
-    with loader_of(packed, slices) as loader:
+    batch_split = BatchSplit(8, 1, 2)
+    with loader_of(packed, batch_split) as loader:
         batches = iter(loader)
         for _ in range(2 * taken):
             next(batches)
         state = loader.state_dict()
         expected = content(islice(batches, 4))
     assert state == {"epoch": taken * 8 // 60, "position": taken * 8 % 60}
-    assert content(take(packed, slices, 4, state=state)) == expected
+    assert content(take(packed, batch_split, 4, state=state)) == expected
 
 
 def test_the_state_stands_at_the_last_whole_global_batch(packed: Dataset) -> None:
-    with loader_of(packed, Slices(8, 1, 2)) as loader:
+    with loader_of(packed, BatchSplit(8, 1, 2)) as loader:
         batches = iter(loader)
         positions = []
         for _ in range(4):
@@ -142,20 +149,20 @@ def test_the_state_stands_at_the_last_whole_global_batch(packed: Dataset) -> Non
 @pytest.mark.parametrize("state", [{"epoch": 0, "position": 60}, {"epoch": -1, "position": 0}])
 def test_a_state_beyond_the_epoch_is_refused(packed: Dataset, state: LoaderState) -> None:
     with pytest.raises(MaelstreamError, match="has positions 0 to 59; the state is another dataset's"):
-        take(packed, Slices(8, 1, 1), 1, state=state)
+        take(packed, BatchSplit(8, 1, 1), 1, state=state)
 
 
 def test_batch_size_and_ranks_may_change_in_the_middle_of_an_epoch(packed: Dataset) -> None:
-    first = [batch for rank in range(2) for batch in take(packed, Slices(8, 2, 1), 3, rank)]  # 24 samples
+    first = [batch for rank in range(2) for batch in take(packed, BatchSplit(8, 2, 1), 3, rank)]  # 24 samples
     state: LoaderState = {"epoch": 0, "position": 24}
-    rest = [batch for rank in range(3) for batch in take(packed, Slices(12, 3, 1), 3, rank, state)]  # 36 samples
+    rest = [batch for rank in range(3) for batch in take(packed, BatchSplit(12, 3, 1), 3, rank, state)]  # 36 samples
     assert sorted(row[0] for row in content([*first, *rest])) == list(range(60))
 
 
 def test_threads_and_prefetch_change_nothing(packed: Dataset) -> None:
     with (
-        loader_of(packed, Slices(8, 1, 1), prefetch=1, threads=1) as one,
-        loader_of(packed, Slices(8, 1, 1), prefetch=7, threads=3) as other,
+        loader_of(packed, BatchSplit(8, 1, 1), prefetch=1, threads=1) as one,
+        loader_of(packed, BatchSplit(8, 1, 1), prefetch=7, threads=3) as other,
     ):
         assert content(islice(one, 9)) == content(islice(other, 9))
 
@@ -188,9 +195,9 @@ def test_a_bad_sample_is_named_replaced_and_the_rest_is_as_it_was(
     decode, pixels = DecodeConfig(on="cpu" if device == "cpu" else "gpu"), device == "cpu"
     damaged = damaged_copy(packed, tmp_path / "damaged", marker, data)
     told: list[BadSample] = []
-    with loader_of(damaged, Slices(8, 1, 1), max_bad_share=0.02, on_bad=told.append, decode=decode) as loader:
+    with loader_of(damaged, BatchSplit(8, 1, 1), max_bad_share=0.02, on_bad=told.append, decode=decode) as loader:
         ours = content(islice(loader, 15), pixels)  # two epochs of 60
-    sound = content(take(packed, Slices(8, 1, 1), 15), pixels)
+    sound = content(take(packed, BatchSplit(8, 1, 1), 15), pixels)
     assert {(bad.sample, bad.key) for bad in told} == {(7, packed.keys(np.array([7]))[0])}
     assert reason in str(told[0]) and damaged.shard_names[packed.shard[7]] in str(told[0]) and len(told) == 1
     differing = [(before, now) for before, now in zip(sound, ours, strict=True) if before != now]
@@ -203,11 +210,13 @@ def test_every_rank_and_every_resumed_run_puts_the_same_sample_in_a_bad_one_s_pl
     packed: Dataset, tmp_path: Path, marker: bytes, data: bytes, reason: str
 ) -> None:
     damaged = damaged_copy(packed, tmp_path / "damaged", marker, data)
-    whole = content(take(damaged, Slices(8, 1, 1), 15, max_bad_share=0.02))
+    whole = content(take(damaged, BatchSplit(8, 1, 1), 15, max_bad_share=0.02))
     for world_size in (2, 3):
-        shares = [take(damaged, Slices(8, world_size, 1), 15, rank, max_bad_share=0.02) for rank in range(world_size)]
+        shares = [
+            take(damaged, BatchSplit(8, world_size, 1), 15, rank, max_bad_share=0.02) for rank in range(world_size)
+        ]
         assert [row for step in range(15) for share in shares for row in content([share[step]])] == whole
-    resumed = take(damaged, Slices(8, 1, 1), 12, state={"epoch": 0, "position": 24}, max_bad_share=0.02)
+    resumed = take(damaged, BatchSplit(8, 1, 1), 12, state={"epoch": 0, "position": 24}, max_bad_share=0.02)
     assert content(resumed) == whole[24:]
 
 
@@ -217,29 +226,29 @@ def test_more_bad_samples_than_are_allowed_stop_the_run_with_the_list(packed: Da
     with pytest.raises(
         DatasetError, match=rf"1 bad samples, max_bad_share allows 0: .*000\d\.tar: sample {key}: not a"
     ):
-        take(damaged, Slices(60, 1, 1), 1, max_bad_share=0.0)
+        take(damaged, BatchSplit(60, 1, 1), 1, max_bad_share=0.0)
 
 
 def test_labels_are_those_of_the_folders(packed: Dataset) -> None:
-    (batch,) = take(packed, Slices(60, 1, 1), 1)
+    (batch,) = take(packed, BatchSplit(60, 1, 1), 1)
     folders = [source.split("/")[0] for source in packed.sources(batch.samples)]
     assert [packed.classes[label] for label in batch.labels] == folders
 
 
 def test_images_are_uint8_and_keys_are_what_masks_are_hashed_from(packed: Dataset) -> None:
-    (batch,) = take(packed, Slices(8, 1, 1), 1)
+    (batch,) = take(packed, BatchSplit(8, 1, 1), 1)
     assert batch.images.shape == (8, 3, 32, 32) and batch.images.dtype == torch.uint8
     assert batch.keys.dtype == torch.int64 and len(set(batch.keys.tolist())) == 8
 
 
 def test_a_batch_larger_than_the_dataset_is_refused(packed: Dataset) -> None:
     with pytest.raises(MaelstreamError, match=r"batch_size 61 is larger than the dataset: .* holds 60 samples"):
-        loader_of(packed, Slices(61, 1, 1))
+        loader_of(packed, BatchSplit(61, 1, 1))
 
 
 def test_more_ranks_than_samples_are_refused() -> None:
     with pytest.raises(MaelstreamError, match="a batch of 8 samples cannot be shared by 9 ranks"):
-        Slices(8, 9, 1)
+        BatchSplit(8, 9, 1)
 
 
 # --- block shuffle and stores
@@ -259,8 +268,8 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_a_block_shuffle_hands_over_the_order_on_any_number_of_ranks(many: Dataset, world_size: int) -> None:
-    slices, steps = Slices(500, world_size, 1), 11  # into the second epoch
-    shares = [take(many, slices, steps, rank, shuffle="block") for rank in range(world_size)]
+    batch_split, steps = BatchSplit(500, world_size, 1), 11  # into the second epoch
+    shares = [take(many, batch_split, steps, rank, shuffle="block") for rank in range(world_size)]
     order = SampleOrder(5000, 5, "block")
     for step in range(steps):
         epochs, positions = np.divmod(step * 500 + np.arange(500), 5000)
@@ -270,24 +279,24 @@ def test_a_block_shuffle_hands_over_the_order_on_any_number_of_ranks(many: Datas
     decoder_input = [data.tobytes() for data in alone]
     assert len(set(decoder_input)) == len(decoder_input)
     assert content(shares[0][3:5]) == content(
-        take(many, slices, 2, 0, state={"epoch": 0, "position": 1500}, shuffle="block")
+        take(many, batch_split, 2, 0, state={"epoch": 0, "position": 1500}, shuffle="block")
     )
 
 
 def test_a_block_shuffle_of_a_store_takes_few_long_requests(many: Dataset) -> None:
     store = SlowStorage.over(many, delay_s=0)
     remote = Dataset.open_storage(store)
-    taken = content(take(remote, Slices(500, 1, 1), 10, shuffle="block"))
-    assert taken == content(take(many, Slices(500, 1, 1), 10, shuffle="block"))
+    taken = content(take(remote, BatchSplit(500, 1, 1), 10, shuffle="block"))
+    assert taken == content(take(many, BatchSplit(500, 1, 1), 10, shuffle="block"))
     assert store.requests[0] < 100  # 40 blocks, some cut by a shard's end, and a window of the next epoch
     store.requests[0] = 0
-    assert content(take(remote, Slices(500, 1, 1), 10)) == content(take(many, Slices(500, 1, 1), 10))
+    assert content(take(remote, BatchSplit(500, 1, 1), 10)) == content(take(many, BatchSplit(500, 1, 1), 10))
 
 
 def test_a_bad_sample_of_a_block_shuffle_is_replaced(packed: Dataset, tmp_path: Path) -> None:
     damaged = damaged_copy(packed, tmp_path / "damaged", b"\xff\xd8", b"GIF89a")
-    ours = content(take(damaged, Slices(8, 1, 1), 8, shuffle="block", max_bad_share=0.02))
-    sound = content(take(packed, Slices(8, 1, 1), 8, shuffle="block"))
+    ours = content(take(damaged, BatchSplit(8, 1, 1), 8, shuffle="block", max_bad_share=0.02))
+    sound = content(take(packed, BatchSplit(8, 1, 1), 8, shuffle="block"))
     assert [before[0] for before, now in zip(sound, ours, strict=True) if before != now] == [7]
 
 
@@ -324,4 +333,4 @@ def test_a_store_that_fails_now_and_then_is_asked_again(packed: Dataset, monkeyp
     assert data.tobytes() == ShardReader(packed, check_crc=True).read(samples)[0].tobytes()
     never = Dataset.open_storage(FlakyStorage(*place, answers_every=10**9))
     with pytest.raises(DatasetError, match=r"\.tar cannot be read \(the store is busy\); asked 5 times"):
-        take(never, Slices(8, 1, 1), 1)
+        take(never, BatchSplit(8, 1, 1), 1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks.store import SlowStorage
 from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.loader import ImageLoader, LoaderState
 from maelstream.pipeline.mix import Mix, MixOrder, MixReader
 from maelstream.pipeline.order import Shuffle
@@ -32,7 +32,7 @@ def mix(packed: Dataset, tmp_path: Path) -> Mix:
 
 def take(
     mix: Mix,
-    slices: Slices,
+    batch_split: BatchSplit,
     count: int,
     rank: int = 0,
     state: LoaderState | None = None,
@@ -40,7 +40,7 @@ def take(
     **options: object,
 ) -> list:
     order, draws = MixOrder(mix, 5, shuffle), AugmentSampler(5, CropConfig(), (32, 32))
-    with ImageLoader(mix, order, draws, (32, 32), slices, rank, 1, 2, **options) as loader:  # type: ignore[arg-type]
+    with ImageLoader(mix, order, draws, (32, 32), batch_split, rank, 1, 2, **options) as loader:  # type: ignore[arg-type]
         if state is not None:
             loader.load_state_dict(state)
         return content(islice(loader, count))
@@ -87,11 +87,11 @@ def test_samples_are_those_of_their_datasets(mix: Mix, packed: Dataset) -> None:
 
 
 def test_a_mix_is_the_same_on_any_number_of_ranks_and_goes_on_exactly(mix: Mix) -> None:
-    alone = take(mix, Slices(8, 1, 1), 20)
+    alone = take(mix, BatchSplit(8, 1, 1), 20)
     for world_size in (2, 3):
-        shares = [take(mix, Slices(8, world_size, 1), 20, rank) for rank in range(world_size)]
+        shares = [take(mix, BatchSplit(8, world_size, 1), 20, rank) for rank in range(world_size)]
         assert sorted(row for share in shares for row in share) == sorted(alone)
-    assert take(mix, Slices(8, 1, 1), 5, state={"epoch": 1, "position": 0}) == alone[120:]
+    assert take(mix, BatchSplit(8, 1, 1), 5, state={"epoch": 1, "position": 0}) == alone[120:]
     assert {sample >= 60 for sample, *_ in alone} == {True, False}
 
 
@@ -99,7 +99,7 @@ def test_a_bad_sample_is_replaced_by_one_of_its_own_dataset(packed: Dataset, tmp
     damaged = damaged_copy(packed, tmp_path / "damaged", b"\xff\xd8", b"GIF89a")
     mix = Mix((packed, damaged), (1.0, 1.0))
     told: list[BadSample] = []
-    rows = take(mix, Slices(8, 1, 1), 15, on_bad=told.append, max_bad_share=0.02)
+    rows = take(mix, BatchSplit(8, 1, 1), 15, on_bad=told.append, max_bad_share=0.02)
     assert [bad.sample for bad in told] == [67] and str(tmp_path / "damaged") in told[0].shard
     assert sum(sample >= 60 for sample, *_ in rows) == 60 and 67 not in {sample for sample, *_ in rows}
 
@@ -113,22 +113,22 @@ def test_weights_that_leave_a_dataset_out_are_refused(packed: Dataset, weights: 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_mix_shuffled_by_blocks_hands_over_its_order(mix: Mix, world_size: int) -> None:
     """From windows of each dataset, fetched at once; the pictures are those of any other order."""
-    slices, order = Slices(8, world_size, 1), MixOrder(mix, 5, "block")
-    shares = [take(mix, slices, 15, rank, shuffle="block") for rank in range(world_size)]
+    batch_split, order = BatchSplit(8, world_size, 1), MixOrder(mix, 5, "block")
+    shares = [take(mix, batch_split, 15, rank, shuffle="block") for rank in range(world_size)]
     rows = sorted(row for share in shares for row in share)
     epochs, _, samples = order.of_line(np.arange(120))
     assert [row[:2] for row in rows] == sorted(zip(samples.tolist(), epochs.tolist(), strict=True))
-    pictures = {row[:2]: row for row in take(mix, Slices(8, 1, 1), 40)}
+    pictures = {row[:2]: row for row in take(mix, BatchSplit(8, 1, 1), 40)}
     assert all(pictures.get(row[:2], row) == row for row in rows) and len(pictures.keys() & {r[:2] for r in rows}) > 60
-    resumed = take(mix, Slices(8, 1, 1), 5, state={"epoch": 0, "position": 80}, shuffle="block")
+    resumed = take(mix, BatchSplit(8, 1, 1), 5, state={"epoch": 0, "position": 80}, shuffle="block")
     assert sorted(resumed) == sorted(row for row in rows if row[:2] in {r[:2] for r in resumed}) and len(resumed) == 40
 
 
 def test_a_block_shuffle_of_a_mix_of_stores_is_that_of_disks(packed: Dataset) -> None:
     stores = [SlowStorage.over(packed, delay_s=0) for _ in range(2)]
     remote = Mix(tuple(map(Dataset.open_storage, stores)), (3.0, 1.0))
-    rows = take(remote, Slices(60, 1, 1), 3, shuffle="block")
-    assert rows == take(Mix((packed, packed), (3.0, 1.0)), Slices(60, 1, 1), 3, shuffle="block")
+    rows = take(remote, BatchSplit(60, 1, 1), 3, shuffle="block")
+    assert rows == take(Mix((packed, packed), (3.0, 1.0)), BatchSplit(60, 1, 1), 3, shuffle="block")
     assert all(store.requests[0] for store in stores)
 
 

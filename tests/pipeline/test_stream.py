@@ -15,7 +15,7 @@ import pytest
 
 from maelstream.jobs.command import run
 from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
-from maelstream.pipeline.batch_plan import Slices
+from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.loader import Batch, ImageLoader, LoaderState
 from maelstream.pipeline.order import SampleOrder, Shuffle
 from maelstream.pipeline.sample_source import BadSample
@@ -79,7 +79,7 @@ def pattern(dataset: Dataset) -> str:
 
 def take(
     stream: Stream,
-    slices: Slices,
+    batch_split: BatchSplit,
     count: int,
     rank: int = 0,
     state: LoaderState | None = None,
@@ -87,7 +87,7 @@ def take(
     **options: Any,
 ) -> list[Batch]:
     order, draws = SampleOrder(len(stream.shards), 5, shuffle), AugmentSampler(5, CropConfig(), (32, 32))
-    with ImageLoader(stream, order, draws, (32, 32), slices, rank, 1, 2, **options) as loader:
+    with ImageLoader(stream, order, draws, (32, 32), batch_split, rank, 1, 2, **options) as loader:
         if state is not None:
             loader.load_state_dict(state)
         return list(islice(loader, count))
@@ -96,13 +96,13 @@ def take(
 def test_a_server_a_pipe_and_a_disk_give_the_same_stream(packed: Dataset, serve: Any) -> None:
     names = pattern(packed)
     streams = [f"{serve(packed.folder)}/{names}", f"pipe:cat {packed.folder}/{names}", f"{packed.folder}/{names}"]
-    first, *others = ([*content(take(Stream(urls, 60), Slices(8, 1, 1), 15))] for urls in streams)
+    first, *others = ([*content(take(Stream(urls, 60), BatchSplit(8, 1, 1), 15))] for urls in streams)
     assert len(first) == 120 and all(other == first for other in others)
 
 
 def test_every_sample_comes_once_a_pass_in_another_order_each_epoch(packed: Dataset, serve: Any) -> None:
     stream = Stream(f"{serve(packed.folder)}/{pattern(packed)}", 60, shuffle_buffer=1)
-    rows = content(take(stream, Slices(60, 1, 1), 2))
+    rows = content(take(stream, BatchSplit(60, 1, 1), 2))
     passes = [[sample for sample, epoch, *_ in rows if epoch == number] for number in (0, 1)]
     assert sorted(passes[0]) == sorted(passes[1]) and len(set(passes[0])) == 60 and passes[0] != passes[1]
     labels = dict(Counter(label for *_, label in rows))
@@ -111,7 +111,7 @@ def test_every_sample_comes_once_a_pass_in_another_order_each_epoch(packed: Data
 
 def test_a_buffer_shuffles_what_it_holds_and_loses_nothing(packed: Dataset) -> None:
     straight, shuffled = (
-        content(take(Stream(f"{packed.folder}/{pattern(packed)}", 60, buffer), Slices(30, 1, 1), 6))
+        content(take(Stream(f"{packed.folder}/{pattern(packed)}", 60, buffer), BatchSplit(30, 1, 1), 6))
         for buffer in (1, 16)
     )
     assert [row[:2] for row in straight] != [row[:2] for row in shuffled]
@@ -124,7 +124,7 @@ def test_images_are_those_of_the_indexed_dataset(packed: Dataset) -> None:
     stream = Stream(f"{packed.folder}/{pattern(packed)}", 60, shuffle_buffer=1)
     found = []
     for data, order in ((stream, SampleOrder(len(stream.shards), 5)), (packed, SampleOrder(60, 5))):
-        with ImageLoader(data, order, centre, (32, 32), Slices(60, 1, 1), 0, 1, 2) as loader:
+        with ImageLoader(data, order, centre, (32, 32), BatchSplit(60, 1, 1), 0, 1, 2) as loader:
             found.append(sorted((image, label) for _, _, image, _, label in content(islice(loader, 1))))
     assert found[0] == found[1]
 
@@ -132,23 +132,23 @@ def test_images_are_those_of_the_indexed_dataset(packed: Dataset) -> None:
 def test_ranks_take_turns_at_the_shards(packed: Dataset) -> None:
     """Each shard once an epoch by one of them; several micro-batches follow one another in a rank's stream."""
     stream = Stream(f"{packed.folder}/{pattern(packed)}", 60, shuffle_buffer=1)
-    alone = take(stream, Slices(6, 1, 1), 10, shuffle="none")
+    alone = take(stream, BatchSplit(6, 1, 1), 10, shuffle="none")
     assert [row[0] for row in content(alone)] == sorted(row[0] for row in content(alone))
-    shares = [{row[0] >> 32 for row in content(take(stream, Slices(6, 2, 1), 8, rank))} for rank in (0, 1)]
+    shares = [{row[0] >> 32 for row in content(take(stream, BatchSplit(6, 2, 1), 8, rank))} for rank in (0, 1)]
     assert shares[0] and shares[1]
-    halves = [take(stream, Slices(6, 1, micro_batches), 6 * micro_batches) for micro_batches in (1, 2)]
+    halves = [take(stream, BatchSplit(6, 1, micro_batches), 6 * micro_batches) for micro_batches in (1, 2)]
     assert content(halves[0]) == content(halves[1])
 
 
 def test_a_stream_is_the_same_again_and_with_other_threads(packed: Dataset) -> None:
     stream = Stream(f"{packed.folder}/{pattern(packed)}", 60, shuffle_buffer=16)
-    assert content(take(stream, Slices(8, 1, 1), 9)) == content(take(stream, Slices(8, 1, 1), 9))
+    assert content(take(stream, BatchSplit(8, 1, 1), 9)) == content(take(stream, BatchSplit(8, 1, 1), 9))
 
 
 def test_a_resumed_stream_begins_with_the_shard_where_it_stood(packed: Dataset) -> None:
     stream = Stream(f"{packed.folder}/{pattern(packed)}", 60, shuffle_buffer=1)
     shards, order = len(stream.shards), SampleOrder(len(stream.shards), 5)
-    resumed = content(take(stream, Slices(6, 1, 1), 4, state={"epoch": 3, "position": 30}))
+    resumed = content(take(stream, BatchSplit(6, 1, 1), 4, state={"epoch": 3, "position": 30}))
     expected = order.at(np.array([3]), np.array([shards // 2]))
     assert resumed[0][:2] == (int(expected[0]) << 32, 3)
 
@@ -159,7 +159,7 @@ def test_what_breaks_off_is_fetched_again_and_nothing_comes_twice(
     monkeypatch.setattr("maelstream.pipeline.stream._PAUSES_S", (0.001,) * 4)
     urls = f"{serve(packed.folder, failures=2)}/{pattern(packed)}"
     whole = Stream(f"{packed.folder}/{pattern(packed)}", 60)
-    assert content(take(Stream(urls, 60), Slices(8, 1, 1), 9)) == content(take(whole, Slices(8, 1, 1), 9))
+    assert content(take(Stream(urls, 60), BatchSplit(8, 1, 1), 9)) == content(take(whole, BatchSplit(8, 1, 1), 9))
 
 
 @pytest.mark.parametrize("failures", [0, 9])
@@ -167,7 +167,7 @@ def test_what_never_comes_is_named(packed: Dataset, serve: Any, monkeypatch: pyt
     monkeypatch.setattr("maelstream.pipeline.stream._PAUSES_S", (0.001,) * 4)
     url = f"{serve(packed.folder, failures)}/{'nowhere.tar' if not failures else packed.shard_names[0]}"
     with pytest.raises(StorageError, match=rf"{url} cannot be read \(.+\); asked 5 times"):
-        take(Stream(url, 60), Slices(8, 1, 1), 1)
+        take(Stream(url, 60), BatchSplit(8, 1, 1), 1)
 
 
 @pytest.mark.parametrize(("marker", "data", "reason"), DAMAGE)
@@ -177,12 +177,12 @@ def test_a_bad_sample_is_named_and_left_out(
     damaged = damaged_copy(packed, tmp_path / "damaged", marker, data)
     told: list[BadSample] = []
     stream = Stream(f"{damaged.folder}/{pattern(packed)}", 60)
-    rows = content(take(stream, Slices(8, 1, 1), 15, max_bad_share=0.02, on_bad=told.append))
+    rows = content(take(stream, BatchSplit(8, 1, 1), 15, max_bad_share=0.02, on_bad=told.append))
     (bad,) = told
     assert bad.key == packed.keys(np.array([7]))[0] and reason in bad.reason and bad.shard.endswith(".tar")
     assert len(rows) == 120 and bad.sample not in {row[0] for row in rows}
     with pytest.raises(DatasetError, match="1 bad samples, max_bad_share allows 0"):
-        take(stream, Slices(8, 1, 1), 15, max_bad_share=0.0)
+        take(stream, BatchSplit(8, 1, 1), 15, max_bad_share=0.0)
 
 
 def test_labels_are_numbers_of_cls_or_json_or_none(packed: Dataset, tmp_path: Path) -> None:
@@ -192,14 +192,14 @@ def test_labels_are_numbers_of_cls_or_json_or_none(packed: Dataset, tmp_path: Pa
     for number, (image, (extension, label)) in enumerate(zip(images, kinds, strict=True)):
         members += [(f"{number}.jpg", image), (f"{number}.{extension}", label)]
     write_tar(tmp_path / "some.tar", members)
-    (batch,) = take(Stream(str(tmp_path / "some.tar"), 4, shuffle_buffer=1), Slices(4, 1, 1), 1)
+    (batch,) = take(Stream(str(tmp_path / "some.tar"), 4, shuffle_buffer=1), BatchSplit(4, 1, 1), 1)
     assert batch.labels.tolist() == [7, 5, -1, -1]
 
 
 def test_a_shard_without_images_is_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "text.tar", [("0.txt", b"no picture")])
     with pytest.raises(StorageError, match=r"text\.tar holds no images; take it out"):
-        take(Stream(str(tmp_path / "text.tar"), 4), Slices(4, 1, 1), 1)
+        take(Stream(str(tmp_path / "text.tar"), 4), BatchSplit(4, 1, 1), 1)
 
 
 def test_the_length_of_an_epoch_must_be_told() -> None:
