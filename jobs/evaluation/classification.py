@@ -8,7 +8,6 @@ that was stopped goes on exactly.
 
 import copy
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,8 @@ from torch.nn import functional as F
 
 from maelstream.jobs.checkpointing.partition import MEAN, Partition
 from maelstream.jobs.distributed.ranks import ControlGroup, Ranks
-from maelstream.jobs.evaluation.results import RESULT, Evaluation, read_evaluations, record
-from maelstream.jobs.evaluation.scores import Scores, classify_with, scores
+from maelstream.jobs.evaluation.results import RESULT, Scores, read_evaluations, record_scores
+from maelstream.jobs.evaluation.scores import classify_with, scores
 from maelstream.jobs.recipe import ClassificationRecipe
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.training.engine import Float32Classifier, adamw, engine_around, needs_widening
@@ -203,26 +202,20 @@ class Classification:
             "seed": recipe.seed,
             "best": best,
             "all": {name: {"top1": each.top1, "top5": each.top5} for name, each in found.items()},
-            "undecodable": list(found[best].undecodable),
         }
-        for text in found[best].undecodable:
-            print(f"maelstream {recipe.job}: counted as wrong: {text}", file=sys.stderr)
-        evaluation = Evaluation(
+        evaluation = record_scores(
+            found[best],
+            self._pretraining,
             job=recipe.job,
             name=folder.path.name,
-            top1=found[best].top1,
-            top5=found[best].top5,
-            images=found[best].images,
-            epochs=recipe.optim.epochs,
-            step=recipe.weights_step,
             weights=recipe.weights,
             train=recipe.data.train,
             val=recipe.data.val,
-            folder=str(folder.path),
+            folder=folder.path,
             settings=settings,
-            finished=time.time(),
+            step=recipe.weights_step,
+            epochs=recipe.optim.epochs,
         )
-        record(evaluation, self._pretraining)
         print(f"maelstream {recipe.job}: top-1 {evaluation.top1:.2f} %, top-5 {evaluation.top5:.2f} % ({best})")
         sys.stdout.flush()
 

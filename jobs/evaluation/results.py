@@ -8,6 +8,8 @@ and of several lines about one folder the last counts.
 import fcntl
 import json
 import os
+import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,19 @@ from maelstream.shards.errors import MaelstreamError
 Job = Literal["knn", "linprobe", "partial", "finetune", "scratch", "evaluate"]
 JOBS: tuple[Job, ...] = ("knn", "linprobe", "partial", "finetune", "scratch", "evaluate")
 RESULT, LINES = "result.json", "evaluations.jsonl"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of one classifier on a whole validation set."""
+
+    top1: float
+    """Percent of `images`, as `top5`."""
+    top5: float
+    images: int
+    """All images of the validation set."""
+    undecodable: tuple[str, ...] = ()
+    """One text per image that could not be decoded, with the reason. Such images count as wrong."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,49 @@ def read_evaluations(folder: Path) -> list[Evaluation]:
         whole = lines.read_bytes().rpartition(b"\n")[0]
         found += [_parsed(line, f"{lines}, line {number}") for number, line in enumerate(whole.splitlines(), 1)]
     return list({evaluation.folder: evaluation for evaluation in found}.values())
+
+
+def record_scores(
+    scores: Scores,
+    run: Path | None,
+    *,
+    job: Job,
+    name: str,
+    weights: str,
+    train: str,
+    val: str,
+    folder: Path,
+    settings: dict[str, Any],
+    step: int | None,
+    epochs: float | None = None,
+    left_out: tuple[str, ...] = (),
+) -> Evaluation:
+    """Records `scores` as an evaluation that ends now and returns it; call it on one rank.
+
+    It reports every undecodable image on stderr: those of `scores`, and the training images in `left_out`. The other
+    arguments are the fields of `Evaluation`, or go to `record`, whose errors it raises.
+    """
+    for text in scores.undecodable:
+        print(f"maelstream {job}: counted as wrong: {text}", file=sys.stderr)
+    for text in left_out:
+        print(f"maelstream {job}: left out: {text}", file=sys.stderr)
+    evaluation = Evaluation(
+        job=job,
+        name=name,
+        top1=scores.top1,
+        top5=scores.top5,
+        images=scores.images,
+        epochs=epochs,
+        step=step,
+        weights=weights,
+        train=train,
+        val=val,
+        folder=str(folder),
+        settings=settings | {"undecodable": [*scores.undecodable, *left_out]},
+        finished=time.time(),
+    )
+    record(evaluation, run)
+    return evaluation
 
 
 def record(evaluation: Evaluation, run: Path | None) -> None:

@@ -6,13 +6,13 @@ has no place for images that cannot be decoded: they are in the denominator, and
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from maelstream.jobs.distributed.ranks import ControlGroup
+from maelstream.jobs.evaluation.results import Scores
 from maelstream.model.patches import normalise
 from maelstream.pipeline.eval_pass import Reading, every_image
 from maelstream.pipeline.sample_source import BadSample
@@ -20,19 +20,6 @@ from maelstream.shards.dataset import Dataset
 
 Classify = Callable[[UInt8[Tensor, "b 3 h w"]], Float[Tensor, "heads b classes"]]
 """Logits of one or several classifiers for images as they were decoded, on the decoder's device."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Of one classifier."""
-
-    top1: float
-    """Percent of `images`, as `top5`."""
-    top5: float
-    images: int
-    """All of the validation set."""
-    undecodable: tuple[str, ...] = ()
-    """Those of them that could not be decoded, which count as wrong, each with its reason."""
 
 
 @torch.no_grad()
