@@ -40,7 +40,7 @@ def scores(classify: Classify, dataset: Dataset, reading: Reading, control_group
         found = hits(logits, labels) & counted[:, None]  # (heads, B, 2)
         counts = counts.to(logits.device) + found.sum(1)  # stays there: nobody waits for it
     sums = control_group.sums([float(count) for count in counts.flatten().tolist()])
-    undecodable = named(bad, control_group)
+    undecodable = gather_undecodable(bad, control_group)
     size = len(dataset)
     return [
         Scores(100 * top1 / size, 100 * top5 / size, size, undecodable)
@@ -60,7 +60,7 @@ def hits(logits: Float[Tensor, "*heads b classes"], labels: Int64[Tensor, "b"]) 
     return torch.stack([rank < 1, rank < 5], -1)
 
 
-def named(bad: list[BadSample], control_group: ControlGroup) -> tuple[str, ...]:
+def gather_undecodable(bad: list[BadSample], control_group: ControlGroup) -> tuple[str, ...]:
     """What any rank met, each once, in the order of samples; on every rank."""
     told = control_group.all_texts(json.dumps([(each.sample, str(each)) for each in bad]))
     return tuple(dict(sorted((sample, text) for texts in told for sample, text in json.loads(texts))).values())

@@ -157,7 +157,7 @@ def classifier_values(
     return sizes, pixels["mean"], pixels["std"]
 
 
-def classifier_of(
+def stored_classifier(
     stored: StoredWeights, heads: int | None
 ) -> tuple[VisionTransformer, ClassifierConfig, tuple[float, ...], tuple[float, ...]]:
     """The classifier that `stored` holds, as its tensors tell, and the mean and deviation of its images.

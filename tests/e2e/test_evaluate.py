@@ -150,7 +150,7 @@ def line(capfd: pytest.CaptureFixture[str]) -> BatchPlan:
 
 def test_classes_that_differ_are_one_line(classifier: Path, packed: Dataset, line: BatchPlan) -> None:
     said = line("evaluate", classifier, packed.folder, "--heads", 3)
-    assert "tells 7 classes apart" in said and "has 3; give images of the classes" in said
+    assert "distinguishes 7 classes" in said and "has 3; give images of the classes" in said
 
 
 def test_an_encoder_is_no_classifier(pretrained: Path, val: Dataset, line: BatchPlan) -> None:
