@@ -22,7 +22,7 @@ from maelstream.jobs.checkpointing.partition import Partition
 from maelstream.jobs.command import run
 from maelstream.jobs.distributed.ranks import ControlGroup, ranks_from_environment
 from maelstream.jobs.recipe import Recipe, RecipeError, dump_recipe, load_recipe
-from maelstream.jobs.reporting.checkpoint_pictures import Gallery
+from maelstream.jobs.reporting.checkpoint_reconstructions import CheckpointReconstructor
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.training.data import loader_of, open_data
 from maelstream.jobs.training.engine import build_engine, build_model
@@ -61,7 +61,7 @@ class Pretraining:
         self._dataset, self._order = open_data(recipe.data, recipe.seed)
         self.samples, self.fingerprint = len(self._dataset), self._dataset.fingerprint
         self._target_file = target_of_run(recipe, folder)
-        self._gallery = Gallery(recipe, folder, self.samples)
+        self._reconstructor = CheckpointReconstructor(recipe, folder, self.samples)
 
     def loader(
         self, batch_split: BatchSplit, rank: int, threads: int, on_bad: Callable[[BadSample], None]
@@ -100,7 +100,7 @@ class Pretraining:
         return {}
 
     def published(self, step: int, total: int) -> None:
-        self._gallery(step, total)
+        self._reconstructor(step, total)
 
     def finished(self, folder: RunFolder) -> bool:
         return True

@@ -24,7 +24,7 @@ from maelstream.jobs.reporting.overview import (
     heading,
     replaced_samples,
 )
-from maelstream.jobs.reporting.pictures import COLUMNS
+from maelstream.jobs.reporting.reconstruction_files import COLUMNS
 from maelstream.jobs.reporting.report_images import album, data_uri
 from maelstream.jobs.run_folder.environment import version
 from maelstream.jobs.run_folder.folder import RunFolder

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from maelstream.jobs.reporting.pictures import COLUMNS, About, read_about
+from maelstream.jobs.reporting.reconstruction_files import COLUMNS, ReconstructionInfo, read_info
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.shards.errors import MaelstreamError
 
@@ -34,22 +34,22 @@ class Series:
 
 def album(folder: RunFolder, epoch_of: float | None) -> list[Series]:
     """Of a run, that of its own checkpoints and images first; `epoch_of` a step, None where that is not known."""
-    found: dict[tuple[str, bool], list[tuple[Path, About]]] = {}
+    found: dict[tuple[str, bool], list[tuple[Path, ReconstructionInfo]]] = {}
     for path in sorted(folder.reconstructions.glob("*/about.json")):
-        if (about := read_about(path.parent)) is not None:
+        if (about := read_info(path.parent)) is not None:
             found.setdefault((about.images, about.step is None), []).append((path.parent, about))
     series = [_series(images, entries, epoch_of) for (images, _), entries in found.items()]
     return sorted(series, key=lambda one: -len(one.entries) - one.left_out)
 
 
-def _series(images: str, found: list[tuple[Path, About]], epoch_of: float | None) -> Series:
+def _series(images: str, found: list[tuple[Path, ReconstructionInfo]], epoch_of: float | None) -> Series:
     found = sorted(found, key=lambda one: one[1].step or 0)
     chosen = [found[n] for n in np.unique(np.linspace(0, len(found) - 1, min(len(found), _MOST)).round().astype(int))]
     entries, widest = [], 0
     for folder, about in chosen:
         files = {}
         for ratio, loss in about.losses.items():
-            path = folder / about.file(ratio)
+            path = folder / about.file_name(ratio)
             try:
                 with Image.open(path) as sheet:
                     widest = max(widest, sheet.width // len(COLUMNS))
@@ -71,7 +71,7 @@ def _series(images: str, found: list[tuple[Path, About]], epoch_of: float | None
     )
 
 
-def _label(about: About, epoch_of: float | None) -> str:
+def _label(about: ReconstructionInfo, epoch_of: float | None) -> str:
     if about.step is None:
         return about.weights
     return f"step {about.step:,}" if epoch_of is None else f"{about.step * epoch_of:.4g} (step {about.step:,})"

@@ -1,7 +1,7 @@
 """A run's folder: what was asked (`config.yaml`), what was seen (`metrics.jsonl`), what was kept (`checkpoints/`).
 
 Beside them: `status.json` and `run.lock` (maelstream.jobs.run_folder.status), `ranks/` (maelstream.jobs.distributed.health), `environment.json`, `tensorboard/`,
-`quarantine.jsonl`, `reconstructions/` (maelstream.jobs.reporting.pictures).
+`quarantine.jsonl`, `reconstructions/` (maelstream.jobs.reporting.reconstruction_files).
 """
 
 import json
@@ -70,7 +70,7 @@ class RunFolder:
 
     @property
     def reconstructions(self) -> Path:
-        """Pictures, a folder for each set of weights and images (maelstream.jobs.reporting.pictures)."""
+        """Pictures, a folder for each set of weights and images (maelstream.jobs.reporting.reconstruction_files)."""
         return self.path / "reconstructions"
 
     @property

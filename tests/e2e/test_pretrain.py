@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from maelstream.jobs.command import run
-from maelstream.jobs.reporting.pictures import read_about
+from maelstream.jobs.reporting.reconstruction_files import read_info
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.shards.dataset import Dataset
 from tests.helpers.forked import start
@@ -136,11 +136,11 @@ def test_a_changed_experiment_is_refused(
 
 def test_reconstruct_writes_a_picture(undisturbed: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     shown = undisturbed.reconstructions / "step-00000012"
-    assert read_about(shown) is not None  # the run's own, of its last checkpoint
+    assert read_info(shown) is not None  # the run's own, of its last checkpoint
     assert run("reconstruct", [str(undisturbed.path), "--count", "3", "--ratios", "0.5,0.75"]) == 0
     assert sorted(path.name for path in shown.glob("*.png")) == ["grid.png", "ratio-0.5.png", "ratio-0.75.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in shown.glob("*.png"))
-    about = read_about(shown)
+    about = read_info(shown)
     assert about is not None and (about.step, len(about.names)) == (12, 3)
     assert f"{shown}: 3 images" in capsys.readouterr().out
 
@@ -151,7 +151,7 @@ def test_reconstruct_takes_plain_files_and_older_checkpoints(
     images, older = Path(packed.folder).parent / "images", undisturbed.checkpoints.at(8)
     options = [str(undisturbed.path), "--images", str(images), "--weights", str(older)]
     assert run("reconstruct", [*options, "--count", "2"]) == 0
-    about = read_about(undisturbed.reconstructions / "step-00000008-images")
+    about = read_info(undisturbed.reconstructions / "step-00000008-images")
     assert about is not None and about.step == 8 and about.names == ("class00/000.jpg", "class02/019.jpg")
     assert run("reconstruct", [*options, "--out", str(tmp_path / "one.png")]) == 0
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")

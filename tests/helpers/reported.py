@@ -12,7 +12,7 @@ from maelstream.jobs.checkpointing.tensor_writer import digest_of
 from maelstream.jobs.distributed.ranks import Ranks
 from maelstream.jobs.evaluation.results import Evaluation, record
 from maelstream.jobs.recipe import load_recipe
-from maelstream.jobs.reporting.pictures import About, write_pictures
+from maelstream.jobs.reporting.reconstruction_files import ReconstructionInfo, write_reconstructions
 from maelstream.jobs.run_folder.environment import record_start
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.run_folder.status import Status
@@ -46,8 +46,8 @@ def make_run(path: Path, recipe: str) -> RunFolder:
     shown: list[tuple[str, int | None, str]] = [(f"step-{step:08d}", step, "own") for step in (4, 8, 12)]
     for number, (name, step_of_weights, images) in enumerate([*shown, ("mae-x", None, "x")]):
         results = {"0.75": pictures(2, 0.3 + number / 10), "0.85": pictures(2, 0.35 + number / 10)}
-        about = About.of(results, name, step_of_weights, images, ("a", "b"), "normalised_pixel")
-        write_pictures(folder.reconstructions / name, results, about)
+        info = ReconstructionInfo.describe(results, name, step_of_weights, images, ("a", "b"), "normalised_pixel")
+        write_reconstructions(folder.reconstructions / name, results, info)
     for step, content in ((4, b"123"), (8, b"1234")):
         at = folder.checkpoints.at(step)
         at.mkdir(parents=True)

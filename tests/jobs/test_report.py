@@ -16,7 +16,7 @@ from maelstream.jobs.command import run
 from maelstream.jobs.evaluation.results import Evaluation, record
 from maelstream.jobs.recipe import ClassificationRecipe, LabelledData, dump_recipe
 from maelstream.jobs.reporting.curves import charts_of, curves_of, thinned
-from maelstream.jobs.reporting.pictures import About, write_pictures
+from maelstream.jobs.reporting.reconstruction_files import ReconstructionInfo, write_reconstructions
 from maelstream.jobs.reporting.report_images import album
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.shards.dataset import Dataset
@@ -210,8 +210,8 @@ def test_a_series_is_thinned_to_what_a_page_can_hold(tiny: str, tmp_path: Path) 
 def test_large_pictures_are_made_smaller_and_shown_with_soft_edges(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     results = {"0.75": pictures(2, 0.4, side=128)}
-    about = About.of(results, "step-00000004", 4, "own", ("a", "b"), "pixel")
-    write_pictures(folder.reconstructions / "step-00000004", results, about)
+    info = ReconstructionInfo.describe(results, "step-00000004", 4, "own", ("a", "b"), "pixel")
+    write_reconstructions(folder.reconstructions / "step-00000004", results, info)
     (series,) = album(folder, 0.25)
     assert not series.tiny and series.note == "" and series.entries[0]["label"] == "1 (step 4)"
     assert series.entries[0]["files"]["0.75"]["src"].startswith("data:image/webp;base64,")
