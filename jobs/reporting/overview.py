@@ -1,4 +1,4 @@
-"""What a report tells of a run beside curves and pictures, from its files, as plain text and numbers."""
+"""The text and tables of a run's report, read from the run's files."""
 
 import json
 import time
@@ -19,11 +19,11 @@ from maelstream.jobs.runs import ago, state_of
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
 
-_SHOWN = 20  # replaced samples
+_MAX_REPLACED = 20  # samples that are listed
 
 
-def heading(folder: RunFolder, metrics: Metrics) -> dict[str, Any]:
-    """Name, state, how far it has come, and its figures now."""
+def run_summary(folder: RunFolder, metrics: Metrics) -> dict[str, Any]:
+    """The run's name, state, progress and current figures."""
     status, last = read_status(folder.status), metrics[-1]
     losses = [line["loss"] for line in metrics if line["loss"] is not None]
     rates = sorted(line["images_per_s"] for line in metrics)
@@ -34,33 +34,33 @@ def heading(folder: RunFolder, metrics: Metrics) -> dict[str, Any]:
         "step": f"{step:,}",
         "epoch": f"{last['epoch']:.4g}",
         "loss": f"{losses[-1]:.4f}" if losses else "none yet",
-        "loss at first": f"{losses[0]:.4f}" if losses else "none yet",
+        "first loss": f"{losses[0]:.4f}" if losses else "none yet",
         "images/s": f"{rates[len(rates) // 2]:,.0f}",
         "data wait": f"{waits[len(waits) // 2]:.2%}",
     }
     if state == "running" and last["images_per_s"]:
-        images_a_step = folder.any_recipe().optim.batch_size
-        figures["left"] = f"about {_hours((total - step) * images_a_step / last['images_per_s'])}"
+        batch_size = folder.any_recipe().optim.batch_size
+        figures["time left"] = f"about {_hours((total - step) * batch_size / last['images_per_s'])}"
     ranks = "1 rank" if status and status.ranks == 1 else f"{status.ranks} ranks" if status else ""
-    heard = f"on {ranks}, last heard of {ago(time.time() - status.updated)}" if status else ""
+    updated = f"on {ranks}, last update {ago(time.time() - status.updated)}" if status else ""
     return {
         "name": str(folder.path),
         "state": state,
         "step": step,
         "total_steps": total,
         "progress": f"{step:,} of {total:,}" if total else f"{step:,}",
-        "heard": f"{step:,} of {total:,} steps {heard}" if status else "",
+        "last_update": f"{step:,} of {total:,} steps {updated}" if status else "",
         "facts": figures,
     }
 
 
 def flat_recipe(folder: RunFolder) -> dict[str, Any]:
-    """Every key of the recipe, dotted."""
+    """The values of the recipe by dotted key."""
     return flat_values(asdict(folder.any_recipe()))
 
 
-def changed_keys(folder: RunFolder) -> dict[str, tuple[str, str]]:
-    """What is not as in the defaults, with both values."""
+def changed_values(folder: RunFolder) -> dict[str, tuple[str, str]]:
+    """The keys whose values differ from the defaults: (the run's value, the default)."""
     recipe = folder.any_recipe()
     default = flat_values(asdict(type(recipe)()))
     return {
@@ -71,7 +71,7 @@ def changed_keys(folder: RunFolder) -> dict[str, tuple[str, str]]:
 
 
 def differing_values(folders: list[RunFolder]) -> dict[str, list[str]]:
-    """Keys in which runs differ, with each one's value."""
+    """The keys in which the runs' recipes differ, with one value per run."""
     recipes = [flat_recipe(folder) for folder in folders]
     names = dict.fromkeys(name for recipe in recipes for name in recipe)
     values = {name: [shown_value(recipe.get(name)) for recipe in recipes] for name in names}
@@ -79,20 +79,20 @@ def differing_values(folders: list[RunFolder]) -> dict[str, list[str]]:
 
 
 def shown_value(value: Any) -> str:
-    """As a recipe writes it, more or less."""
+    """A value, roughly as a recipe writes it."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(shown_value, value))}]"
     return "—" if value is None else json.dumps(value) if isinstance(value, bool) or value == "" else str(value)
 
 
 def dataset_cards(folder: RunFolder) -> list[dict[str, Any]]:
-    """Of each dataset that the recipe names; one that is not there any more is told of."""
+    """One card per dataset in the recipe; the card of a dataset that cannot be opened gives the error."""
     data = folder.any_recipe().data
     if isinstance(data, LabelledData):
         return [_card(path) for path in (data.train, data.val)]
     if data.stream.urls:
-        told = {"samples an epoch": f"{data.stream.samples:,}"}
-        return [{"title": data.stream.urls, "missing": "", "facts": told, "sides": [], "left_out": None}]
+        stream = {"samples per epoch": f"{data.stream.samples:,}"}
+        return [{"title": data.stream.urls, "missing": "", "facts": stream, "sides": [], "left_out": None}]
     return [_card(path) for path in data.mix or [data.dataset]]
 
 
@@ -101,49 +101,51 @@ def _card(path: str) -> dict[str, Any]:
         dataset = Dataset.open(path)
         reasons = left_out(dataset) if dataset.manifest["quarantined"] else []
     except (MaelstreamError, OSError) as error:
-        return {"title": path, "missing": f"It cannot be opened now: {error}"}
+        return {"title": path, "missing": f"The dataset cannot be opened now: {error}"}
     sides = short_sides(dataset)
     return {
         "title": f"{dataset.manifest['name']} / {dataset.manifest['split']}",
         "missing": "",
-        "facts": {"where": path, **facts(dataset)},
+        "facts": {"location": path, **facts(dataset)},
         "sides": [(side, f"{count:,}", round(100 * count / max(sides.values()))) for side, count in sides.items()],
         "left_out": [{"files": files, "text": reason, "first": first} for files, reason, first in reasons],
     }
 
 
 def replaced_samples(folder: RunFolder) -> tuple[int, list[dict[str, str]]]:
-    """How many samples were replaced in the run, and the first of them."""
+    """The number of samples that the run replaced, and the first of them with their reasons."""
     if not folder.quarantined.exists():
         return 0, []
     lines = [json.loads(line) for line in folder.quarantined.read_text().rpartition("\n")[0].splitlines()]
-    return len(lines), [{"key": f"{line['shard']}: {line['key']}", "why": line["reason"]} for line in lines[:_SHOWN]]
+    return len(lines), [
+        {"key": f"{line['shard']}: {line['key']}", "why": line["reason"]} for line in lines[:_MAX_REPLACED]
+    ]
 
 
-def checkpoints(folder: RunFolder, epochs_a_step: float, verify: bool) -> list[dict[str, Any]]:
-    """The newest first; their sizes are compared with the manifest's, or with `verify` every byte."""
+def checkpoint_rows(folder: RunFolder, epochs_per_step: float, verify: bool) -> list[dict[str, Any]]:
+    """One row per checkpoint, newest first. Sizes are compared with the manifest, or with `verify` every byte is."""
     store, rows = folder.checkpoints, []
     for step in reversed(store.steps()):
         size = sum(path.stat().st_size for path in store.at(step).iterdir() if path.name != MANIFEST)
         fault = store.fault(step) if verify else store.size_fault(step)
-        sound = "every byte as it was written" if verify else "sizes as they were written; --verify reads every byte"
-        row = {"step": f"{step:,}", "epoch": f"{step * epochs_a_step:.4g}", "size": _bytes(size)}
-        rows.append(row | {"state": fault or sound, "bad": bool(fault), "verified": verify})
+        intact = "every byte is intact" if verify else "sizes match; --verify reads every byte"
+        row = {"step": f"{step:,}", "epoch": f"{step * epochs_per_step:.4g}", "size": _bytes(size)}
+        rows.append(row | {"state": fault or intact, "bad": bool(fault), "verified": verify})
     for bad in sorted(store.folder.glob("step-*.bad")):
         rows.append(
-            {"step": bad.name, "epoch": "", "size": "", "state": "put aside as damaged", "bad": True, "verified": False}
+            {"step": bad.name, "epoch": "", "size": "", "state": "damaged, set aside", "bad": True, "verified": False}
         )
     return rows
 
 
 def environment(folder: RunFolder) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Of the newest start, and all starts in a line each."""
+    """A table about the newest start, and one row per start; both are empty when no start was recorded."""
     if not (starts := read_starts(folder)):
         return {}, []
     last = starts[-1]
-    told = {
-        "started as": last.command,
-        "ranks": f"{last.ranks}, {last.ranks_a_host} a host",
+    newest = {
+        "command": last.command,
+        "ranks": f"{last.ranks}, {last.ranks_a_host} per host",
         "device": _device(last),
         "processor": f"{last.processor}, {last.cores} cores, {last.memory_gib:g} GiB",
         "host": f"{last.host}, {last.system}",
@@ -158,7 +160,7 @@ def environment(folder: RunFolder) -> tuple[dict[str, str], list[dict[str, str]]
         }
         for start in starts
     ]
-    return told, lines
+    return newest, lines
 
 
 def _device(start: Start) -> str:
@@ -170,7 +172,7 @@ def _device(start: Start) -> str:
 
 
 def evaluation_rows(folders: list[RunFolder]) -> list[dict[str, Any]]:
-    """Every evaluation of every run; the best top-1 of each job is marked."""
+    """One row per evaluation of every run; the best top-1 of each job is marked."""
     found = [(number, one) for number, folder in enumerate(folders) for one in read_evaluations(folder.path)]
     rows = []
     for number, one in found:
@@ -194,7 +196,7 @@ def _evaluation_row(one: Evaluation, run: str, number: int, best: bool) -> dict[
 
 
 def _settings(settings: dict[str, Any]) -> Iterator[str]:
-    """What there is to tell: of heads side by side each with its top-1, and nothing of blocks that are all trained."""
+    """Settings as text: the top-1 of each head if there are several; `blocks` only if not all blocks were trained."""
     heads: dict[str, dict[str, float]] = settings.get("all", {})
     for name, value in settings.items():
         if name == "all":

@@ -1,4 +1,4 @@
-"""The pages of `maelstream report` in a browser without a screen; what it saw lies in tests/artefacts/."""
+"""The pages of `maelstream report` in a headless browser; screenshots are written to tests/artefacts/."""
 
 import shutil
 from collections.abc import Iterator
@@ -22,27 +22,27 @@ def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         found = next(filter(None, map(shutil.which, names)), driver.chromium.executable_path)
         if not Path(found).exists():
-            pytest.skip(f"no browser here: none of {', '.join(names)}, nor playwright's own")
+            pytest.skip(f"no browser is installed: none of {', '.join(names)}, nor playwright's own")
         browser = driver.chromium.launch(executable_path=found)
         yield browser
         browser.close()
 
 
 class Visit:
-    """A page that was opened, what it asked for and what it complained of."""
+    """An open page with its requests and its console messages."""
 
     def __init__(self, browser: Any, path: Path, viewport: dict[str, int], scheme: str = "light") -> None:
         self.page = browser.new_page(viewport=viewport, color_scheme=scheme)
-        self.complaints: list[str] = []
+        self.console: list[str] = []
         self.requests: list[str] = []
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", lambda message: self.console.append(message.text))
+        self.page.on("pageerror", lambda error: self.console.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.as_uri())
         self.page.wait_for_function("document.querySelectorAll('.chart .curve').length > 0")
 
-    def keep(self, name: str) -> None:
-        """A picture of the whole page, to look at."""
+    def screenshot(self, name: str) -> None:
+        """Saves a screenshot of the whole page."""
         ARTEFACTS.mkdir(exist_ok=True)
         self.page.screenshot(path=str(ARTEFACTS / name), full_page=True)
 
@@ -55,13 +55,13 @@ def reported(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 @pytest.mark.parametrize(("viewport", "scheme"), [(DESK, "light"), (PHONE, "dark")], ids=["desk", "phone"])
-def test_a_page_opens_without_a_complaint_loads_nothing_and_fits(
+def test_a_page_opens_without_errors_loads_nothing_and_fits_the_screen(
     browser: Any, reported: RunFolder, viewport: dict[str, int], scheme: str
 ) -> None:
     path = reported.path / "report.html"
     visit = Visit(browser, path, viewport, scheme)
-    visit.keep(f"report-{viewport['width']}-{scheme}.png")
-    assert visit.complaints == []
+    visit.screenshot(f"report-{viewport['width']}-{scheme}.png")
+    assert visit.console == []
     assert [address for address in visit.requests if not address.startswith("data:")] == [path.as_uri()]
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
     assert visit.page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
@@ -69,30 +69,30 @@ def test_a_page_opens_without_a_complaint_loads_nothing_and_fits(
     assert sum(map(int, background[4:-1].split(","))) < 150 if scheme == "dark" else background.startswith("rgb(25")
 
 
-def test_the_sliders_move_the_picture_through_epochs_and_ratios(browser: Any, reported: RunFolder) -> None:
+def test_the_sliders_choose_the_epoch_and_the_ratio_of_the_image(browser: Any, reported: RunFolder) -> None:
     visit = Visit(browser, reported.path / "report.html", DESK)
-    panel = visit.page.locator(".pictures").first
-    time, ratio, picture = panel.locator("input").first, panel.locator("input").last, panel.locator("img")
+    panel = visit.page.locator(".images").first
+    time, ratio, image = panel.locator("input").first, panel.locator("input").last, panel.locator("img")
     seen = {}
     for epoch in (2, 1, 0):
-        for place in (0, 1):
+        for position in (0, 1):
             time.fill(str(epoch))
-            ratio.fill(str(place))
+            ratio.fill(str(position))
             texts = panel.locator("output").all_inner_texts()
-            seen[picture.get_attribute("src")] = (texts[0], texts[1].partition(",")[0])
+            seen[image.get_attribute("src")] = (texts[0], texts[1].partition(",")[0])
     assert list(seen.values()) == [
         (label, removed)
         for label in ("2.4 (step 12)", "1.6 (step 8)", "0.8 (step 4)")
         for removed in ("75 % removed", "85 % removed")
     ]
     time.focus()
-    before = picture.get_attribute("src")
-    visit.page.keyboard.press("ArrowRight")  # as people without a mouse do
-    assert picture.get_attribute("src") != before and visit.complaints == []
-    assert picture.evaluate("(image) => getComputedStyle(image).imageRendering") == "pixelated"
+    before = image.get_attribute("src")
+    visit.page.keyboard.press("ArrowRight")  # the keyboard moves sliders, too
+    assert image.get_attribute("src") != before and visit.console == []
+    assert image.evaluate("(node) => getComputedStyle(node).imageRendering") == "pixelated"
 
 
-def test_a_curve_tells_its_value_under_the_pointer(browser: Any, reported: RunFolder) -> None:
+def test_a_curve_shows_its_value_under_the_pointer(browser: Any, reported: RunFolder) -> None:
     visit = Visit(browser, reported.path / "report.html", DESK)
     chart = visit.page.locator(".chart[data-name=loss]")
     box = chart.locator("svg").bounding_box()
@@ -105,17 +105,17 @@ def test_a_curve_tells_its_value_under_the_pointer(browser: Any, reported: RunFo
     assert chart.locator(".tip").inner_text().split()[:2] == ["step", "40"]
     assert chart.locator(".event").count() == 1  # the skipped step
     visit.page.mouse.move(1, 1)
-    assert chart.locator(".tip").count() == 0 and visit.complaints == []
+    assert chart.locator(".tip").count() == 0 and visit.console == []
 
 
-def test_compared_runs_lie_on_top_of_each_other(browser: Any, reported: RunFolder, tiny: str, tmp_path: Path) -> None:
+def test_compared_runs_share_one_chart(browser: Any, reported: RunFolder, tiny: str, tmp_path: Path) -> None:
     other = make_run(tmp_path / "two", tiny)
     assert run("report", [str(reported.path), str(other.path), "--out", str(tmp_path / "compare.html")]) == 0
     visit = Visit(browser, tmp_path / "compare.html", DESK)
-    visit.keep("compare.png")
+    visit.screenshot("compare.png")
     chart = visit.page.locator(".chart[data-name=loss]")
     strokes = chart.locator(".curve").evaluate_all("(curves) => curves.map((c) => getComputedStyle(c).stroke)")
-    assert len(set(strokes)) == 2 and visit.complaints == []
+    assert len(set(strokes)) == 2 and visit.console == []
     box = chart.locator("svg").bounding_box()
     visit.page.mouse.move(box["x"] + 150, box["y"] + 50)
     assert str(other.path) in chart.locator(".tip").inner_text()

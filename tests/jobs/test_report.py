@@ -1,4 +1,4 @@
-"""`maelstream report`: what the page of a run holds, that it loads nothing, and how several runs are compared."""
+"""`maelstream report`: the content of the page, that it loads nothing, and the comparison of several runs."""
 
 import json
 import math
@@ -15,16 +15,16 @@ from maelstream.jobs import reporting
 from maelstream.jobs.command import run
 from maelstream.jobs.evaluation.results import Evaluation, record
 from maelstream.jobs.recipe import ClassificationRecipe, LabelledData, dump_recipe
-from maelstream.jobs.reporting.curves import charts_of, curves_of, thinned
+from maelstream.jobs.reporting.curves import available_charts, curve_points, downsampled
 from maelstream.jobs.reporting.reconstruction_files import ReconstructionInfo, write_reconstructions
-from maelstream.jobs.reporting.report_images import album
+from maelstream.jobs.reporting.report_images import image_series
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.shards.dataset import Dataset
 from tests.helpers.reported import make_run, pictures
 
 
 class Page(HTMLParser):
-    """Everything of a page that a test asks for."""
+    """The addresses, ids, text and JSON of a page."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -69,29 +69,29 @@ def test_a_page_loads_nothing_from_outside(reported: RunFolder) -> None:
         assert "url(" not in text and "@import" not in text and "fetch(" not in text and "import(" not in text
 
 
-def test_a_page_tells_how_the_run_stands_and_what_it_is(reported: RunFolder, packed: Dataset) -> None:
+def test_a_page_describes_the_run_and_its_state(reported: RunFolder, packed: Dataset) -> None:
     text = Page(reported.path / "report.html").text
     for part in (
         "stopped: SIGTERM",
-        "model.dim 48 768",  # here, in the defaults
+        "model.dim 48 768",  # this run, default
         "linprobe 41.20 % 71.20 % 20 147 10,000",
-        f"where {packed.folder}",
-        "a.tar: 000000007 not a JPEG",  # replaced in the run
-        "weights.safetensors has 3 bytes instead of 4",  # of a checkpoint
+        f"location {packed.folder}",
+        "a.tar: 000000007 not a JPEG",  # a replaced sample
+        "weights.safetensors has 3 bytes instead of 4",  # a damaged checkpoint
         "Python ",
         "maelstream pretrain tiny.yaml",
-        "mean and variance",  # how the normalised target is shown
+        "mean and variance",  # the note on the normalised target
     ):
         assert part in text, part
 
 
-def test_a_page_holds_every_curve_and_every_picture(reported: RunFolder) -> None:
+def test_a_page_holds_every_curve_and_every_image(reported: RunFolder) -> None:
     data = json.loads(Page(reported.path / "report.html").data)
     loss = data["runs"][0]["curves"]["loss"]
     metrics = reported.read_metrics()
     assert loss["step"] == [line["step"] for line in metrics] and loss["value"] == [line["loss"] for line in metrics]
     assert None in loss["value"] and data["runs"][0]["events"]["step"] == [15]
-    own, others = data["pictures"]
+    own, others = data["series"]
     assert [entry["label"] for entry in own["entries"]] == ["0.8 (step 4)", "1.6 (step 8)", "2.4 (step 12)"]
     assert own["ratios"] == [0.75, 0.85] and own["tiny"] and len(others["entries"]) == 1
     sources = [file["src"] for entry in own["entries"] for file in entry["files"].values()]
@@ -108,13 +108,13 @@ def test_markup_in_names_and_metrics_stays_text(tiny: str, tmp_path: Path) -> No
     assert "<script>alert" not in text and "<b>&run" not in text and "&lt;b&gt;&amp;run" in text
 
 
-def test_verify_finds_a_byte_that_sizes_do_not_tell_of(tiny: str, tmp_path: Path) -> None:
+def test_verify_finds_a_changed_byte_that_sizes_do_not_show(tiny: str, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", tiny)
     weights = folder.checkpoints.at(8) / "weights.safetensors"
     weights.write_bytes(b"bad!")
-    for more, said in (([], "sizes as they were written"), (["--verify"], "weights.safetensors is damaged")):
-        assert run("report", [str(folder.path), *more]) == 0
-        assert said in Page(folder.path / "report.html").text
+    for options, expected in (([], "sizes match"), (["--verify"], "weights.safetensors is damaged")):
+        assert run("report", [str(folder.path), *options]) == 0
+        assert expected in Page(folder.path / "report.html").text
 
 
 def test_several_runs_are_compared(reported: RunFolder, tiny: str, tmp_path: Path) -> None:
@@ -132,42 +132,50 @@ def test_several_runs_are_compared(reported: RunFolder, tiny: str, tmp_path: Pat
 
 
 def evaluation(folder: Path, top1: float) -> Evaluation:
-    told: dict[str, Any] = {"job": "linprobe", "name": "linprobe", "top1": top1, "top5": 80.0, "images": 100, "step": 4}
-    told |= {"epochs": 20.0, "weights": "run", "train": "t", "val": "v", "settings": {"lr": 0.1}, "finished": 1.0}
-    return Evaluation(folder=str(folder), **told)
+    known: dict[str, Any] = {
+        "job": "linprobe",
+        "name": "linprobe",
+        "top1": top1,
+        "top5": 80.0,
+        "images": 100,
+        "step": 4,
+    }
+    known |= {"epochs": 20.0, "weights": "run", "train": "t", "val": "v", "settings": {"lr": 0.1}, "finished": 1.0}
+    return Evaluation(folder=str(folder), **known)
 
 
-def test_heads_side_by_side_are_told_by_their_top1(tiny: str, tmp_path: Path) -> None:
+def test_several_heads_are_listed_with_their_top1(tiny: str, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", tiny)
     heads = {"lr 0.1": {"top1": 40.0, "top5": 80.0}, "lr 0.2": {"top1": 39.5, "top5": 79.0}}
     settings = {"batch_size": 64, "blocks": -1.0, "best": "lr 0.1", "all": heads, "undecodable": ["a: cut", "b: cut"]}
     one = replace(evaluation(tmp_path / "probe", top1=40.0), settings=settings)
     record(one, folder.path)
     assert run("report", [str(folder.path)]) == 0
-    told = "batch size 64, best lr 0.1, lr 0.1: 40.00 %, lr 0.2: 39.50 %, 2 images undecodable"
-    assert told in Page(folder.path / "report.html").text
+    expected = "batch size 64, best lr 0.1, lr 0.1: 40.00 %, lr 0.2: 39.50 %, 2 images undecodable"
+    assert expected in Page(folder.path / "report.html").text
 
 
-def test_a_run_on_labels_is_reported_with_both_datasets(packed: Dataset, tiny: str, tmp_path: Path) -> None:
+def test_the_report_of_a_classification_run_has_both_datasets(packed: Dataset, tiny: str, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", tiny)
     recipe = ClassificationRecipe(job="linprobe", data=LabelledData(train=packed.folder, val="gone"))
     folder.config.write_text(dump_recipe(recipe))
     assert run("report", [str(folder.path)]) == 0
     text = Page(folder.path / "report.html").text
-    assert "job linprobe finetune" in text and f"where {packed.folder}" in text and "gone is no packed dataset" in text
+    assert "job linprobe finetune" in text and f"location {packed.folder}" in text
+    assert "gone is no packed dataset" in text
 
 
-def test_a_dataset_that_is_gone_is_told_of(tiny: str, tmp_path: Path) -> None:
+def test_a_missing_dataset_is_reported(tiny: str, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", tiny)
     recipe = folder.config.read_text().splitlines()
     folder.config.write_text("\n".join("  dataset: gone" if "  dataset:" in line else line for line in recipe))
     assert run("report", [str(folder.path)]) == 0
-    assert "It cannot be opened now: gone is no packed dataset" in Page(folder.path / "report.html").text
+    assert "The dataset cannot be opened now: gone is no packed dataset" in Page(folder.path / "report.html").text
 
 
-def test_bad_input_gets_one_line(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_a_one_line_error(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path / "run", tiny)
-    (folder.reconstructions / "step-00000004" / "ratio-0.75.png").write_bytes(b"no picture")
+    (folder.reconstructions / "step-00000004" / "ratio-0.75.png").write_bytes(b"not an image")
     assert run("report", [str(folder.path)]) == 2
     assert "ratio-0.75.png cannot be read" in capsys.readouterr().err
     shutil.rmtree(folder.reconstructions)
@@ -175,51 +183,51 @@ def test_bad_input_gets_one_line(tiny: str, tmp_path: Path, capsys: pytest.Captu
     assert "there is no folder" in capsys.readouterr().err
     folder.metrics.write_text("")
     assert run("report", [str(folder.path)]) == 2
-    said = capsys.readouterr().err
-    assert "has logged no step yet" in said and said.count("\n") == 1
+    err = capsys.readouterr().err
+    assert "has logged no step yet" in err and err.count("\n") == 1
 
 
 def test_a_long_curve_keeps_its_ends_and_its_peaks() -> None:
     values: list[float | None] = [math.sin(n / 900) for n in range(20_000)]
     values[7000], values[13_000], values[50] = 99.0, -99.0, None
-    chosen = thinned(values, 1000)
+    chosen = downsampled(values, 1000)
     assert chosen == sorted(set(chosen)) and len(chosen) <= 1002
     assert {0, 7000, 13_000, 19_999} <= set(chosen)
-    assert thinned(values[:1000], 1000) == list(range(1000))
-    assert thinned([None] * 3000, 1000)
+    assert downsampled(values[:1000], 1000) == list(range(1000))
+    assert downsampled([None] * 3000, 1000)
 
 
-def test_values_that_nobody_foresaw_have_charts_of_their_own() -> None:
+def test_unknown_metrics_get_their_own_charts() -> None:
     metrics = [{"step": 1, "epoch": 0.1, "loss": None, "lr": 0.1, "top1_of_lr_0.1": 3.0, "skipped": 0, "spike": False}]
-    assert [chart.name for chart in charts_of([metrics])] == ["lr", "top1_of_lr_0.1"]
-    assert curves_of(metrics)["lr"]["value"] == [0.1]
+    assert [chart.name for chart in available_charts([metrics])] == ["lr", "top1_of_lr_0.1"]
+    assert curve_points(metrics)["lr"]["value"] == [0.1]
 
 
-def test_a_series_is_thinned_to_what_a_page_can_hold(tiny: str, tmp_path: Path) -> None:
+def test_a_long_series_keeps_24_evenly_spaced_entries(tiny: str, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", tiny)
     first = folder.reconstructions / "step-00000004"
     for step in range(13, 60):
         copy = shutil.copytree(first, folder.reconstructions / f"step-{step:08d}")
         about = json.loads((copy / "about.json").read_text())
         (copy / "about.json").write_text(json.dumps(about | {"step": step}))
-    (series, _) = album(folder, None)
+    (series, _) = image_series(folder, None)
     assert len(series.entries) == 24 and series.left_out == 50 - 24
     assert (series.entries[0]["label"], series.entries[-1]["label"]) == ("step 4", "step 59")
 
 
-def test_large_pictures_are_made_smaller_and_shown_with_soft_edges(tmp_path: Path) -> None:
+def test_large_images_are_compressed_and_smoothed(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     results = {"0.75": pictures(2, 0.4, side=128)}
     info = ReconstructionInfo.describe(results, "step-00000004", 4, "own", ("a", "b"), "pixel")
     write_reconstructions(folder.reconstructions / "step-00000004", results, info)
-    (series,) = album(folder, 0.25)
+    (series,) = image_series(folder, 0.25)
     assert not series.tiny and series.note == "" and series.entries[0]["label"] == "1 (step 4)"
     assert series.entries[0]["files"]["0.75"]["src"].startswith("data:image/webp;base64,")
 
 
-def test_the_script_is_sound_javascript() -> None:
+def test_the_script_is_valid_javascript() -> None:
     if (node := shutil.which("node")) is None:
-        pytest.skip("no node here")
+        pytest.skip("node is not installed")
     script = Path(reporting.__path__[0]) / "page" / "report.js"
     checked = subprocess.run([node, "--check", str(script)], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
