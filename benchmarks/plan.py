@@ -36,7 +36,8 @@ from maelstream.jobs.distributed.ranks import process_group, ranks_from_environm
 from maelstream.jobs.plan import Job, step_of
 from maelstream.jobs.recipe import EngineConfig, OptimConfig, Recipe
 from maelstream.jobs.training.engine import build_engine, build_model
-from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.config import MAEConfig
+from maelstream.model.mae import MAE
 from maelstream.model.memory import BUCKET, activation_bytes, state_bytes, traffic
 from maelstream.model.optimise import weight_decay_groups
 from maelstream.pipeline.batch_plan import BatchSplit

@@ -36,8 +36,9 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maelstream.jobs.table2 import SIZES, sharing
+from maelstream.model.config import MAEConfig
 from maelstream.model.flops import training_flops
-from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.mae import MAE
 from maelstream.model.optimise import weight_decay_groups
 from maelstream.model.patches import normalise
 from maelstream.model.transformer import choose_attention

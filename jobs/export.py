@@ -20,8 +20,9 @@ from maelstream.jobs.arguments import parsed
 from maelstream.jobs.reporting.model_card import Card, model_card
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.weights.reading import EXPORT_NAME, mae_weights, read_weights
+from maelstream.model.config import MAEConfig
 from maelstream.model.formats import encoder_of, has_decoder, likely_model, to_hf_file
-from maelstream.model.mae import MAEConfig, position_tables
+from maelstream.model.mae import position_tables
 from maelstream.shards.durable import sync
 from maelstream.shards.errors import MaelstreamError
 

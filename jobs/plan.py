@@ -17,8 +17,8 @@ from rich.table import Table
 from maelstream.jobs.arguments import parsed
 from maelstream.jobs.devices import DEVICES, Device, this_machine
 from maelstream.jobs.recipe import RecipeError, load_recipe
+from maelstream.model.config import MAEConfig
 from maelstream.model.flops import recomputed_flops, training_flops
-from maelstream.model.mae import MAEConfig
 from maelstream.model.memory import StateBytes, activation_bytes, moved_bytes, parameter_count, state_bytes, traffic
 
 MODELS = {

@@ -14,8 +14,7 @@ import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from maelstream.model.classifier import ClassifierConfig
-from maelstream.model.mae import MAEConfig
+from maelstream.model.config import ClassifierConfig, MAEConfig
 from maelstream.pipeline.augment_params import CropConfig
 from maelstream.pipeline.decode import DecodeConfig
 from maelstream.pipeline.mixup import MixupConfig

@@ -18,7 +18,7 @@ from maelstream.jobs.reporting.reconstruction import (
 )
 from maelstream.jobs.reporting.reconstruction_files import ReconstructionInfo, draw_grid, write_reconstructions
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.model.mae import MAEConfig
+from maelstream.model.config import MAEConfig
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from maelstream.jobs.arguments import parsed
 from maelstream.jobs.hardware import free_bytes, synchronise
 from maelstream.jobs.recipe import RecipeError
-from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.config import MAEConfig
+from maelstream.model.mae import MAE
 from maelstream.model.optimise import weight_decay_groups
 from maelstream.model.transformer import choose_attention
 from maelstream.shards.errors import MaelstreamError

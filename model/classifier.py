@@ -5,59 +5,15 @@ class token behind that norm. Linear probing freezes everything but a BatchNorm 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from maelstream.model.config import ClassifierConfig
 from maelstream.model.formats import encoder_of
 from maelstream.model.position import interpolate_table
 from maelstream.model.transformer import initialise, layer_norm
-
-Pool = Literal["mean", "class_token"]
-
-
-@dataclass(frozen=True)
-class ClassifierConfig:
-    """Shape of a ViT classifier; the defaults are the paper's ViT-B/16 for fine-tuning.
-
-    Raises:
-        ValueError: values that do not go together.
-    """
-
-    classes: int = 1000
-    image_size: tuple[int, int] = (224, 224)
-    """Height and width in pixels; may differ from the pre-training's."""
-    patch_size: int = 16
-    in_chans: int = 3
-    dim: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    pool: Pool = "mean"
-    """Mean of the patch tokens, then a fresh LayerNorm (`fc_norm`); or the class token behind the final norm."""
-    drop_path: float = 0.1
-    """Stochastic depth of the last block; linear from 0 at the first."""
-
-    def __post_init__(self) -> None:
-        sizes = (self.classes, *self.image_size, self.patch_size, self.in_chans, self.dim, self.depth, self.heads)
-        if min(sizes) < 1:
-            raise ValueError(f"classes and every size, depth and number of heads must be at least 1: {self}")
-        if any(side % self.patch_size for side in self.image_size):
-            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
-        if self.dim % self.heads:
-            raise ValueError(f"heads {self.heads} does not divide dim {self.dim}")
-        if self.pool not in get_args(Pool):
-            raise ValueError(f"pool {self.pool!r} is none of {', '.join(get_args(Pool))}")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path {self.drop_path} is not in [0, 1)")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
 
 def build_classifier(config: ClassifierConfig, seed: int = 0) -> VisionTransformer:

@@ -6,7 +6,7 @@ the last digit; the counter itself sees nothing of fused attention on a CPU.
 
 from typing import NamedTuple
 
-from maelstream.model.mae import MAEConfig
+from maelstream.model.config import MAEConfig
 
 
 class Flops(NamedTuple):

@@ -7,8 +7,7 @@ Parameter names and shapes are those of the published checkpoints.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Int64, UInt8
@@ -16,115 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from maelstream.model.masking import Mask, MaskKind, draw_mask, keep_count, refuse_grid_mask, take
-from maelstream.model.patches import Target, denormalise, normalise, patchify, unpatchify
+from maelstream.model.config import MAEConfig
+from maelstream.model.masking import Mask, draw_mask, take
+from maelstream.model.patches import denormalise, normalise, patchify, unpatchify
 from maelstream.model.position import sincos_table
 from maelstream.model.targets import PCATarget, PixelTarget, ReconstructionTarget, TokenTarget
 from maelstream.model.transformer import (
-    AttentionKind,
     PatchProjection,
     blocks,
     choose_attention,
     initialise,
     layer_norm,
 )
-
-
-@dataclass(frozen=True)
-class MAEConfig:
-    """Shape of a masked autoencoder; the defaults are the paper's ViT-B/16.
-
-    Raises:
-        ValueError: values that do not go together.
-    """
-
-    image_size: tuple[int, int] = (224, 224)
-    """Height and width in pixels."""
-    patch_size: int = 16
-    in_chans: int = 3
-    dim: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
-    decoder_dim: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
-    mask_ratio: float = 0.75
-    """Share of patches that is removed; 0 is an autoencoder without a loss, for `MAE.encode` alone."""
-    mask: MaskKind = "random"
-    """`block` removes BEiT's blocks, `grid` keeps one patch of each 2 x 2 (paper, table 1f)."""
-    encoder_mask_tokens: bool = False
-    """The encoder sees every place, with a mask token of its own where a patch was removed; the decoder then gets the
-    encoder's output of every place and adds no tokens (paper, table 1c)."""
-    target: Target = "normalised_pixel"
-    components: int = 96
-    """Coefficients that the target "pca" asks for."""
-    codes: int = 8192
-    """Codes that the target "token" tells apart."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    attention: AttentionKind = "auto"
-    """`auto` is `sdpa` on CUDA and in float32, and `math` in bf16 on a CPU."""
-
-    def __post_init__(self) -> None:
-        sizes = (*self.image_size, self.patch_size, self.in_chans, self.dim, self.depth, self.heads)
-        if min(*sizes, self.decoder_dim, self.decoder_depth, self.decoder_heads) < 1:
-            raise ValueError(f"every size, depth and number of heads must be at least 1: {self}")
-        if any(side % self.patch_size for side in self.image_size):
-            raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
-        for name, dim, heads in (("", self.dim, self.heads), ("decoder_", self.decoder_dim, self.decoder_heads)):
-            if dim % heads:
-                raise ValueError(f"{name}heads {heads} does not divide {name}dim {dim}")
-            if dim % 4:
-                raise ValueError(f"{name}dim {dim} is not divisible by 4 (sine and cosine of row and column)")
-            if (dim * self.mlp_ratio) % 1 or self.mlp_ratio <= 0:
-                raise ValueError(f"mlp_ratio {self.mlp_ratio} of {name}dim {dim} is not a whole number of units")
-        if self.target not in get_args(Target):
-            raise ValueError(f"target {self.target!r} is none of {', '.join(get_args(Target))}")
-        if self.attention not in get_args(AttentionKind):
-            raise ValueError(f"attention {self.attention!r} is none of {', '.join(get_args(AttentionKind))}")
-        if self.target == "normalised_pixel" and self.patch_dim == 1:
-            raise ValueError("a patch of one number has no spread to be normalised by; take target pixel")
-        if self.target == "pca" and not 1 <= self.components <= self.patch_dim:
-            raise ValueError(f"components {self.components} is not in 1..{self.patch_dim}, the numbers in a patch")
-        if self.target == "token" and self.codes < 2:
-            raise ValueError(f"codes {self.codes} must be at least 2")
-        if not 0 <= self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio {self.mask_ratio} is not in [0, 1)")
-        if not self.keep:
-            raise ValueError(f"mask_ratio {self.mask_ratio} of {self.num_patches} patches leaves no patch visible")
-        if self.mask not in get_args(MaskKind):
-            raise ValueError(f"mask {self.mask!r} is none of {', '.join(get_args(MaskKind))}")
-        if self.mask == "grid":
-            refuse_grid_mask(self.grid, self.keep)
-        if not len(self.mean) == len(self.std) == self.in_chans:
-            raise ValueError(f"mean {self.mean} and std {self.std} must have in_chans = {self.in_chans} values each")
-        if min(self.std) <= 0:
-            raise ValueError(f"std {self.std} must be positive")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def patch_dim(self) -> int:
-        """Numbers in one patch."""
-        return self.patch_size**2 * self.in_chans
-
-    @property
-    def target_dim(self) -> int:
-        """Numbers that the decoder predicts for a patch."""
-        return {"pca": self.components, "token": self.codes}.get(self.target, self.patch_dim)
-
-    @property
-    def keep(self) -> int:
-        """Patches that stay visible."""
-        return keep_count(self.num_patches, self.mask_ratio)
 
 
 class Reconstruction(NamedTuple):

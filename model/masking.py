@@ -7,13 +7,13 @@ state, no copy to the device, and the CPU and the GPU draw the same bits. The ha
 hash in the same manner.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor
 
-MaskKind = Literal["random", "block", "grid"]
+from maelstream.model.config import MaskKind, check_grid_mask
 
 # Unsigned constants of SplitMix64, written as the int64 of the same bits.
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
@@ -35,11 +35,6 @@ class Mask(NamedTuple):
     """Where each patch stands in `cat([kept, removed])`: indexing that with `restore` gives the patches in order."""
 
 
-def keep_count(num_patches: int, mask_ratio: float) -> int:
-    """Patches that stay visible. Cut off in floating point as the reference does: 100 patches at 0.9 keep 9."""
-    return int(num_patches * (1 - mask_ratio))
-
-
 def draw_mask(kind: MaskKind, keys: Int64[Tensor, "b"], grid: tuple[int, int], keep: int) -> Mask:
     """The mask of each key on a `grid` (rows, columns) of patches; equal keys give equal masks, on any device.
 
@@ -57,7 +52,7 @@ def random_mask(keys: Int64[Tensor, "b"], num_patches: int, keep: int) -> Mask:
     Raises:
         ValueError: more than 65,536 patches, which the scores cannot tell apart.
     """
-    _refuse_too_many(num_patches)
+    _check_patch_count(num_patches)
     return mask_by_score(_hash_scores(keys, num_patches), keep)
 
 
@@ -72,7 +67,7 @@ def block_mask(keys: Int64[Tensor, "b"], grid: tuple[int, int], keep: int) -> Ma
     Raises:
         ValueError: as `random_mask`.
     """
-    _refuse_too_many(grid[0] * grid[1])
+    _check_patch_count(grid[0] * grid[1])
     return mask_by_score(_block_scores(keys, *grid, keep), keep)
 
 
@@ -82,18 +77,8 @@ def grid_mask(keys: Int64[Tensor, "b"], grid: tuple[int, int], keep: int) -> Mas
     Raises:
         ValueError: a side of the grid is odd, or `keep` is not a quarter of its patches.
     """
-    refuse_grid_mask(grid, keep)
+    check_grid_mask(grid, keep)
     return mask_by_score(_grid_scores(keys, *grid), keep)
-
-
-def refuse_grid_mask(grid: tuple[int, int], keep: int) -> None:
-    """ValueError unless `grid` falls into cells of 2 x 2 patches of which `keep` keeps one each."""
-    if grid[0] % 2 or grid[1] % 2:
-        raise ValueError(f"mask grid keeps one patch of each 2 x 2; {grid[0]} x {grid[1]} patches have an odd side")
-    if keep * 4 != grid[0] * grid[1]:
-        raise ValueError(
-            f"mask grid keeps a quarter of {grid[0] * grid[1]} patches, not {keep}; set mask_ratio to 0.75"
-        )
 
 
 def mask_by_score(scores: Shaped[Tensor, "b l"], keep: int) -> Mask:
@@ -110,7 +95,7 @@ def take(tokens: Float[Tensor, "b l d"], numbers: Int64[Tensor, "b n"]) -> Float
     return tokens.gather(1, numbers[:, :, None].expand(-1, -1, tokens.shape[2]))  # (B, N, D)
 
 
-def _refuse_too_many(num_patches: int) -> None:
+def _check_patch_count(num_patches: int) -> None:
     if num_patches > 2**_NUMBER_BITS:
         raise ValueError(f"{num_patches} patches; a mask covers at most {2**_NUMBER_BITS}")
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.config import MAEConfig
+from maelstream.model.mae import MAE
 from maelstream.model.optimise import weight_decay_groups
 
 BUCKET = 500_000_000

@@ -5,14 +5,13 @@ published checkpoints emits it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Shaped, UInt8
 from torch import Tensor
 
-Target = Literal["pixel", "normalised_pixel", "pca", "token"]
-"""The first two follow from a patch alone and are computed here; `maelstream.model.targets` has all."""
+from maelstream.model.config import Target
 
 _EPS = 1e-6
 

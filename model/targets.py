@@ -11,7 +11,8 @@ from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from maelstream.model.patches import Target, denormalise, normalise, patchify, pixels_of, target_of
+from maelstream.model.config import Target
+from maelstream.model.patches import denormalise, normalise, patchify, pixels_of, target_of
 from maelstream.model.tokenizer import Decoder, Encoder, fitted, likeliest_pixels, map_pixels
 
 

@@ -4,7 +4,7 @@ import math
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-AttentionKind = Literal["auto", "sdpa", "math"]
+from maelstream.model.config import AttentionKind
 
 layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)  # torch's own default, 1e-5, moves the loss of ViT-B by 1.6e-5
 

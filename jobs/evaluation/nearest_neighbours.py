@@ -25,7 +25,7 @@ from maelstream.jobs.evaluation.scores import gather_undecodable, hits
 from maelstream.jobs.recipe import HealthConfig, RecipeError
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.weights.reading import classifier_from, classifier_values, read_weights
-from maelstream.model.classifier import ClassifierConfig, Pool
+from maelstream.model.config import ClassifierConfig, Pool
 from maelstream.model.neighbours import Neighbours, votes
 from maelstream.model.patches import normalise
 from maelstream.pipeline.eval_pass import Reading, every_image

@@ -14,7 +14,8 @@ from maelstream.jobs.recipe import Recipe
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.weights.reading import mae_weights, read_weights
 from maelstream.jobs.weights.target_file import target_of_run
-from maelstream.model.mae import MAE, MAEConfig, Reconstruction
+from maelstream.model.config import MAEConfig
+from maelstream.model.mae import MAE, Reconstruction
 from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
 from maelstream.pipeline.decode import CpuDecoder, EncodedBatch
 from maelstream.shards.dataset import Dataset

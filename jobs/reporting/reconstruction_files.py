@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from pydantic import TypeAdapter
 
+from maelstream.model.config import Target
 from maelstream.model.mae import Reconstruction
-from maelstream.model.patches import Target
 from maelstream.shards.durable import written_whole
 
 COLUMNS = ("original", "masked", "reconstructed", "with visible patches")

@@ -21,14 +21,8 @@ from torch import Tensor
 
 from maelstream.jobs.checkpointing.store import MANIFEST
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.model.classifier import (
-    ClassifierConfig,
-    Pool,
-    build_classifier,
-    encoder_weights,
-    fresh_parameters,
-    make_linear_probe,
-)
+from maelstream.model.classifier import build_classifier, encoder_weights, fresh_parameters, make_linear_probe
+from maelstream.model.config import ClassifierConfig, MAEConfig, Pool
 from maelstream.model.formats import (
     Weights,
     has_decoder,
@@ -38,7 +32,7 @@ from maelstream.model.formats import (
     square_grid,
     to_reference,
 )
-from maelstream.model.mae import MAE, MAEConfig, position_tables
+from maelstream.model.mae import MAE, position_tables
 from maelstream.shards.errors import MaelstreamError
 
 EXPORT_NAME = "export.json"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maelstream.jobs.recipe import Recipe, RecipeError
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.model.mae import MAEConfig
+from maelstream.model.config import MAEConfig
 from maelstream.model.targets import PCATarget, TokenTarget
 from maelstream.model.tokenizer import Decoder, Encoder, TokenizerConfig
 from maelstream.shards.durable import written_whole

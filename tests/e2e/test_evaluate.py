@@ -16,8 +16,9 @@ from maelstream.jobs.command import run
 from maelstream.jobs.evaluation.results import Evaluation, read_evaluations
 from maelstream.jobs.pack import main as pack
 from maelstream.jobs.recipe import Recipe, dump_recipe
-from maelstream.model.classifier import ClassifierConfig, build_classifier
-from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.classifier import build_classifier
+from maelstream.model.config import ClassifierConfig, MAEConfig
+from maelstream.model.mae import MAE
 from maelstream.model.patches import normalise
 from maelstream.shards.dataset import Dataset
 from tests.conftest import write_images

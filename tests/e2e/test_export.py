@@ -22,8 +22,9 @@ from maelstream.jobs.command import run
 from maelstream.jobs.recipe import DataConfig, Recipe, StreamConfig, dump_recipe
 from maelstream.jobs.reporting.model_card import without_paths
 from maelstream.jobs.weights.reading import mae_weights, read_weights
+from maelstream.model.config import MAEConfig
 from maelstream.model.formats import encoder_of
-from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.mae import MAE
 from maelstream.model.masking import mask_by_score
 from maelstream.model.patches import normalise
 from maelstream.shards.dataset import Dataset

@@ -20,7 +20,8 @@ from maelstream.jobs.reporting.reconstruction_files import (
     read_info,
     write_reconstructions,
 )
-from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.config import MAEConfig
+from maelstream.model.mae import MAE
 from maelstream.shards.errors import MaelstreamError
 from tests.conftest import photograph, write_images
 

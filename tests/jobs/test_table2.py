@@ -9,7 +9,7 @@ import torch
 from maelstream.jobs import table2
 from maelstream.jobs.command import run
 from maelstream.jobs.table2 import BATCH, MODELS, PAPER_HOURS, SIZES, Times, images_per_s, rows, sharing
-from maelstream.model.mae import MAEConfig
+from maelstream.model.config import MAEConfig
 
 TINY = MAEConfig(
     image_size=(16, 16), patch_size=8, dim=24, depth=1, heads=3, decoder_dim=24, decoder_depth=8, decoder_heads=3

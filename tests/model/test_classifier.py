@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from maelstream.model.classifier import (
-    ClassifierConfig,
     FeatureNorm,
-    Pool,
     build_classifier,
     drop_path_rates,
     encoder_weights,
@@ -19,7 +17,8 @@ from maelstream.model.classifier import (
     make_linear_probe,
     train_last_blocks,
 )
-from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.config import ClassifierConfig, MAEConfig, Pool
+from maelstream.model.mae import MAE
 from maelstream.model.patches import normalise
 from maelstream.model.position import interpolate_table
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from maelstream.model.config import MAEConfig
 from maelstream.model.flops import backward_by_part, forward_by_part, forward_flops, training_flops
-from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.mae import MAE
 
 SMALL = MAEConfig(image_size=(64, 64), dim=64, depth=2, heads=4, decoder_dim=32, decoder_depth=2, decoder_heads=4)
 CONFIGS = {

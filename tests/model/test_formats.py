@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
+from maelstream.model.config import MAEConfig
 from maelstream.model.formats import (
     encoder_of,
     from_hf,
@@ -28,7 +29,7 @@ from maelstream.model.formats import (
     to_hf_file,
     to_reference,
 )
-from maelstream.model.mae import MAE, MAEConfig, position_tables
+from maelstream.model.mae import MAE, position_tables
 from maelstream.model.masking import mask_by_score
 from maelstream.model.patches import normalise
 

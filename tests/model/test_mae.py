@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maelstream.model import masking
-from maelstream.model.mae import MAE, MAEConfig, position_tables
+from maelstream.model.config import MAEConfig, Target
+from maelstream.model.mae import MAE, position_tables
 from maelstream.model.masking import Mask, draw_mask, random_mask, take
-from maelstream.model.patches import Target, normalise, patchify, target_of
+from maelstream.model.patches import normalise, patchify, target_of
 from maelstream.model.transformer import PatchProjection
 
 TINY = MAEConfig(

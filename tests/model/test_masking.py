@@ -8,17 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from maelstream.model.masking import (
-    Mask,
-    MaskKind,
-    block_mask,
-    draw_mask,
-    grid_mask,
-    keep_count,
-    mask_by_score,
-    random_mask,
-    take,
-)
+from maelstream.model.config import MaskKind, keep_count
+from maelstream.model.masking import Mask, block_mask, draw_mask, grid_mask, mask_by_score, random_mask, take
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 KINDS: tuple[MaskKind, ...] = ("random", "block", "grid")

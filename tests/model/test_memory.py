@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.step import bytes_per_image
+from maelstream.model.config import MAEConfig
 from maelstream.model.flops import recomputed_flops, training_flops
-from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.mae import MAE
 from maelstream.model.memory import activation_bytes, moved_bytes, parameter_count, state_bytes, traffic
 
 SMALL = MAEConfig(image_size=(112, 112), dim=192, depth=3, heads=3, decoder_dim=96, decoder_depth=2, decoder_heads=3)

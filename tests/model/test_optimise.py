@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from maelstream.model.classifier import ClassifierConfig, build_classifier
-from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.classifier import build_classifier
+from maelstream.model.config import ClassifierConfig, MAEConfig
+from maelstream.model.mae import MAE
 from maelstream.model.optimise import LARS, Span, layer_decay_groups, lr_at, weight_decay_groups
 
 Golden = Callable[[str], Mapping[str, np.ndarray]]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from maelstream.model.mae import MAE, MAEConfig
-from maelstream.model.masking import Mask, keep_count, mask_by_score, take
-from maelstream.model.patches import Target, patchify
-from maelstream.model.transformer import AttentionKind
+from maelstream.model.config import AttentionKind, MAEConfig, Target, keep_count
+from maelstream.model.mae import MAE
+from maelstream.model.masking import Mask, mask_by_score, take
+from maelstream.model.patches import patchify
 
 Vectors = Mapping[str, np.ndarray]
 Golden = Callable[[str], Vectors]

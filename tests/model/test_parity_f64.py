@@ -12,10 +12,11 @@ import pytest
 import torch
 from numpy.typing import ArrayLike
 
-from maelstream.model.mae import MAE, MAEConfig
-from maelstream.model.masking import Mask, keep_count, mask_by_score, take
+from maelstream.model.config import MAEConfig, Target, keep_count
+from maelstream.model.mae import MAE
+from maelstream.model.masking import Mask, mask_by_score, take
 from maelstream.model.optimise import lr_at, weight_decay_groups
-from maelstream.model.patches import Target, patch_statistics, patchify, target_of, unpatchify
+from maelstream.model.patches import patch_statistics, patchify, target_of, unpatchify
 
 Golden = Callable[[str], Mapping[str, np.ndarray]]
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from maelstream.model.config import Target
 from maelstream.model.patches import (
-    Target,
     denormalise,
     normalise,
     patch_statistics,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from maelstream.model.mae import MAEConfig, position_tables
+from maelstream.model.config import MAEConfig
+from maelstream.model.mae import position_tables
 from maelstream.model.position import interpolate_table, sincos_table
 
 Golden = Callable[[str], Mapping[str, np.ndarray]]

@@ -9,8 +9,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from maelstream.model.config import MAEConfig
 from maelstream.model.flops import forward_flops, training_flops
-from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.mae import MAE
 from maelstream.model.masking import random_mask, take
 from maelstream.model.optimise import weight_decay_groups
 from maelstream.model.patches import normalise, patchify

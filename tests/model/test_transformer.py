@@ -6,8 +6,9 @@ import pytest
 import torch
 from timm.models.vision_transformer import Attention
 
-from maelstream.model.mae import MAE, MAEConfig
-from maelstream.model.transformer import AttentionKind, PatchProjection, choose_attention
+from maelstream.model.config import AttentionKind, MAEConfig
+from maelstream.model.mae import MAE
+from maelstream.model.transformer import PatchProjection, choose_attention
 
 CONFIG = MAEConfig(image_size=(32, 32), dim=192, depth=2, heads=3, decoder_dim=128, decoder_depth=1, decoder_heads=4)
 

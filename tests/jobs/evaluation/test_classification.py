@@ -14,7 +14,7 @@ from maelstream.jobs.distributed.ranks import Ranks
 from maelstream.jobs.evaluation.classification import Classification
 from maelstream.jobs.evaluation.classify import check_datasets
 from maelstream.jobs.recipe import ClassificationRecipe, EngineConfig, OptimConfig, TuningConfig
-from maelstream.model.classifier import ClassifierConfig
+from maelstream.model.config import ClassifierConfig
 from maelstream.pipeline.loader import Batch
 from maelstream.pipeline.mixup import MixupConfig
 from maelstream.shards.dataset import Dataset

@@ -24,9 +24,9 @@ from maelstream.jobs.weights.reading import (
     mae_weights,
     read_weights,
 )
-from maelstream.model.classifier import ClassifierConfig
+from maelstream.model.config import ClassifierConfig, MAEConfig
 from maelstream.model.formats import encoder_of, to_hf
-from maelstream.model.mae import MAE, MAEConfig
+from maelstream.model.mae import MAE
 from maelstream.model.position import interpolate_table
 
 TINY = MAEConfig((32, 32), patch_size=8, dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2)

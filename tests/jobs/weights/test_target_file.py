@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from maelstream.jobs.recipe import Recipe, RecipeError
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.weights.target_file import TargetFile, read_target_file, target_of_run, tokenizer_file
-from maelstream.model.mae import MAEConfig
+from maelstream.model.config import MAEConfig
 from maelstream.model.targets import PCATarget, TokenTarget
 from maelstream.model.tokenizer import Decoder, Encoder, TokenizerConfig, initialise
 
