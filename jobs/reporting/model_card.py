@@ -1,32 +1,22 @@
-"""The model card of an export: what it is, from which recipe and step, what each file holds, how to load it."""
+"""The model card of an export: the model, its recipe and step, its files, and how to load them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 import yaml
 
 from maelstream.jobs.recipe import EXPERIMENT, DataConfig, dump_recipe
 from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.weights.export_formats import FormatCard
 
 _LICENCE = """\
-maelstream, which trained these weights, is Apache-2.0 and claims nothing on them. Their licence is for you to choose,
-as far as the terms of the dataset allow; put it above as `license:` before you publish them. They are not the weights
-that the paper's authors published, which are CC BY-NC 4.0."""
+maelstream, which trained these weights, is Apache-2.0 and makes no claim on them. You choose their licence, as far as
+the terms of the dataset allow; add it above as `license:` before you publish them. They are not the weights that the
+paper's authors published, which are CC BY-NC 4.0."""
 
 
-@dataclass(frozen=True)
-class Card:
-    """What a format adds to the card."""
-
-    library: str
-    files: dict[str, str]
-    """Name of each file, and what it holds."""
-    load: str
-    """Python that loads them, run inside the folder."""
-
-
-def model_card(folder: RunFolder, step: int, model: str, card: Card) -> str:
-    """README.md of an export of `step`, in the form that model hubs read; `model` says what it is in a few words."""
+def model_card(folder: RunFolder, step: int, model: str, card: FormatCard) -> str:
+    """The README.md of an export of `step`, in the form that model hubs read; `model` describes the model briefly."""
     recipe = folder.recipe()
     recipe = replace(recipe, data=without_paths(recipe.data))
     config, logged = recipe.model, [line for line in folder.read_metrics() if line["step"] <= step]
@@ -36,7 +26,7 @@ def model_card(folder: RunFolder, step: int, model: str, card: Card) -> str:
     datasets = ", ".join(recipe.data.mix or [recipe.data.stream.urls or recipe.data.dataset])
     values = yaml.safe_load(dump_recipe(recipe))
     experiment = yaml.safe_dump({name: values[name] for name in EXPERIMENT}, sort_keys=False)
-    files = "\n".join(f"| `{name}` | {what} |" for name, what in card.files.items())
+    files = "\n".join(f"| `{name}` | {content} |" for name, content in card.files.items())
     return f"""\
 ---
 library_name: {card.library}
@@ -46,10 +36,10 @@ tags:
 ---
 # {model}
 
-A masked autoencoder ([arXiv 2111.06377](https://arxiv.org/abs/2111.06377)), pre-trained by maelstream without labels:
+A masked autoencoder ([arXiv 2111.06377](https://arxiv.org/abs/2111.06377)), pre-trained without labels by maelstream:
 step {step}, {loss} (target {config.target}, {config.mask_ratio:.0%} removed), on {datasets}.
 
-| file | what |
+| file | content |
 |---|---|
 {files}
 
@@ -59,7 +49,7 @@ step {step}, {loss} (target {config.target}, {config.mask_ratio:.0%} removed), o
 {card.load}
 ```
 
-Pixels are RGB scaled to 0..1, less {list(config.mean)}, over {list(config.std)}.
+Pixels are RGB, scaled to 0..1, minus {list(config.mean)}, divided by {list(config.std)}.
 
 ## Recipe
 
@@ -73,7 +63,7 @@ Pixels are RGB scaled to 0..1, less {list(config.mean)}, over {list(config.std)}
 
 
 def without_paths(data: DataConfig) -> DataConfig:
-    """Datasets and shards by their last name: where they lie is nobody's business."""
+    """Replaces each path of a dataset or shard by its last part, because a published card must not show local paths."""
     mix: dict[str, float] = {}
     for path, weight in data.mix.items():
         name = PurePosixPath(path).name

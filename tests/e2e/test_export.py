@@ -1,4 +1,4 @@
-"""`maelstream export`: what it writes is loaded by the libraries that it is for, offline, by the lines of its card."""
+"""`maelstream export`: each library loads the result offline with the code of the model card."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before timm and transformers look
+os.environ["HF_HUB_OFFLINE"] = "1"  # timm and transformers read it when they are imported
 
 import numpy as np
 import pytest
@@ -47,8 +47,8 @@ TINY = MAEConfig(
 
 
 def run_folder(path: Path, config: MAEConfig, steps: tuple[int, ...] = (12,)) -> Path:
-    """A run as `maelstream pretrain` leaves it, without the training: a checkpoint holds parameters alone."""
-    recipe = Recipe(model=config, data=DataConfig(dataset="/disk/of/somebody/photographs"))
+    """The files of a run of `maelstream pretrain`, without training; a checkpoint holds only parameters."""
+    recipe = Recipe(model=config, data=DataConfig(dataset="/disk/home/photographs"))
     for step in steps:
         checkpoint = path / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
@@ -74,38 +74,38 @@ def images() -> Tensor:
     return torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def lines_of_the_card(folder: Path) -> str:
+def code_of_the_card(folder: Path) -> str:
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     return code
 
 
-def loaded_by_the_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
-    """What the card's Python leaves behind, run in the export's folder."""
+def variables_of_the_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Runs the card's code in the export's folder and returns its variables."""
     monkeypatch.chdir(folder)
     names: dict = {}
-    exec(lines_of_the_card(folder), names)
+    exec(code_of_the_card(folder), names)
     return names
 
 
-def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert ours.keys() == expected.keys()
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(ours[name], tensor), name
+        assert torch.equal(found[name], tensor), name
 
 
-def test_the_reference_s_format_holds_everything_exactly(
+def test_the_reference_format_is_exact_and_complete(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     assert run("export", [str(tiny), "--format", "reference", "--out", str(out)]) == 0
     expected = MAE(TINY, seed=12).state_dict()
-    assert_same(loaded_by_the_card(out, monkeypatch)["weights"], expected)
+    assert_same(variables_of_the_card(out, monkeypatch)["weights"], expected)
     assert_same(load_file(out / "weights.safetensors"), expected)
     for path in (out, out / "weights.pth"):
         assert_same(mae_weights(read_weights(path), TINY), expected)
 
 
-def test_an_encoder_alone_is_what_the_authors_publish_for_fine_tuning(tiny: Path, tmp_path: Path) -> None:
+def test_an_encoder_alone_has_the_form_that_the_authors_publish_for_fine_tuning(tiny: Path, tmp_path: Path) -> None:
     options = ["--format", "reference", "--encoder-only", "--step", "8", "--out", str(tmp_path / "out")]
     assert run("export", [str(tiny), *options]) == 0
     found = torch.load(tmp_path / "out" / "weights.pth", weights_only=True)
@@ -118,7 +118,7 @@ def test_timm_loads_a_model_of_any_size_strictly(
     out = tmp_path / "out"
     assert run("export", [str(tiny), "--format", "timm", "--out", str(out)]) == 0
     ours = MAE(TINY, seed=12)
-    theirs = loaded_by_the_card(out, monkeypatch)["model"].eval()
+    theirs = variables_of_the_card(out, monkeypatch)["model"].eval()
     assert_same(theirs.state_dict(), encoder_of(ours.state_dict()))
     pixels = normalise(images, TINY.mean, TINY.std)
     with torch.no_grad():
@@ -140,22 +140,22 @@ def test_timm_does_not_load_weights_that_lack_a_tensor(tiny: Path, tmp_path: Pat
         timm.create_model(f"local-dir:{out}", pretrained=True)
 
 
-def test_vit_base_is_timm_s_own_mae_model(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vit_base_loads_as_timm_s_own_mae_model(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     assert run("export", [str(base), "--format", "timm", "--out", str(out)]) == 0
-    assert 'timm.create_model(\n    "vit_base_patch16_224.mae", pretrained=True' in lines_of_the_card(out)
-    model = loaded_by_the_card(out, monkeypatch)["model"]
+    assert 'timm.create_model(\n    "vit_base_patch16_224.mae", pretrained=True' in code_of_the_card(out)
+    model = variables_of_the_card(out, monkeypatch)["model"]
     assert_same(model.state_dict(), load_file(out / "model.safetensors"))
     assert model.pretrained_cfg["tag"] == "mae" and model.norm.eps == 1e-6
 
 
-def test_huggingface_s_model_has_our_loss_on_the_same_mask(
+def test_the_hugging_face_model_has_the_same_loss_on_the_same_mask(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Tensor
 ) -> None:
     out = tmp_path / "out"
     assert run("export", [str(tiny), "--format", "hf", "--out", str(out)]) == 0
-    theirs, told = ViTMAEForPreTraining.from_pretrained(out, output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs, loading = ViTMAEForPreTraining.from_pretrained(out, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.config.layer_norm_eps == 1e-6 and theirs.vit.layernorm.eps == 1e-6
     assert theirs.config.mask_ratio == 0.6 and not theirs.config.norm_pix_loss
     ours = MAE(TINY, seed=12).double()
@@ -164,28 +164,28 @@ def test_huggingface_s_model_has_our_loss_on_the_same_mask(
     with torch.no_grad():
         loss = ours.loss(pixels, mask_by_score(noise, TINY.keep)).item()
         assert theirs.double()(pixels, noise=noise).loss.item() == pytest.approx(loss, rel=1e-12)
-    processor = loaded_by_the_card(out, monkeypatch)["processor"]
-    seen = processor(list(images), return_tensors="pt")["pixel_values"]
-    assert (seen - pixels).abs().max() < 1e-5
+    processor = variables_of_the_card(out, monkeypatch)["processor"]
+    processed = processor(list(images), return_tensors="pt")["pixel_values"]
+    assert (processed - pixels).abs().max() < 1e-5
     assert_same(mae_weights(read_weights(out), TINY), MAE(TINY, seed=12).state_dict())
 
 
-def test_huggingface_s_encoder_alone_has_our_features(
+def test_the_hugging_face_encoder_has_the_same_features(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: Tensor
 ) -> None:
-    """With the mask ratio of 0 and the rising noise of the card; otherwise its model masks and shuffles."""
+    """It needs the mask ratio of 0 and the ascending noise of the card; otherwise it masks and shuffles patches."""
     out = tmp_path / "out"
     assert run("export", [str(tiny), "--format", "hf", "--encoder-only", "--out", str(out)]) == 0
-    _, told = ViTMAEModel.from_pretrained(out, output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    names = loaded_by_the_card(out, monkeypatch) | {"pixels": normalise(images, TINY.mean, TINY.std), "torch": torch}
-    comment = "\n".join(line.partition("# ")[2] for line in lines_of_the_card(out).splitlines() if "# " in line)
+    _, loading = ViTMAEModel.from_pretrained(out, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    names = variables_of_the_card(out, monkeypatch) | {"pixels": normalise(images, TINY.mean, TINY.std), "torch": torch}
+    comment = "\n".join(line.partition("# ")[2] for line in code_of_the_card(out).splitlines() if "# " in line)
     with torch.no_grad():
         exec(comment.partition(": ")[2], names)
         assert (names["features"] - MAE(TINY, seed=12).encode(images)).abs().max() < 1e-5
 
 
-def test_an_export_is_reconstructed_from_like_the_run_itself_but_not_an_encoder_alone(
+def test_an_export_reconstructs_as_the_run_does_unless_it_lacks_the_decoder(
     tiny: Path, packed: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [str(tiny), "--dataset", packed.folder, "--count", "2", "--out", str(tmp_path / "x.png")]
@@ -204,16 +204,19 @@ def test_an_export_is_reconstructed_from_like_the_run_itself_but_not_an_encoder_
     )
 
 
-def test_nothing_of_transformers_is_needed_to_export_for_it(tiny: Path, tmp_path: Path) -> None:
-    hidden = "import sys; sys.modules['transformers'] = None; from maelstream.jobs.command import run; sys.exit(run('export', {}))"
+def test_export_to_hugging_face_does_not_need_transformers(tiny: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['transformers'] = None; from maelstream.jobs.command import run; "
+        "sys.exit(run('export', {}))"
+    )
     args = [str(tiny), "--format", "hf", "--out", str(tmp_path / "out")]
     done = subprocess.run(
-        [sys.executable, "-c", hidden.format(args)], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", code.format(args)], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
     assert done.returncode == 0, done.stderr
 
 
-def test_the_card_tells_the_step_the_loss_and_the_recipe_and_no_path_of_the_machine(tiny: Path, tmp_path: Path) -> None:
+def test_the_card_has_the_step_the_loss_and_the_recipe_but_no_local_path(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("export", [str(tiny), "--format", "hf", "--step", "8", "--out", str(out)]) == 0
     card = (out / "README.md").read_text()
@@ -224,23 +227,23 @@ def test_the_card_tells_the_step_the_loss_and_the_recipe_and_no_path_of_the_mach
     assert listed | {"README.md", "export.json"} == {path.name for path in out.iterdir()}
 
 
-def test_an_export_goes_into_the_run_unless_told_otherwise_and_may_be_made_again(tiny: Path) -> None:
+def test_an_export_is_written_into_the_run_by_default_and_can_be_repeated(tiny: Path) -> None:
     for _ in range(2):
         assert run("export", [str(tiny), "--format", "timm"]) == 0
     assert [path.name for path in (tiny / "export").iterdir()] == ["timm-step-00000012"]
 
 
-def test_a_folder_of_something_else_is_left_alone(
+def test_a_folder_with_other_files_is_left_unchanged(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
     for out in (tmp_path, tmp_path / "thesis.tex", tiny):
         assert run("export", [str(tiny), "--format", "timm", "--out", str(out)]) == 2
-        assert f"--out {out} holds something that is no export" in capsys.readouterr().err
+        assert f"--out {out} holds files that are not an export" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_failing_export_leaves_the_older_one_as_it_was(
+def test_a_failing_export_leaves_the_older_one_unchanged(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [str(tiny), "--format", "timm", "--out", str(tmp_path / "out")]
@@ -257,14 +260,14 @@ def test_a_failing_export_leaves_the_older_one_as_it_was(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_exported_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("export", [str(tmp_path), "--format", "hf"]) == 2
     assert "is not a run" in capsys.readouterr().err
     wide = run_folder(tmp_path / "wide", dataclasses.replace(TINY, image_size=(16, 32)), steps=(4, 8))
     assert run("export", [str(wide), "--format", "hf"]) == 2
     assert "takes square images, not (16, 32); export to timm instead" in capsys.readouterr().err
     assert run("export", [str(wide), "--format", "timm", "--step", "6"]) == 2
-    assert "has no checkpoint of step 6; it has 4, 8" in capsys.readouterr().err
+    assert "has no checkpoint of step 6; give one of its steps: 4, 8" in capsys.readouterr().err
     assert run("export", [str(wide), "--format", "timm"]) == 0
     model = timm.create_model(f"local-dir:{wide / 'export' / 'timm-step-00000008'}", pretrained=True)
     assert model.patch_embed.grid_size == (2, 4)
@@ -282,14 +285,14 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, capsys: pytest.Capt
     assert "weights.safetensors is cut or is not a file of weights" in capsys.readouterr().err
 
 
-def test_datasets_of_one_name_stay_apart_in_the_card() -> None:
+def test_datasets_of_the_same_name_stay_distinct_in_the_card() -> None:
     mix = DataConfig(mix={"/a/train": 3.0, "s3://b/train/": 1.0, "/c/val": 2.0})
     assert without_paths(mix).mix == {"train": 3.0, "train (2)": 1.0, "val": 2.0}
-    stream = DataConfig(stream=StreamConfig("pipe:ssh host cat /data/of/me/train-{00..63}.tar", 60))
+    stream = DataConfig(stream=StreamConfig("pipe:ssh host cat /data/home/train-{00..63}.tar", 60))
     assert without_paths(stream).stream == StreamConfig("train-{00..63}.tar", 60)
 
 
-def test_the_processor_is_the_one_that_the_model_expects(tiny: Path, tmp_path: Path) -> None:
+def test_the_image_processor_prepares_images_for_the_model(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run("export", [str(tiny), "--format", "hf", "--out", str(out)]) == 0
     processor = ViTImageProcessor.from_pretrained(out)
