@@ -1,7 +1,7 @@
 """Accelerators that a run can be planned for: from NVIDIA's data sheets, or this machine as it is measured.
 
 Sheets tell peaks. What of them a training step gets is an assumption, one number for products and one for bandwidths
-(docs/planning.md), until `--gpu here` measures it.
+(docs/profiling.md), until `--gpu here` measures it.
 """
 
 import os

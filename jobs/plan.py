@@ -1,7 +1,7 @@
 """`maelstream plan --model vit-h14 --gpus 256 --gpu h100 --dataset-size 1.28M`: what a run will take, before it starts.
 
 Formulas alone: memory of a rank under ZeRO 1 to 3, the largest micro-batch, the parts of a step and what bounds it,
-images/s, bytes/s from storage, hours. Sources and checks: docs/planning.md.
+images/s, bytes/s from storage, hours. Sources and checks: docs/profiling.md.
 """
 
 import json

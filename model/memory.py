@@ -3,7 +3,7 @@
 Activations are what autograd keeps for the backward pass and what the backward pass holds beside it at its peak, with
 fused attention, counted tensor by tensor (as Korthikanti et al. 2022, arXiv 2205.05198, section 4, do for GPT). The
 state is that of mixed-precision Adam (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1) as DeepSpeed lays it out
-for bf16 weights and float32 gradient sums; docs/planning.md has each formula with its check.
+for bf16 weights and float32 gradient sums; docs/profiling.md has each formula with its check.
 """
 
 from functools import lru_cache
