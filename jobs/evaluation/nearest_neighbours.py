@@ -24,7 +24,7 @@ from maelstream.jobs.evaluation.results import Scores, record_scores
 from maelstream.jobs.evaluation.scores import gather_undecodable, hits
 from maelstream.jobs.recipe import HealthConfig, RecipeError
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.jobs.weights.reading import classifier_from, classifier_values, read_weights
+from maelstream.jobs.weights.reading import classifier_from_encoder, classifier_values, read_weights
 from maelstream.model.config import ClassifierConfig, Pool
 from maelstream.model.neighbours import Neighbours, votes
 from maelstream.model.patches import normalise
@@ -70,7 +70,7 @@ def evaluate_neighbours(weights: str, train: str, val: str, options: KnnOptions)
         raise RecipeError(f"{stored.file}: {error}; give --heads and --image-size, which the file lacks") from None
     ranks = ranks_from_environment()
     reading = options.reading(config.image_size, None, ranks)
-    model = classifier_from(stored, config).eval().requires_grad_(False)
+    model = classifier_from_encoder(stored, config).eval().requires_grad_(False)
     with process_group(ranks, 2 * HealthConfig().silent_s) as control_group:
         model.to(torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu"))
         encode = encode_with(model, options.pool, mean, std)

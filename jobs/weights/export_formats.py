@@ -16,15 +16,16 @@ from torch import Tensor
 
 from maelstream.model.config import MAEConfig
 from maelstream.model.formats import has_decoder, to_hf_file
+from maelstream.model.sizes import VIT_B16, VIT_H14, VIT_L16, ViTSize
 from maelstream.shards.errors import MaelstreamError
 
 Format = Literal["reference", "timm", "hf"]
 
-# (dim, depth, heads, patch_size) of the models that timm publishes with the tag `.mae`.
+# The models that timm publishes with the tag `.mae`.
 _TIMM = {
-    (768, 12, 12, 16): "vit_base_patch16_224",
-    (1024, 24, 16, 16): "vit_large_patch16_224",
-    (1280, 32, 16, 14): "vit_huge_patch14_224",
+    VIT_B16: "vit_base_patch16_224",
+    VIT_L16: "vit_large_patch16_224",
+    VIT_H14: "vit_huge_patch14_224",
 }
 
 
@@ -55,7 +56,7 @@ def write_reference(folder: Path, weights: dict[str, Tensor], config: MAEConfig)
 
 def write_timm(folder: Path, weights: dict[str, Tensor], config: MAEConfig) -> FormatCard:
     """Writes an encoder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads without a missing key."""
-    architecture = _TIMM.get((config.dim, config.depth, config.heads, config.patch_size))
+    architecture = _TIMM.get(ViTSize(config.dim, config.depth, config.heads, config.patch_size))
     settings = timm_config(config, architecture or "vit_base_patch16_224")
     write_json(folder / "config.json", settings)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})

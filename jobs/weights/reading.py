@@ -1,7 +1,7 @@
-"""Weights from wherever they lie: a run, a checkpoint, an export, a folder of Hugging Face's, one file.
+"""Reads weights from a run, a checkpoint, an export, a Hugging Face folder or a single file.
 
-They come back under the reference's names, finite, and in the shapes of the model that asks for them. A `.pth` is read
-as tensors alone: what it may hold of code is never run.
+The result has the reference implementation's names, only finite values, and the shapes of the requested model. From a
+`.pth` only tensors are read: code in it is never run.
 """
 
 import argparse
@@ -33,34 +33,37 @@ from maelstream.model.formats import (
     to_reference,
 )
 from maelstream.model.mae import MAE, position_tables
+from maelstream.model.sizes import default_heads
 from maelstream.shards.errors import MaelstreamError
 
 EXPORT_NAME = "export.json"
-"""In each folder that `maelstream export` wrote: the format, the step and the model's configuration."""
-_IN_A_FOLDER = ("weights.safetensors", "model.safetensors", "pytorch_model.bin")
+"""A file in every folder that `maelstream export` writes: the format, the step and the model's configuration."""
+_FILE_NAMES = ("weights.safetensors", "model.safetensors", "pytorch_model.bin")
 _SIZES = ("image_size", "patch_size", "in_chans", "dim", "depth", "heads", "mlp_ratio")
-_SHOWN = 3  # tensors that a message names
+_MAX_NAMED = 3  # tensors that a message lists
 
 
 class WeightsError(MaelstreamError):
-    """Weights that cannot be read, or that do not fit the model that asks for them."""
+    """Weights that cannot be read, or that do not fit the requested model."""
 
 
 @dataclass(frozen=True)
 class StoredWeights:
+    """Weights as they were read from a file."""
+
     file: Path
     tensors: dict[str, Tensor]
-    """Under the reference's names, on the CPU, in the dtype of the file."""
+    """By the reference's names, on the CPU, in the dtype of the file."""
     grid: tuple[int, int] | None
-    """Rows and columns of patches of the position table; None where neither a configuration nor a square tells."""
+    """Rows and columns of patches in the position table; None without a configuration if the table is not square."""
 
 
 def read_weights(path: Path) -> StoredWeights:
-    """The weights of `path`, the newest ones of a run.
+    """Reads the weights in `path`; for a run, those of its newest checkpoint.
 
     Raises:
-        WeightsError: nothing to read there, a checkpoint's file with another SHA-256 than it was written with, names
-            of no MAE, code in a `.pth`, or a tensor with a NaN or an infinity.
+        WeightsError: no weights at `path`, a checkpoint's file whose SHA-256 has changed, names that no MAE has, code
+            in a `.pth`, or a tensor with a NaN or an infinity.
     """
     file = _file_of(path)
     _check_digest(file)
@@ -69,19 +72,19 @@ def read_weights(path: Path) -> StoredWeights:
         tensors = to_reference(_load(file))
     except ValueError as error:
         raise WeightsError(f"{file}: {error}") from None
-    if "pos_embed" not in tensors:  # a checkpoint of ours leaves out what does not change
+    if "pos_embed" not in tensors:  # checkpoints of a run leave out constant tables
         if config is None:
             raise WeightsError(
-                f"{file} has no position table, and nothing beside it tells of one; give the run's folder"
+                f"{file} has no position table, and no configuration is next to it; give the run's folder"
             )
         tensors = position_tables(config) | tensors
     if names := not_finite(tensors):
-        raise WeightsError(f"{file}: NaN or infinity in {_some(names, ', ')}; take weights of an earlier step")
+        raise WeightsError(f"{file}: NaN or infinity in {_some(names, ', ')}; use weights of an earlier step")
     return StoredWeights(file, tensors, square_grid(tensors) if config is None else config.grid)
 
 
 def encoder_values(stored: StoredWeights) -> dict[str, Any]:
-    """Keys of a classification recipe that follow from the encoder: its sizes, and what pixels are normalised by."""
+    """Values of a classification recipe that follow from the encoder: its sizes, and the mean and std of the pixels."""
     config, tensors = _config_of(stored.file), stored.tensors
     if config is not None:
         sizes = {name: getattr(config, name) for name in _SIZES}
@@ -89,18 +92,22 @@ def encoder_values(stored: StoredWeights) -> dict[str, Any]:
     dim, in_chans, patch_size, _ = tensors["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     sizes = {"patch_size": patch_size, "in_chans": in_chans, "dim": dim, "depth": depth}
-    sizes["heads"] = 16 if (dim, depth) == (1280, 32) else dim // 64  # no tensor tells
+    sizes["heads"] = default_heads(dim, depth)
     if stored.grid is not None:
         sizes["image_size"] = tuple(patch_size * side for side in stored.grid)
     return {"model": sizes}
 
 
 def mae_weights(stored: StoredWeights, config: MAEConfig) -> dict[str, Tensor]:
-    """What `MAE(config).load_state_dict` takes; WeightsError for an encoder alone, or for a model of another size."""
+    """The state dict for `MAE(config).load_state_dict`.
+
+    Raises:
+        WeightsError: an encoder without a decoder, or a model of another size.
+    """
     if not has_decoder(stored.tensors):
         raise WeightsError(
             f"{stored.file} holds an encoder alone ({likely_model(stored.tensors)}), as the published mae_pretrain_* "
-            "do: fine-tuning can start from it, but without a decoder nothing is reconstructed; give a full checkpoint"
+            "do: it can be fine-tuned, but reconstruction needs a decoder; give a full checkpoint"
         )
     with torch.device("meta"):
         expected = MAE(config).state_dict()
@@ -108,21 +115,21 @@ def mae_weights(stored: StoredWeights, config: MAEConfig) -> dict[str, Tensor]:
     return stored.tensors
 
 
-def classifier_from(stored: StoredWeights, config: ClassifierConfig, seed: int = 0) -> VisionTransformer:
-    """A classifier that starts from the encoder of `stored`; its head, and the norm behind the mean, are fresh.
+def classifier_from_encoder(stored: StoredWeights, config: ClassifierConfig, seed: int = 0) -> VisionTransformer:
+    """A classifier on the encoder of `stored`; its head, and the norm after mean pooling, are newly initialised.
 
     Raises:
-        WeightsError: an encoder of another size, or a position table of which nothing tells the grid.
+        WeightsError: an encoder of another size, or a position table whose grid is unknown.
     """
     if stored.grid is None:
         raise WeightsError(
-            f"{stored.file}: its position table is of no square grid, and nothing beside it tells of which; give the "
-            "run's folder, or what `maelstream export` made of it"
+            f"{stored.file}: its position table has no square grid, and no configuration gives the rows and columns; "
+            "give the run's folder, or an export of it"
         )
     model = build_classifier(config, seed)
     try:
         weights = encoder_weights(stored.tensors, config, stored.grid)
-    except ValueError as error:  # a table that is not of the grid that is told
+    except ValueError as error:  # the table does not have the grid of the configuration
         raise WeightsError(f"{stored.file}: {error}") from None
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in fresh_parameters(config)}
     _check_shapes(StoredWeights(stored.file, weights, stored.grid), expected)
@@ -133,11 +140,12 @@ def classifier_from(stored: StoredWeights, config: ClassifierConfig, seed: int =
 def classifier_values(
     stored: StoredWeights, heads: int | None, image_size: int | None
 ) -> tuple[dict[str, Any], tuple[float, ...], tuple[float, ...]]:
-    """Sizes for a `ClassifierConfig` on the encoder of `stored`, and the mean and deviation that images are normalised
-    by; `heads` where nothing beside the weights tells, `image_size` pixels of a side where not the stored one.
+    """Sizes for a `ClassifierConfig` on the encoder of `stored`, and the mean and standard deviation of its pixels.
+
+    `heads` overrides the number of attention heads; `image_size` overrides the side of the image in pixels.
 
     Raises:
-        WeightsError: a position table of no square grid, whose image size nothing tells.
+        WeightsError: a position table that is not square, so that the image size is unknown.
     """
     values = encoder_values(stored)
     sizes = values["model"]
@@ -146,7 +154,9 @@ def classifier_values(
     if image_size is not None:
         sizes["image_size"] = (image_size, image_size)
     if "image_size" not in sizes:
-        raise WeightsError(f"{stored.file}: its position table is of no square grid, and nothing tells of which")
+        raise WeightsError(
+            f"{stored.file}: its position table has no square grid; give the image size, or the run's folder"
+        )
     pixels = values.get("data", {"mean": MAEConfig.mean, "std": MAEConfig.std})
     return sizes, pixels["mean"], pixels["std"]
 
@@ -154,12 +164,14 @@ def classifier_values(
 def stored_classifier(
     stored: StoredWeights, heads: int | None
 ) -> tuple[VisionTransformer, ClassifierConfig, tuple[float, ...], tuple[float, ...]]:
-    """The classifier that `stored` holds, as its tensors tell, and the mean and deviation of its images.
+    """The classifier in `stored`, with its configuration and the mean and standard deviation of its pixels.
+
+    The sizes follow from the shapes of the tensors, except for the number of `heads`.
 
     Raises:
-        WeightsError: an encoder without a head, or sizes that do not go together.
+        WeightsError: an encoder without a classifier, or sizes that do not fit together.
     """
-    probe = "head.1.weight" in stored.tensors  # behind a BatchNorm
+    probe = "head.1.weight" in stored.tensors  # after a BatchNorm
     head = stored.tensors.get("head.1.weight" if probe else "head.weight")
     if head is None or head.ndim != 2:
         raise WeightsError(
@@ -171,14 +183,14 @@ def stored_classifier(
     try:
         config = ClassifierConfig(**sizes, classes=len(head), pool=pool, drop_path=0.0)
     except ValueError as error:
-        raise WeightsError(f"{stored.file}: {error}; --heads tells how many") from None
+        raise WeightsError(f"{stored.file}: {error}; give --heads") from None
     model = build_classifier(config)
     if probe:
         make_linear_probe(model)
     expected = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     weights = {name: tensor for name, tensor in stored.tensors.items() if tensor.is_floating_point()}
     _check_shapes(StoredWeights(stored.file, weights, stored.grid), expected)
-    model.load_state_dict(weights, strict=False)  # but for how many batches a norm has seen
+    model.load_state_dict(weights, strict=False)  # the file may lack a BatchNorm's count of batches
     return model, config, mean, std
 
 
@@ -191,8 +203,8 @@ def _check_shapes(stored: StoredWeights, expected: Weights) -> None:
 
 
 def _some(phrases: list[str], separator: str) -> str:
-    more = f" and {len(phrases) - _SHOWN} more" if len(phrases) > _SHOWN else ""
-    return separator.join(phrases[:_SHOWN]) + more
+    more = f" and {len(phrases) - _MAX_NAMED} more" if len(phrases) > _MAX_NAMED else ""
+    return separator.join(phrases[:_MAX_NAMED]) + more
 
 
 def _file_of(path: Path) -> Path:
@@ -200,16 +212,16 @@ def _file_of(path: Path) -> Path:
         return path
     if (folder := RunFolder(path)).config.exists():
         path = folder.checkpoints.at(folder.last_step())
-    for name in _IN_A_FOLDER:
+    for name in _FILE_NAMES:
         if (path / name).exists():
             return path / name
     raise WeightsError(
-        f"{path} holds no weights: it is not a run, and has none of {', '.join(_IN_A_FOLDER)}; give a run or a file"
+        f"{path} holds no weights: it is not a run, and has none of {', '.join(_FILE_NAMES)}; give a run or a file"
     )
 
 
 def _check_digest(file: Path) -> None:
-    """WeightsError for a file of a checkpoint that is not what was written; without a manifest nothing tells that."""
+    """Raises WeightsError if a checkpoint's file differs from its manifest; without a manifest, checks nothing."""
     store = RunFolder(file.resolve().parent.parent.parent).checkpoints
     step = store.step_of(file)
     if step is None or not (store.at(step) / MANIFEST).exists():
@@ -219,7 +231,7 @@ def _check_digest(file: Path) -> None:
 
 
 def _config_of(file: Path) -> MAEConfig | None:
-    """The model's configuration, where a run or an export lies around its weights."""
+    """The model's configuration, if `file` is part of a run or an export."""
     if (export := file.parent / EXPORT_NAME).exists():
         try:
             return TypeAdapter(MAEConfig).validate_python(json.loads(export.read_text())["model"])
@@ -232,11 +244,11 @@ def _config_of(file: Path) -> MAEConfig | None:
 
 
 def _load(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a file, under the names that it has there."""
+    """Reads every tensor of a file, under the file's own names."""
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        # Checkpoints of the reference's own training hold their command line besides: plain data.
+        # Training checkpoints of the reference also hold their command line, which is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             found: Any = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -244,14 +256,17 @@ def _load(file: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise WeightsError(
-                f"{file} holds code ({code[1]}) beside its tensors, which is not run; ask its maker for tensors alone"
+                f"{file} holds code ({code[1]}) next to its tensors, which is never run; "
+                "ask its author for a file of tensors"
             ) from None
-        raise WeightsError(f"{file} is not a file of weights that torch can read as tensors alone") from None
+        raise WeightsError(f"{file} is not a file of weights that torch can read as plain tensors") from None
     except (SafetensorError, RuntimeError, EOFError, LookupError, ValueError):
-        raise WeightsError(f"{file} is cut or is not a file of weights; fetch it again") from None
+        raise WeightsError(f"{file} is truncated or is not a file of weights; fetch it again") from None
     for key in ("model", "state_dict"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict):
-        raise WeightsError(f"{file} holds a {type(found).__name__}, not tensors by name")
+        raise WeightsError(
+            f"{file} holds a {type(found).__name__} instead of a dict of tensors; give a file of weights"
+        )
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}

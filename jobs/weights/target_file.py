@@ -1,8 +1,8 @@
-"""Target files: what the targets "pca" and "token" compare with, as `maelstream fit-pca` and `fit-tokenizer` write it.
+"""Target files: the PCA or tokenizer that the targets "pca" and "token" are computed with.
 
-A safetensors file with a fingerprint of its tensors, so that a damaged one is found. A run keeps a copy of its own and
-never takes another file's: the fingerprint is part of the experiment, the path is not. The published encoder of DALL-E
-is read too, as a state_dict.
+`maelstream fit-pca` and `fit-tokenizer` write them as safetensors files with a fingerprint, which detects damage. A run
+keeps its own copy and rejects any other file: the fingerprint is part of the experiment, the path is not. The published
+encoder of DALL-E is read too, as a state_dict.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from maelstream.model.tokenizer import Decoder, Encoder, TokenizerConfig
 from maelstream.shards.durable import written_whole
 
 FIT_COMMANDS = {"pca": "fit-pca", "token": "fit-tokenizer"}
-_DECODER, _NOTES = "decoder.", "maelstream"
+_DECODER, _METADATA = "decoder.", "maelstream"
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class TargetFile:
     path: Path
     tensors: dict[str, Tensor]
     settings: dict[str, Any]
-    """How it was fitted: `kind`, and what the command notes; values that JSON has."""
+    """How the target was fitted: its `kind` and the options of the command, as JSON values."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of names, shapes, dtypes and numbers, whatever file holds them."""
+        """SHA-256 of the tensors' names, shapes, dtypes and values; it does not depend on the file format."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
@@ -47,21 +47,23 @@ class TargetFile:
         return digest.hexdigest()
 
     def write(self, path: Path) -> None:
-        """As a safetensors file, whole or not at all."""
-        notes = self.settings | {"fingerprint": self.fingerprint}
+        """Writes a safetensors file, completely or not at all."""
+        metadata = self.settings | {"fingerprint": self.fingerprint}
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as file:
-            file.write(save(tensors, {_NOTES: json.dumps(notes)}))  # one entry: safetensors writes several in any order
+            file.write(
+                save(tensors, {_METADATA: json.dumps(metadata)})
+            )  # one entry, because safetensors orders several at random
 
     def target(self, config: MAEConfig) -> PCATarget | TokenTarget:
-        """The frozen target of `config`; RecipeError where the file is for another model."""
+        """The frozen target for a model of `config`; RecipeError when the file is for another model."""
         if (kind := self.settings["kind"]) != config.target:
             raise RecipeError(f"{self.path} holds the target {kind}, the recipe's model.target is {config.target}")
         return self._pca(config) if kind == "pca" else self._tokens(config)
 
     def _pca(self, config: MAEConfig) -> PCATarget:
-        self._refuse(
+        self._check_equal(
             {
                 "patch_size": (self.settings["patch_size"], config.patch_size),
                 "in_chans": (self.settings["in_chans"], config.in_chans),
@@ -76,7 +78,7 @@ class TargetFile:
     def _tokens(self, config: MAEConfig) -> TokenTarget:
         try:
             shape = TokenizerConfig.of(self.tensors)
-            self._refuse({"in_chans": (shape.in_chans, config.in_chans), "codes": (shape.codes, config.codes)})
+            self._check_equal({"in_chans": (shape.in_chans, config.in_chans), "codes": (shape.codes, config.codes)})
             with torch.device("meta"):
                 encoder, decoder = Encoder(shape), Decoder(shape) if self.shows_pixels else None
             encoder.load_state_dict(
@@ -87,76 +89,83 @@ class TargetFile:
                     name.removeprefix(_DECODER): t for name, t in self.tensors.items() if name.startswith(_DECODER)
                 }
                 decoder.load_state_dict(weights, assign=True)
-        except (ValueError, RuntimeError) as error:  # the latter lists names over several lines
+        except (ValueError, RuntimeError) as error:  # a RuntimeError lists names on several lines
             raise RecipeError(f"{self.path} holds no tokenizer ({' '.join(str(error).split())[:200]})") from None
         return TokenTarget(encoder, decoder, config.grid, config.patch_size, config.mean, config.std)
 
     @property
     def shows_pixels(self) -> bool:
-        """Whether predictions of this target can be turned into pixels."""
+        """Whether predictions of this target can be shown as pixels."""
         return self.settings["kind"] == "pca" or any(name.startswith(_DECODER) for name in self.tensors)
 
-    def _refuse(self, values: dict[str, tuple[Any, Any]]) -> None:
-        for name, (here, wanted) in values.items():
-            if here != wanted:
+    def _check_equal(self, values: dict[str, tuple[Any, Any]]) -> None:
+        """Raises RecipeError at the first name whose two values differ: (the file's, the recipe's)."""
+        for name, (found, expected) in values.items():
+            if found != expected:
                 raise RecipeError(
-                    f"{self.path} was made for {name} {here}, the recipe's model.{name} is {wanted}; take that value, "
-                    f"or `maelstream {FIT_COMMANDS[self.settings['kind']]}` for this one"
+                    f"{self.path} was made for {name} {found}, the recipe's model.{name} is {expected}; use the file's "
+                    f"value, or run `maelstream {FIT_COMMANDS[self.settings['kind']]}` for this recipe"
                 )
 
 
 def tokenizer_file(path: Path, encoder: Encoder, decoder: Decoder, settings: dict[str, Any]) -> TargetFile:
-    """Of a tokenizer that was trained here."""
+    """The target file of a trained tokenizer; `settings` say how it was trained."""
     weights = encoder.state_dict() | {_DECODER + name: weight for name, weight in decoder.state_dict().items()}
     return TargetFile(path, {name: weight.cpu() for name, weight in weights.items()}, {"kind": "token", **settings})
 
 
 def read_target_file(path: Path) -> TargetFile:
-    """A fitted target, or an encoder of DALL-E's names; RecipeError when it is neither, or damaged."""
+    """Reads a fitted target, or a tokenizer encoder with DALL-E's names.
+
+    Raises:
+        RecipeError: a file of another kind, or a damaged one.
+    """
     if path.suffix != ".safetensors":
         return TargetFile(path, _state_dict(path), {"kind": "token"})
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            settings = json.loads((file.metadata() or {}).get(_NOTES, "{}"))  # none in others', DALL-E's encoder say
+            settings = json.loads(
+                (file.metadata() or {}).get(_METADATA, "{}")
+            )  # files from elsewhere, such as DALL-E's encoder, have none
     except (SafetensorError, ValueError, OSError) as error:
-        raise RecipeError(f"{path} is no target file ({error}); fit it again") from None
+        raise RecipeError(f"{path} is not a target file ({error}); fit it again") from None
     fingerprint = settings.pop("fingerprint", None)
     found = TargetFile(path, tensors, {"kind": "token"} | settings)
     if fingerprint not in (None, found.fingerprint):
-        raise RecipeError(
-            f"{path} is damaged: its numbers are not those that were written; put back a whole copy, or fit it again"
-        )
+        raise RecipeError(f"{path} is damaged: its values differ from its fingerprint; restore a copy, or fit it again")
     return found
 
 
 def target_of_run(recipe: Recipe, folder: RunFolder) -> TargetFile | None:
-    """What a run compares with: the recipe's file, or when it goes on the copy in its folder; None for pixels.
+    """Reads the target file of a run: the recipe's file, or the copy in the folder of a resumed run; None for pixels.
 
     Raises:
-        RecipeError: no file, one for another model, or another one than the run began with.
+        RecipeError: no file, one that the recipe's target does not use, or one that differs from the run's copy.
     """
     kind, given = recipe.model.target, Path(recipe.target_file)
-    resumed, kept = folder.config.exists(), folder.target_file
+    resumed, own_copy = folder.config.exists(), folder.target_file
     if kind not in FIT_COMMANDS:
         if recipe.target_file:
-            raise RecipeError(f"target_file {given}: the target {kind} takes none; model.target is pca or token")
+            raise RecipeError(
+                f"target_file {given}: the target {kind} uses none; remove it, or set model.target to pca or token"
+            )
         return None
     if not resumed and not given.is_file():
-        wanted = f"target_file {given} is missing" if recipe.target_file else f"the target {kind} needs a target_file"
+        problem = f"target_file {given} is missing" if recipe.target_file else f"the target {kind} needs a target_file"
         raise RecipeError(
-            f"{wanted}; `maelstream {FIT_COMMANDS[kind]} {recipe.data.dataset} --recipe RECIPE "
+            f"{problem}; `maelstream {FIT_COMMANDS[kind]} {recipe.data.dataset} --recipe RECIPE "
             f"--out {recipe.target_file or 'FILE.safetensors'}` writes one"
         )
-    if resumed and not kept.is_file():
+    if resumed and not own_copy.is_file():
         raise RecipeError(
-            f"{kept} is missing, and the run cannot go on with another; put it back, or give another --run"
+            f"{own_copy} is missing, and the run cannot resume with another; restore it, or give another --run"
         )
-    found = read_target_file(kept if resumed else given)
+    found = read_target_file(own_copy if resumed else given)
     if resumed and given.is_file() and (other := read_target_file(given)).fingerprint != found.fingerprint:
         raise RecipeError(
             f"{folder.path} holds a run with another target_file than {given} (fingerprint {found.fingerprint[:12]}, "
-            f"now {other.fingerprint[:12]}); give that file again, its copy {kept}, or another --run"
+            f"now {other.fingerprint[:12]}); give the original file, its copy {own_copy}, or another --run"
         )
     return found
 
@@ -167,11 +176,11 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError:
         raise RecipeError(
             f"{path} is a pickled module, which may run code; if you trust it and have DALL-E's package installed, "
-            f"take its weights out: python -c \"import torch; torch.save(torch.load('{path}', map_location='cpu', "
+            f"extract its weights: python -c \"import torch; torch.save(torch.load('{path}', map_location='cpu', "
             "weights_only=False).state_dict(), 'encoder.pt')\""
         ) from None
     except (RuntimeError, EOFError, OSError) as error:
         raise RecipeError(f"{path} cannot be read ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
-        raise RecipeError(f"{path} holds no state_dict: names and tensors")
+        raise RecipeError(f"{path} holds no state_dict (a dict of names and tensors); give a file that does")
     return values

@@ -163,7 +163,7 @@ def test_an_encoder_is_no_classifier(pretrained: Path, val: Dataset, line: Batch
 def test_heads_that_no_tensor_tells_and_tensors_that_do_not_fit_are_one_line(
     classifier: Path, val: Dataset, tmp_path: Path, line: BatchPlan
 ) -> None:
-    assert "--heads tells how many" in line("evaluate", classifier, val.folder)
+    assert "give --heads" in line("evaluate", classifier, val.folder)
     weights = torch.load(classifier)["model"] | {"blocks.1.mlp.fc1.weight": torch.zeros(7, 48)}
     torch.save(weights, tmp_path / "other.pth")
     said = line("evaluate", tmp_path / "other.pth", val.folder, "--heads", 3)

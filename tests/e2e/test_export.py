@@ -278,11 +278,11 @@ def test_what_cannot_be_exported_is_a_one_line_error(tmp_path: Path, capsys: pyt
     save_file(weights, file)
     assert run("export", [str(wide), "--format", "reference"]) == 2
     assert (
-        "weights.safetensors: NaN or infinity in norm.bias; take weights of an earlier step" in capsys.readouterr().err
+        "weights.safetensors: NaN or infinity in norm.bias; use weights of an earlier step" in capsys.readouterr().err
     )
     file.write_bytes(file.read_bytes()[:5000])
     assert run("export", [str(wide), "--format", "reference"]) == 2
-    assert "weights.safetensors is cut or is not a file of weights" in capsys.readouterr().err
+    assert "weights.safetensors is truncated or is not a file of weights" in capsys.readouterr().err
 
 
 def test_datasets_of_the_same_name_stay_distinct_in_the_card() -> None:

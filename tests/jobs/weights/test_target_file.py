@@ -1,4 +1,4 @@
-"""Target files: what is kept comes back, and what does not fit is one line."""
+"""Target files: a file is read back unchanged, and one that does not fit is a one-line error."""
 
 import dataclasses
 from pathlib import Path
@@ -23,9 +23,9 @@ SETTINGS = {"kind": "pca", "patch_size": 8, "in_chans": 3, "mean": list(TINY.mea
 
 
 def encoder(seed: int = 0) -> Encoder:
-    made = Encoder(TokenizerConfig(codes=40, hidden=8))
-    initialise(made, seed)
-    return made
+    model = Encoder(TokenizerConfig(codes=40, hidden=8))
+    initialise(model, seed)
+    return model
 
 
 def write_pca(path: Path) -> TargetFile:
@@ -34,7 +34,7 @@ def write_pca(path: Path) -> TargetFile:
     return read_target_file(path)
 
 
-def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_file_is_read_back_unchanged(tmp_path: Path) -> None:
     file = write_pca(tmp_path / "new" / "pca.safetensors")
     again = read_target_file(file.path)
     assert again.settings == SETTINGS and again.fingerprint == file.fingerprint
@@ -43,7 +43,7 @@ def test_a_file_comes_back_as_it_was_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["encoder.pt", "encoder.safetensors"])
-def test_an_encoder_of_dall_e_s_names_is_read_and_kept_as_safetensors(tmp_path: Path, form: str) -> None:
+def test_an_encoder_with_dall_e_s_names_is_read_and_copied_as_safetensors(tmp_path: Path, form: str) -> None:
     weights, path = encoder().state_dict(), tmp_path / form
     if form.endswith(".pt"):
         torch.save(weights, path)
@@ -56,13 +56,13 @@ def test_an_encoder_of_dall_e_s_names_is_read_and_kept_as_safetensors(tmp_path: 
     images, numbers = torch.randn(2, 3, 32, 32), torch.arange(16).expand(2, -1)
     target = kept.target(TOKEN)
     assert isinstance(target, TokenTarget) and target.decoder is None
-    of_file, ours = file.target(TOKEN), TokenTarget(encoder(), None, (4, 4), 8, TINY.mean, TINY.std)
-    expected = ours.of(images, images, numbers)
+    read, original = file.target(TOKEN), TokenTarget(encoder(), None, (4, 4), 8, TINY.mean, TINY.std)
+    expected = original.of(images, images, numbers)
     assert torch.equal(target.of(images, images, numbers), expected)
-    assert torch.equal(of_file.of(images, images, numbers), expected)
+    assert torch.equal(read.of(images, images, numbers), expected)
 
 
-def test_a_tokenizer_of_ours_brings_its_decoder(tmp_path: Path) -> None:
+def test_a_fitted_tokenizer_includes_its_decoder(tmp_path: Path) -> None:
     decoder = Decoder(TokenizerConfig(codes=40, hidden=8))
     initialise(decoder, 0)
     path = tmp_path / "tokenizer.safetensors"
@@ -74,21 +74,21 @@ def test_a_tokenizer_of_ours_brings_its_decoder(tmp_path: Path) -> None:
     assert torch.equal(target.decoder(codes), decoder(codes))
 
 
-def test_a_pickled_module_is_refused_with_the_way_to_convert_it(tmp_path: Path) -> None:
+def test_the_error_for_a_pickled_module_says_how_to_convert_it(tmp_path: Path) -> None:
     torch.save(encoder(), tmp_path / "encoder.pkl")
     with pytest.raises(RecipeError, match=r"pickled module.*weights_only=False\)\.state_dict\(\)") as caught:
         read_target_file(tmp_path / "encoder.pkl")
     assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_file_is_found(tmp_path: Path) -> None:
+def test_a_damaged_file_is_detected(tmp_path: Path) -> None:
     path = write_pca(tmp_path / "pca.safetensors").path
     whole = path.read_bytes()
     path.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1, whole[-1]]))
     with pytest.raises(RecipeError, match="is damaged"):
         read_target_file(path)
     path.write_bytes(whole[:100])
-    with pytest.raises(RecipeError, match="is no target file"):
+    with pytest.raises(RecipeError, match="is not a target file"):
         read_target_file(path)
     (tmp_path / "encoder.pt").write_bytes(b"PK")
     with pytest.raises(RecipeError, match=r"encoder\.pt") as caught:
@@ -106,13 +106,13 @@ def test_a_damaged_file_is_found(tmp_path: Path) -> None:
         (TOKEN, "holds the target pca, the recipe's model.target is token"),
     ],
 )
-def test_a_file_for_another_model_is_refused_in_one_line(tmp_path: Path, config: MAEConfig, complaint: str) -> None:
+def test_a_file_for_another_model_is_a_one_line_error(tmp_path: Path, config: MAEConfig, complaint: str) -> None:
     with pytest.raises(RecipeError, match=complaint) as caught:
         write_pca(tmp_path / "pca.safetensors").target(config)
     assert "\n" not in str(caught.value) and "pca.safetensors" in str(caught.value)
 
 
-def test_an_encoder_for_another_model_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_an_encoder_for_another_model_is_a_one_line_error(tmp_path: Path) -> None:
     weights, path = encoder().state_dict(), tmp_path / "encoder.pt"
     torch.save(weights, path)
     with pytest.raises(RecipeError, match=r"made for codes 40, the recipe's model\.codes is 41"):
@@ -124,11 +124,11 @@ def test_an_encoder_for_another_model_is_refused_in_one_line(tmp_path: Path) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_without_its_file_is_told_the_command_that_makes_one(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_names_the_command_that_writes_one(tmp_path: Path) -> None:
     for file, words in (("", "needs a target_file"), ("no.safetensors", "no.safetensors is missing")):
         recipe = Recipe(model=PCA, target_file=file)
         with pytest.raises(RecipeError, match=rf"{words}; `maelstream fit-pca data/imagenet-train --recipe") as caught:
             target_of_run(recipe, RunFolder(tmp_path))
         assert "\n" not in str(caught.value)
-    with pytest.raises(RecipeError, match="the target normalised_pixel takes none"):
+    with pytest.raises(RecipeError, match="the target normalised_pixel uses none"):
         target_of_run(Recipe(target_file="pca.safetensors"), RunFolder(tmp_path))
