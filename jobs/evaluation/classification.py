@@ -26,7 +26,7 @@ from maelstream.jobs.recipe import ClassificationRecipe
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.training.engine import Float32Classifier, adamw, engine_around, needs_widening
 from maelstream.jobs.training.trainer import Loss
-from maelstream.jobs.weights.reading import classifier_from, read_weights
+from maelstream.jobs.weights.reading import classifier_from_encoder, read_weights
 from maelstream.model.classifier import FeatureNorm, build_classifier, make_linear_probe, train_last_blocks
 from maelstream.model.optimise import LARS, Span, layer_decay_groups
 from maelstream.model.patches import normalise
@@ -49,7 +49,7 @@ def model_of(recipe: ClassificationRecipe, trained: dict[str, Tensor] | None) ->
         WeightsError: weights that cannot be read, or of another size than the recipe.
     """
     if recipe.weights and trained is None:
-        model = classifier_from(read_weights(Path(recipe.weights)), recipe.model, recipe.seed)
+        model = classifier_from_encoder(read_weights(Path(recipe.weights)), recipe.model, recipe.seed)
     else:
         model = build_classifier(recipe.model, recipe.seed)
     if needs_widening(recipe):
