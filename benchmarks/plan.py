@@ -38,7 +38,7 @@ from maelstream.jobs.recipe import EngineConfig, OptimConfig, Recipe
 from maelstream.jobs.training.engine import build_engine, build_model
 from maelstream.model.config import MAEConfig
 from maelstream.model.mae import MAE
-from maelstream.model.memory import BUCKET, activation_bytes, state_bytes, traffic
+from maelstream.model.memory import ADAMW_BYTES, BUCKET, activation_bytes, parameter_count, state_bytes, traffic
 from maelstream.model.optimise import weight_decay_groups
 from maelstream.pipeline.batch_plan import BatchSplit
 
@@ -218,7 +218,9 @@ def part_step(batch: int, rounds: int) -> dict[str, tuple[float, float]]:
     rows: dict[str, tuple[float, float]] = {}
     for name, config in sizes.items():
         job = Job(config, 1, 1, batch, False, 0, 0, None)
-        predicted = statistics.median(step_of(job, device, 1).seconds for device in devices)
+        update = ADAMW_BYTES * parameter_count(config)  # no engine here: AdamW alone
+        steps = [step_of(job, device, 1)._replace(optimizer=update / device.memory_bytes_per_s) for device in devices]
+        predicted = statistics.median(step.seconds for step in steps)
         rows[f"{name}, s of a step of {batch} images"] = predicted, measured[name]
     return rows
 

@@ -19,17 +19,20 @@ from maelstream.jobs.devices import DEVICES, Device, this_machine
 from maelstream.jobs.recipe import RecipeError, load_recipe
 from maelstream.model.config import MAEConfig
 from maelstream.model.flops import recomputed_flops, training_flops
-from maelstream.model.memory import StateBytes, activation_bytes, moved_bytes, parameter_count, state_bytes, traffic
+from maelstream.model.memory import (
+    StateBytes,
+    activation_bytes,
+    moved_bytes,
+    parameter_count,
+    state_bytes,
+    traffic,
+    update_bytes,
+)
+from maelstream.model.sizes import PAPER_SIZES
 
-MODELS = {
-    "vit-b16": MAEConfig(),
-    "vit-l16": MAEConfig(dim=1024, depth=24, heads=16),
-    "vit-h14": MAEConfig(dim=1280, depth=32, heads=16, patch_size=14),
-}
+MODELS = {name.replace("_", "-"): MAEConfig(**size._asdict()) for name, size in PAPER_SIZES.items()}
 RESERVED_BYTES = 4e9
 """Of a GPU's memory: CUDA's context, DALI's buffers, what the allocator cannot use."""
-ADAMW_BYTES = 30
-"""Moved for a parameter: gradient, weight and two moments read, three of them written, in float32; weight in bf16."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def step_of(job: Job, device: Device, micro_batches: int) -> Step:
     return Step(
         products=images * flops / (device.flops_per_s * device.matrix_share),
         moves=images * moved_bytes(job.model, job.checkpointing, device.element) / memory_bytes_per_s,
-        optimizer=ADAMW_BYTES * parameter_count(job.model) / job.ranks / memory_bytes_per_s,
+        optimizer=update_bytes(parameter_count(job.model), job.stage, job.ranks) / memory_bytes_per_s,
         communication=0.0 if job.ranks == 1 else None if ring is None else sent / ring,
         decode=None if device.decode_images_per_s is None else images / device.decode_images_per_s,
         storage=None if job.storage_bytes_per_s is None else job.batch_size * job.image_bytes / job.storage_bytes_per_s,

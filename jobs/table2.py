@@ -26,13 +26,14 @@ from maelstream.jobs.recipe import RecipeError
 from maelstream.model.config import MAEConfig
 from maelstream.model.mae import MAE
 from maelstream.model.optimise import weight_decay_groups
+from maelstream.model.sizes import VIT_H14, VIT_L16
 from maelstream.model.transformer import choose_attention
 from maelstream.shards.errors import MaelstreamError
 
 IMAGES, EPOCHS, BATCH = 1_281_167, 800, 4096
 SIZES = {
-    "large": MAEConfig(dim=1024, depth=24, heads=16),
-    "huge": MAEConfig(dim=1280, depth=32, heads=16, patch_size=14),
+    "large": MAEConfig(**VIT_L16._asdict()),
+    "huge": MAEConfig(**VIT_H14._asdict()),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "mask tokens in the encoder, decoder 8": {"encoder_mask_tokens": True},

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from maelstream.model.sizes import family_name
+
 Weights = Mapping[str, Tensor]
 
 _DECODER = re.compile(r"decoder_|(encoder_)?mask_token$")
@@ -51,7 +53,6 @@ _HF_FILE = {  # what files have where transformers' modules since 5.10 have othe
     ".mlp.fc1.": ".intermediate.dense.",
     ".mlp.fc2.": ".output.dense.",
 }
-_SIZES = {(192, 12): "ViT-Ti", (384, 12): "ViT-S", (768, 12): "ViT-B", (1024, 24): "ViT-L", (1280, 32): "ViT-H"}
 
 
 def has_decoder(weights: Weights) -> bool:
@@ -164,7 +165,7 @@ def likely_model(weights: Weights) -> str:
     """What the shapes under the reference's names tell of a model, for a message: ViT-B/16 (768 x 12), 224 x 224 px."""
     dim, _, patch, _ = weights["patch_embed.proj.weight"].shape
     depth = _depth(weights, "blocks")
-    text = f"{_SIZES.get((dim, depth), 'ViT')}/{patch} ({dim} x {depth})"
+    text = f"{family_name(dim, depth)}/{patch} ({dim} x {depth})"
     if "pos_embed" in weights and (grid := square_grid(weights)):
         text += f", {grid[0] * patch} x {grid[1] * patch} px"
     if "decoder_embed.weight" in weights:

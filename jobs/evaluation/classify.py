@@ -27,10 +27,10 @@ from maelstream.jobs.recipe import (
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.training.trainer import train
 from maelstream.jobs.weights.reading import WeightsError, encoder_values, read_weights
+from maelstream.model.sizes import paper_name
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
 
-_PAPERS = {(768, 12): "_vit_b16", (1024, 24): "_vit_l16", (1280, 32): "_vit_h14"}
 _FROM_WEIGHTS = ("image_size", "patch_size", "in_chans", "dim", "depth", "heads", "mlp_ratio")
 
 
@@ -103,7 +103,8 @@ def recipe_of(
     if file is None:
         size = encoder.get("model", {})
         name = "finetune" if job == "partial" else job
-        file = RECIPES / f"{name}{_PAPERS.get((size.get('dim'), size.get('depth')), '')}.yaml"
+        encoder_name = paper_name(size.get("dim", 0), size.get("depth", 0))
+        file = RECIPES / (f"{name}_{encoder_name}.yaml" if encoder_name else f"{name}.yaml")
     values = read_values(file)
     if (other := values.get("job", job)) != job and (job, other) != ("partial", "finetune"):
         raise RecipeError(f"{file} is a recipe of {other}; {job} takes recipes/{job}.yaml or what has it as its base")
