@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu_part import Row, Setting
-from maelstream.jobs.profiling.data_stages import Streamed, rate
+from maelstream.jobs.profiling.data_stages import DataPath, measure_rate
 from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
 from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.decode import DecodeConfig
@@ -25,12 +25,12 @@ OF_BARE = 0.9
 TURNS = 3
 
 
-def streamed(setting: Setting, decode: DecodeConfig, batch_size: int) -> Streamed:
+def streamed(setting: Setting, decode: DecodeConfig, batch_size: int) -> DataPath:
     """The dataset of the setting, as pre-training's loader takes it."""
     dataset = Dataset.open(setting.dataset)
     draws, batch_split = AugmentSampler(0, CropConfig(), SIZE), BatchSplit(min(batch_size, len(dataset)), 1, 1)
     threads = max(1, torch.get_num_threads())
-    return Streamed(dataset, SampleOrder(len(dataset), 0), draws, batch_split, 0, threads, 4, decode)
+    return DataPath(dataset, SampleOrder(len(dataset), 0), draws, batch_split, 0, threads, 4, decode)
 
 
 def config_of(setting: Setting, form: str) -> DecodeConfig:
@@ -46,14 +46,14 @@ def form(setting: Setting, form: str) -> list[Row]:
     return [*rows, endurance(replace(ours, batch_split=BatchSplit(min(BATCH, len(ours.dataset)), 1, 1)), setting)]
 
 
-def first_batches(streamed: Streamed) -> list[Batch]:
+def first_batches(streamed: DataPath) -> list[Batch]:
     with streamed.loader() as loader:
         return list(islice(loader, BATCHES))
 
 
-def same_draws(ours: Streamed, theirs: Streamed) -> list[Row]:
+def same_draws(ours: DataPath, theirs: DataPath) -> list[Row]:
     """Windows, sizes and flips of what decoders are fed."""
-    pairs = list(zip(ours.held, theirs.held, strict=True))
+    pairs = list(zip(ours.cached_batches, theirs.cached_batches, strict=True))
     equal = all(
         np.array_equal(getattr(one, name), getattr(other, name))
         for one, other in pairs
@@ -64,7 +64,7 @@ def same_draws(ours: Streamed, theirs: Streamed) -> list[Row]:
     return [Row("windows, sizes, flips beside the CPU's", "equal", found, equal, {"images": count})]
 
 
-def same_pixels(ours: Streamed, theirs: Streamed) -> list[Row]:
+def same_pixels(ours: DataPath, theirs: DataPath) -> list[Row]:
     """Samples, and the mean difference of their pixels."""
     samples_equal, differences = True, []
     for one, other in zip(first_batches(ours), first_batches(theirs), strict=True):
@@ -77,7 +77,7 @@ def same_pixels(ours: Streamed, theirs: Streamed) -> list[Row]:
     return [Row("pixels beside the CPU's", f"<= {WITHIN:.0f} of 255", found, samples_equal and mean <= WITHIN, figures)]
 
 
-def endurance(streamed: Streamed, setting: Setting) -> Row:
+def endurance(streamed: DataPath, setting: Setting) -> Row:
     """Goes through the dataset again and again; a crash is the whole part's."""
     taken, began = 0, time.perf_counter()
     most_s = 5 * setting.seconds
@@ -104,7 +104,7 @@ def loader(setting: Setting) -> list[Row]:
         bare.append(source.decode_rate(setting.seconds / 2))
         with source.loader() as running:
             batches = iter(running)
-            whole.append(rate(lambda _, batches=batches: next(batches), size, setting.seconds / 2))  # type: ignore[misc]
+            whole.append(measure_rate(lambda _, batches=batches: next(batches), size, setting.seconds / 2))  # type: ignore[misc]
     decoded, delivered = statistics.median(bare), statistics.median(whole)
     share = delivered / decoded
     figures = {"decode_images_per_s": decoded, "loader_images_per_s": delivered, "share": share, "turns": TURNS}

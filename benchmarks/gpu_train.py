@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu_part import CannotRun, Row, Setting, last_words
 from maelstream.jobs.distributed.ranks import process_group, ranks_from_environment
-from maelstream.jobs.profiling.measurement import measure, shown_size
+from maelstream.jobs.profiling.stage_profiler import profile_recipe, shown_size
 from maelstream.jobs.recipe import Recipe, RecipeError, load_recipe
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.shards.dataset import Dataset
@@ -136,7 +136,7 @@ def profiled(setting: Setting, name: str, trace: Path | None) -> dict[str, Any]:
     seconds = setting.seconds if trace is None else setting.seconds / 4
     try:
         with process_group(ranks, recipe.health.silent_s) as control_group:
-            return measure(recipe, None, ["step"], seconds, control_group, trace)
+            return profile_recipe(recipe, None, ["step"], seconds, control_group, trace)
     except RecipeError as error:  # too little memory, or too few images
         raise CannotRun(str(error)) from None
 

@@ -26,9 +26,10 @@ from rich.table import Table
 
 from maelstream.jobs.distributed.ranks import ControlGroup, process_group, ranks_from_environment
 from maelstream.jobs.distributed.stop import SIGNALS
+from maelstream.jobs.hardware import process_device
 from maelstream.jobs.pretrain import reconstruction_loss
-from maelstream.jobs.profiling.end_to_end import run_whole, write_trace
-from maelstream.jobs.profiling.step_stages import Images
+from maelstream.jobs.profiling.end_to_end import measure_end_to_end, write_trace
+from maelstream.jobs.profiling.step_stages import DeviceBatch
 from maelstream.jobs.recipe import load_recipe
 from maelstream.jobs.training.data import batch_split_of
 from maelstream.jobs.training.engine import build_engine, build_model
@@ -64,7 +65,7 @@ class Held(NamedTuple):
 def held(recipe: Any, device: torch.device) -> Held:
     """Noise of the recipe's shape."""
     batch_split = batch_split_of(recipe, 1)
-    images, keys = Images.made(batch_split.largest, recipe, device)
+    images, keys = DeviceBatch.random(batch_split.largest, recipe, device)
     numbers = np.arange(batch_split.largest)
     return Held(batch_split, Batch(images, keys, numbers, numbers, numbers.astype(np.int32), 1.0))
 
@@ -81,7 +82,7 @@ def plain_s(engine: Any, source: Held, control_group: ControlGroup, steps: int) 
 
 def profiled_s(engine: Any, source: Any, control_group: ControlGroup, seconds: float) -> tuple[float, int]:
     """CPU seconds of a step as the profile's own figures tell them; and how many it took."""
-    whole = run_whole(engine, source, control_group, source.batch_split.micro_batches, seconds, None)
+    whole = measure_end_to_end(engine, source, control_group, source.batch_split.micro_batches, seconds, None)
     cores = len(os.sched_getaffinity(0))
     return whole.cpu_utilisation * cores * source.batch_split.batch_size / whole.images_per_s, whole.steps
 
@@ -104,7 +105,7 @@ def measured(options: Options) -> dict[str, float]:
     ranks, found = ranks_from_environment(), {name: list[float]() for name in (PLAIN, PROFILED, TRACED)}
     with process_group(ranks, 600) as control_group:
         torch.set_num_threads(1)
-        source = held(recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        source = held(recipe, process_device())
         engine = build_engine(recipe, source.batch_split, build_model(recipe, None))
         plain_s(engine, source, control_group, 2)
         for _ in range(options.rounds):

@@ -1,4 +1,4 @@
-"""`maelstream loader DST`: streams for a while; how fast, what is the limit, and what the model will see."""
+"""`maelstream loader DST`: measures how fast the loader streams a dataset and which stage limits it."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from maelstream.jobs.arguments import parsed
-from maelstream.jobs.profiling.data_stages import Streamed, rate
+from maelstream.jobs.profiling.data_stages import DataPath, measure_rate
 from maelstream.jobs.recipe import Recipe, RecipeError, StreamConfig, load_recipe
 from maelstream.jobs.training.data import open_data
 from maelstream.pipeline.augment_params import AugmentSampler
@@ -25,72 +25,70 @@ from maelstream.shards.errors import MaelstreamError
 
 @dataclass(frozen=True)
 class Loader:
-    """Stream a packed dataset as pre-training would, and tell the rate and which stage holds it back."""
+    """Stream a dataset as pre-training would, and report the rates of all stages and which stage limits them."""
 
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
-    """A packed dataset; a folder, or a URI such as s3://bucket/folder. With --samples, WebDataset shards that are read
-    through: https://host/train-{0000..1023}.tar, pipe:..., a path."""
+    """A packed dataset: a folder, or a URI such as s3://bucket/folder. With --samples, WebDataset shards that are
+    streamed: https://host/train-{0000..1023}.tar, pipe:..., a path."""
     samples: int | None = None
-    """How many samples the shards hold, where they are read through."""
+    """Number of samples in the shards, if they are streamed."""
     recipe: Path | None = None
-    """Take crop, shuffle, seed and image size from a pre-training recipe."""
+    """A pre-training recipe from which crop, shuffle, seed and image size are read."""
     batch_size: int = 64
     image_size: int = 224
-    """Pixels of a side, where no recipe tells."""
+    """Side of the square images in pixels, if there is no recipe."""
     threads: int = len(os.sched_getaffinity(0))
-    """Threads that decode, and on a CPU as many that resize."""
+    """Threads that decode; on a CPU as many again resize."""
     prefetch: int = 4
-    """Batches read, and decoded, ahead."""
+    """Batches that are read ahead, and decoded ahead."""
     decode: DecodeConfig = DecodeConfig()
     seconds: float = 10.0
-    """How long to stream."""
+    """Seconds to measure."""
     save_grid: Path | None = None
-    """Write the first images as the model will see them: FILE.png."""
+    """Write the first images, as the model will see them, to this PNG file."""
     json: bool = False
     """Print the figures as JSON instead of a table."""
 
 
-def streamed_by(command: Loader) -> Streamed:
-    """What the command streams, from the recipe, if there is one."""
+def data_path_of(command: Loader) -> DataPath:
+    """The data path of the command's options and of its recipe, if there is one."""
     recipe = Recipe() if command.recipe is None else load_recipe(command.recipe)
     size = recipe.model.image_size if command.recipe is not None else (command.image_size, command.image_size)
     stream = StreamConfig(command.dst, command.samples) if command.samples is not None else StreamConfig()
     data = replace(recipe.data, dataset=command.dst, mix={}, stream=stream)
     dataset, order = open_data(data, recipe.seed)
-    draws, batch_split = (
-        AugmentSampler(recipe.seed, data.crop, size),
-        BatchSplit(min(command.batch_size, len(dataset)), 1, 1),
-    )
-    return Streamed(dataset, order, draws, batch_split, 0, command.threads, command.prefetch, command.decode)
+    sampler = AugmentSampler(recipe.seed, data.crop, size)
+    batch_split = BatchSplit(min(command.batch_size, len(dataset)), 1, 1)
+    return DataPath(dataset, order, sampler, batch_split, 0, command.threads, command.prefetch, command.decode)
 
 
-def tiles(images: torch.Tensor, columns: int) -> np.ndarray:
-    """(rows * H, columns * W, 3) of uint8 images (B, 3, H, W); places that are left over are white."""
+def image_grid(images: torch.Tensor, columns: int) -> np.ndarray:
+    """Lays out uint8 images (B, 3, H, W) as one image (rows * H, columns * W, 3); unused cells are white."""
     _, _, height, width = images.shape
     rows = -(-len(images) // columns)
-    sheet = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    grid = np.full((rows * height, columns * width, 3), 255, np.uint8)
     for number, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         top, left = number // columns * height, number % columns * width
-        sheet[top : top + height, left : left + width] = image
-    return sheet
+        grid[top : top + height, left : left + width] = image
+    return grid
 
 
-def measure(streamed: Streamed, seconds: float) -> dict[str, Any]:
-    """Rates of the stages, each alone on batches of the same stream, and of the whole; in about `seconds`."""
+def measure_stages(data_path: DataPath, seconds: float) -> dict[str, Any]:
+    """Images/s of each stage alone, on the same batches, and of the whole loader; takes about `seconds`."""
     share = seconds / 4
     figures: dict[str, Any] = {}
-    if streamed.line is not None:
-        figures["draws"] = streamed.draws_rate(streamed.line, share)
-    figures["read"] = streamed.read_rate(share)
-    figures["decode and resize"] = streamed.decoder_rate(share)
-    with streamed.loader() as loader:
+    if data_path.batch_plan is not None:
+        figures["draws"] = data_path.plan_rate(data_path.batch_plan, share)
+    figures["read"] = data_path.read_rate(share)
+    figures["decode and resize"] = data_path.decoder_rate(share)
+    with data_path.loader() as loader:
         batches = iter(loader)
-        figures["whole"] = rate(lambda _: next(batches), streamed.batch_split.largest, share)
+        figures["whole"] = measure_rate(lambda _: next(batches), data_path.batch_split.largest, share)
     return {
         "images_per_s": figures,
-        "mb_per_s": figures["whole"] * streamed.bytes_an_image / 1e6,
-        "threads": streamed.threads,
-        "device": str(streamed.decode.device),
+        "mb_per_s": figures["whole"] * data_path.bytes_per_image / 1e6,
+        "threads": data_path.threads,
+        "device": str(data_path.decode.device),
         "limit": min(figures.keys() - {"whole"}, key=lambda name: figures[name]),
     }
 
@@ -100,19 +98,19 @@ def main(args: list[str]) -> int:
     command = parsed(Loader, args, "loader")
     if command.batch_size < 1 or command.threads < 1 or command.prefetch < 1 or command.seconds <= 0:
         raise RecipeError("--batch-size, --threads and --prefetch are at least 1, --seconds is more than 0")
-    streamed = streamed_by(command)
+    data_path = data_path_of(command)
     if command.save_grid is not None:
-        with replace(streamed, batch_split=BatchSplit(min(64, len(streamed.dataset)), 1, 1)).loader() as loader:
+        with replace(data_path, batch_split=BatchSplit(min(64, len(data_path.dataset)), 1, 1)).loader() as loader:
             images = next(iter(loader)).images.cpu()
         try:
-            Image.fromarray(tiles(images, 8)).save(command.save_grid)
+            Image.fromarray(image_grid(images, 8)).save(command.save_grid)
         except (OSError, ValueError) as error:
             raise MaelstreamError(f"--save-grid {command.save_grid} cannot be written ({error})") from None
-    figures = measure(streamed, command.seconds)
+    figures = measure_stages(data_path, command.seconds)
     if command.json:
         print(json.dumps(figures))
         return 0
-    title = f"{streamed.dataset.folder}, {command.threads} threads, {figures['device']}"
+    title = f"{data_path.dataset.folder}, {command.threads} threads, {figures['device']}"
     table = Table("stage", "images/s", title=title)
     for name, value in figures["images_per_s"].items():
         table.add_row(name, f"{value:,.0f}", style="bold" if name == "whole" else "")
@@ -120,5 +118,5 @@ def main(args: list[str]) -> int:
     console.print(table)
     console.print(f"{figures['mb_per_s']:,.1f} MB/s; the limit: {figures['limit']}")
     if command.save_grid is not None:
-        console.print(f"what the model will see: {command.save_grid}")
+        console.print(f"first images: {command.save_grid}")
     return 0

@@ -1,8 +1,8 @@
-"""Which stage holds a run back, by how much, and the setting most likely to help: a function of figures alone.
+"""Finds the stage that limits a run, by which factor, and the setting most likely to help, from figures alone.
 
-Reading, decoding and the step go on side by side, so the slowest of them sets the pace. What comes one after the other
-shares its time: copy, step, optimizer and exchange on the device; decoding and resizing where both are done by the same
-cores.
+Reading, decoding and the training step overlap, so the slowest of them sets the pace. Stages that run one after the
+other share their time: copy, step, optimizer and exchange on the device; decoding and resizing where the same cores do
+both.
 """
 
 from collections.abc import Iterable
@@ -12,21 +12,21 @@ from typing import NamedTuple
 from maelstream.pipeline.tracing import STAGES
 
 DATA, TRAINING = STAGES[:4], STAGES[4:]
-_OF_STORAGE = 0.8  # of the storage's rate: reading that comes so near is held back by the storage
-_BUSY = 0.4  # MFU at which the arithmetic itself is the limit
-_DISTURBED = 0.8
+_STORAGE_BOUND = 0.8  # reading at this share of the storage's rate, or more, is limited by the storage
+_COMPUTE_BOUND_MFU = 0.4  # from this MFU up, the arithmetic itself is the limit
+_CONTENDED = 0.8  # a run below this share of the slowest stage's rate is slowed down by something else as well
 
 
 @dataclass(frozen=True)
-class Situation:
-    """What the advice depends on; settings are the recipe's."""
+class RunSetup:
+    """The machine and the recipe's settings, as far as the advice depends on them."""
 
     on_gpu: bool
-    """Whether the model is."""
+    """Whether the model is on a GPU."""
     decodes_on_gpu: bool
     threads: int
     cores: int
-    """That this rank may use."""
+    """Cores that this rank may use."""
     world_size: int
     local: bool
     """Whether the shards are on a local disk."""
@@ -44,108 +44,117 @@ class Situation:
 
 
 class Advice(NamedTuple):
-    """One setting of a recipe, and what it does."""
+    """One setting of a recipe, the value to try and the reason."""
 
     setting: str
     value: str
     why: str
 
 
-class Verdict(NamedTuple):
-    """`limit` would hold the run back even if everything else took no time."""
+class Bottleneck(NamedTuple):
+    """The stage that limits the run; the fields are keys of the profile's JSON."""
 
     limit: str
+    """The stage that would limit the run even if all others took no time."""
     factor: float
-    """How many times as fast the run could go if that stage cost nothing: the other side's rate over this one's."""
+    """How many times faster the run could go if that stage cost nothing: the next slowest rate over this one."""
     advice: Advice
     words: str
 
 
-def verdict(rates: dict[str, float], mfu: float | None, whole: float | None, situation: Situation) -> Verdict:
-    """`rates` are images/s of the stages that were measured, each alone; `mfu` the step's, `whole` the run's rate."""
-    data = data_rates(rates, situation.decodes_on_gpu)
+def find_bottleneck(rates: dict[str, float], mfu: float | None, run_rate: float | None, setup: RunSetup) -> Bottleneck:
+    """The slowest part of a run.
+
+    Args:
+        rates: Images/s of the stages that were measured, each alone.
+        mfu: MFU of the training step alone; None if it was not measured.
+        run_rate: Images/s of the run end to end; None if it was not measured.
+        setup: What the advice depends on.
+    """
+    overlapping = data_rates(rates, setup.decodes_on_gpu)
     training = {name: rates[name] for name in TRAINING if name in rates}
-    sides = dict(data)
     if training:
-        sides["training"] = one_after_the_other(training.values())
-    slowest = min(sides, key=lambda name: sides[name])
-    others = [value for name, value in sides.items() if name != slowest]
-    factor = min(others) / sides[slowest] if others else 1.0
-    limit = min(training, key=lambda name: training[name]) if slowest == "training" else _stage(slowest, rates)
-    advice = advise(limit, mfu, situation)
-    words = f"{limit} holds the run back: {_compared(slowest, factor, others)}."
-    if whole is not None and whole < _DISTURBED * sides[slowest]:
-        words += f" The whole reaches {whole / sides[slowest]:.0%} of what that allows"
-        words += "." if situation.on_gpu else ": on a CPU the loader and the step share the cores."
+        overlapping["training"] = combined_rate(training.values())
+    slowest = min(overlapping, key=lambda name: overlapping[name])
+    others = [value for name, value in overlapping.items() if name != slowest]
+    factor = min(others) / overlapping[slowest] if others else 1.0
+    limit = min(training, key=lambda name: training[name]) if slowest == "training" else _slowest_stage(slowest, rates)
+    advice = advise(limit, mfu, setup)
+    words = f"{limit} limits the run: {_comparison(slowest, factor, others)}."
+    if run_rate is not None and run_rate < _CONTENDED * overlapping[slowest]:
+        words += f" End to end the run reaches {run_rate / overlapping[slowest]:.0%} of that limit"
+        words += "." if setup.on_gpu else ": on a CPU the loader and the step share the cores."
     words += f" Most likely to help: {advice.setting}: {advice.value} ({advice.why})."
-    return Verdict(limit, factor, advice, words)
+    return Bottleneck(limit, factor, advice, words)
 
 
 def data_rates(rates: dict[str, float], decodes_on_gpu: bool) -> dict[str, float]:
-    """Images/s of what goes on beside the step; decoding and resizing are one where they share cores."""
+    """Images/s of the stages that overlap with the step; decoding and resizing are one stage where they share cores."""
     data: dict[str, float] = {name: rates[name] for name in DATA if name in rates}
-    if "storage" in data and "read" in data and data["read"] >= _OF_STORAGE * data["storage"]:
+    if "storage" in data and "read" in data and data["read"] >= _STORAGE_BOUND * data["storage"]:
         data["storage"] = min(data["storage"], data.pop("read"))
     if not decodes_on_gpu and "decode" in data and "augment" in data:
-        data["decoder"] = one_after_the_other([data.pop("decode"), data.pop("augment")])
+        data["decoder"] = combined_rate([data.pop("decode"), data.pop("augment")])
     return data
 
 
-def one_after_the_other(rates: Iterable[float]) -> float:
-    """Images/s of stages that share their time."""
+def combined_rate(rates: Iterable[float]) -> float:
+    """Images/s of stages that run one after the other."""
     return 1 / sum(1 / rate for rate in rates)
 
 
-def advise(limit: str, mfu: float | None, now: Situation) -> Advice:
-    """The setting most likely to help where `limit` holds the run back."""
-    batch = Advice("optim.batch_size", str(2 * now.batch_size), "spreads it over more images; another experiment")
-    ranks = Advice("--nproc", str(2 * now.world_size), "more ranks: the machine does what it can")
+def advise(limit: str, mfu: float | None, setup: RunSetup) -> Advice:
+    """The setting most likely to help a run that the stage `limit` slows down."""
+    larger_batch = Advice(
+        "optim.batch_size", str(2 * setup.batch_size), "fewer updates per image; this is another experiment"
+    )
+    more_ranks = Advice("--nproc", str(2 * setup.world_size), "this machine is at its limit; add ranks")
     if limit == "storage":
-        if now.shuffle != "block":
-            return Advice("data.shuffle", "block", "long reads instead of one an image")
-        if not now.local:
-            return Advice("data.dataset", "a folder on a local disk", "the store sends no faster")
-        return Advice("data.dataset", "what `maelstream pack --resize 256` makes", "fewer bytes an image")
+        if setup.shuffle != "block":
+            return Advice("data.shuffle", "block", "long reads instead of one per image")
+        if not setup.local:
+            return Advice("data.dataset", "a folder on a local disk", "the remote storage is at its limit")
+        return Advice("data.dataset", "what `maelstream pack --resize 256` makes", "fewer bytes per image")
     if limit == "read":
-        return Advice("loader.prefetch", str(2 * now.prefetch), "further ahead, so that a slow read holds up nobody")
+        return Advice("loader.prefetch", str(2 * setup.prefetch), "reads further ahead, so slow reads delay no batch")
     if limit in ("decode", "augment"):
-        if now.decodes_on_gpu:
-            load = min(1.0, round(now.hw_decoder_load + 0.1, 2))
-            return Advice("loader.decode.hw_decoder_load", str(load), "more for the GPU's own JPEG decoder")
-        if now.on_gpu:
-            return Advice("loader.decode.on", "gpu", "nvJPEG decodes, and nothing is copied")
-        if now.threads < now.cores:
-            return Advice("loader.threads", str(now.cores), f"{now.threads} of {now.cores} cores decode")
-        if not now.dct_scaling:
-            return Advice("loader.decode.dct_scaling", "true", "fewer pixels of large images; not the same ones")
-        return ranks
+        if setup.decodes_on_gpu:
+            load = min(1.0, round(setup.hw_decoder_load + 0.1, 2))
+            return Advice("loader.decode.hw_decoder_load", str(load), "more images for the GPU's hardware JPEG decoder")
+        if setup.on_gpu:
+            return Advice("loader.decode.on", "gpu", "nvJPEG decodes, and no image is copied")
+        if setup.threads < setup.cores:
+            return Advice("loader.threads", str(setup.cores), f"{setup.threads} of {setup.cores} cores decode")
+        if not setup.dct_scaling:
+            return Advice("loader.decode.dct_scaling", "true", "fewer pixels of large images; pixels change slightly")
+        return more_ranks
     if limit == "copy":
-        return Advice("loader.decode.on", "gpu", "images are decoded where they are used")
+        return Advice("loader.decode.on", "gpu", "images are decoded where the model is")
     if limit == "optimizer":
-        if now.offload_optimizer:
-            return Advice("engine.offload_optimizer", "false", "weights and moments stay in the GPU's memory")
-        return batch
+        if setup.offload_optimizer:
+            return Advice("engine.offload_optimizer", "false", "weights and moments stay in GPU memory")
+        return larger_batch
     if limit == "comm":
-        if now.zero > 1:
-            return Advice("engine.zero", str(now.zero - 1), "exchanges less")
-        return batch
-    if now.activation_checkpointing:
-        return Advice("engine.activation_checkpointing", "false", "no second forward pass, if the memory is enough")
-    if now.on_gpu and now.precision == "fp32":
-        return Advice("engine.precision", "bf16", "tensor cores")
-    if mfu is not None and mfu >= _BUSY:
-        return ranks
-    if not now.compile and now.zero < 3:
-        return Advice("engine.compile", "true", "fewer passes over the memory between products")
-    return Advice("engine.micro_batch_size", str(2 * now.micro_batch_size), "larger products")
+        if setup.zero > 1:
+            return Advice("engine.zero", str(setup.zero - 1), "less communication")
+        return larger_batch
+    if setup.activation_checkpointing:
+        return Advice("engine.activation_checkpointing", "false", "no second forward pass, if memory suffices")
+    if setup.on_gpu and setup.precision == "fp32":
+        return Advice("engine.precision", "bf16", "uses tensor cores")
+    if mfu is not None and mfu >= _COMPUTE_BOUND_MFU:
+        return more_ranks
+    if not setup.compile and setup.zero < 3:
+        return Advice("engine.compile", "true", "less memory traffic between matrix products")
+    return Advice("engine.micro_batch_size", str(2 * setup.micro_batch_size), "larger matrix products")
 
 
-def _stage(side: str, rates: dict[str, float]) -> str:
-    return min(("decode", "augment"), key=lambda name: rates[name]) if side == "decoder" else side
+def _slowest_stage(part: str, rates: dict[str, float]) -> str:
+    return min(("decode", "augment"), key=lambda name: rates[name]) if part == "decoder" else part
 
 
-def _compared(side: str, factor: float, others: list[float]) -> str:
+def _comparison(slowest: str, factor: float, others: list[float]) -> str:
     if not others:
         return "nothing else was measured"
-    other = "the data path" if side == "training" else "the rest"
+    other = "the data path" if slowest == "training" else "everything else"
     return f"{other} could go {factor:,.1f} times as fast"

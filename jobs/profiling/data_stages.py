@@ -1,4 +1,4 @@
-"""The stages of the data path, each alone at its limit: storage, read, decode, augment; and a loader of all of them."""
+"""Measures the stages of the data path, each alone: storage, read, decode, augment; and builds the loader of all."""
 
 import os
 import time
@@ -22,14 +22,17 @@ from maelstream.pipeline.stream import Stream
 from maelstream.shards.dataset import Dataset
 
 WARM_UP = 4  # batches
-_HELD = 8  # batches that stay in memory
+_CACHED_BATCHES = 8  # batches kept in memory, from which decoding is measured
 _CHUNK_BYTES = 2**23
-_CHUNKS = 128  # of a sequential read: 1 GiB at the most
-_REQUESTS = 4  # sequential reads side by side
+_MAX_CHUNKS = 128  # of a sequential read: at most 1 GiB
+_CONCURRENT_READS = 4
 
 
-def rate(run: Callable[[int], object], size: int, seconds: float, warm_up: int = WARM_UP) -> float:
-    """Images/s of `run`, called with 0, 1, 2, ... for about `seconds`, once past the start; each makes `size`."""
+def measure_rate(run: Callable[[int], object], size: int, seconds: float, warm_up: int = WARM_UP) -> float:
+    """Images/s of `run`, which is called with 0, 1, 2, ... for about `seconds` and makes `size` images per call.
+
+    The first `warm_up` calls do not count.
+    """
     for number in range(warm_up):
         run(number)
     began, number = time.perf_counter(), warm_up
@@ -39,22 +42,22 @@ def rate(run: Callable[[int], object], size: int, seconds: float, warm_up: int =
     return (number - warm_up) * size / (time.perf_counter() - began)
 
 
-class Sequential(NamedTuple):
-    """Bytes/s of shards read from end to end."""
+class SequentialReadRate(NamedTuple):
+    """Bytes/s of shards that are read from end to end."""
 
     cold: float
-    """Not from the system's page cache, where it lets go of the shards; what a store does."""
-    again: float
-    """The same bytes at once once more: of a local disk, the page cache."""
+    """From the disk or the remote storage: local shards are dropped from the system's page cache before."""
+    warm: float
+    """The same bytes read again at once: those of a local disk come from the page cache."""
 
 
 @dataclass(frozen=True)
-class Streamed:
-    """What a loader streams, and how."""
+class DataPath:
+    """The data path of one rank: what its loader reads, in which order, and the loader's settings."""
 
     dataset: Dataset | Mix | Stream
     order: SampleOrder | MixOrder
-    draws: AugmentSampler
+    sampler: AugmentSampler
     batch_split: BatchSplit
     rank: int
     threads: int
@@ -62,12 +65,12 @@ class Streamed:
     decode: DecodeConfig
 
     def loader(self) -> ImageLoader:
-        """The loader that pre-training would use; it stops at no share of bad samples."""
+        """The loader that pre-training would use, except that no share of bad samples stops it."""
         return ImageLoader(
             self.dataset,
             self.order,
-            self.draws,
-            self.draws.image_size,
+            self.sampler,
+            self.sampler.image_size,
             self.batch_split,
             self.rank,
             self.threads,
@@ -76,125 +79,129 @@ class Streamed:
             max_bad_share=1.0,
         )
 
-    def feed(self) -> SampleSource:
-        """What reads for the loader."""
+    def sample_source(self) -> SampleSource:
+        """Reads the encoded images for the loader."""
         bad = BadSamples(1, len(self.dataset), lambda _: None)
         return sample_source_of(
-            self.dataset, self.order, self.draws, self.batch_split, self.rank, self.prefetch, bad, 0
+            self.dataset, self.order, self.sampler, self.batch_split, self.rank, self.prefetch, bad, 0
         )
 
     @cached_property
-    def line(self) -> BatchPlan | None:
-        """None of a stream, whose order is that in which it is read."""
+    def batch_plan(self) -> BatchPlan | None:
+        """None for a stream, whose samples come in the order in which they are read."""
         if isinstance(self.dataset, Stream):
             return None
-        return BatchPlan(self.dataset, self.order, self.draws, self.batch_split, self.rank)
+        return BatchPlan(self.dataset, self.order, self.sampler, self.batch_split, self.rank)
 
     @cached_property
-    def held(self) -> list[EncodedBatch]:
+    def cached_batches(self) -> list[EncodedBatch]:
         """The first batches, in memory."""
-        feed = self.feed()
+        source = self.sample_source()
         try:
-            return [feed.read(number)[1] for number in range(_HELD)]
+            return [source.read(number)[1] for number in range(_CACHED_BATCHES)]
         finally:
-            feed.close()
+            source.close()
 
     @property
-    def bytes_an_image(self) -> float:
-        """Encoded, on average."""
-        return float(np.mean([len(data) for batch in self.held for data in batch.encoded]))
+    def bytes_per_image(self) -> float:
+        """Mean size of an encoded image."""
+        return float(np.mean([len(data) for batch in self.cached_batches for data in batch.encoded]))
 
-    def draws_rate(self, line: BatchPlan, seconds: float) -> float:
+    def plan_rate(self, plan: BatchPlan, seconds: float) -> float:
         """Images/s of planning alone: order, crops, flips."""
-        return rate(lambda number: line.at(0, number, ()), self.batch_split.largest, seconds)
+        return measure_rate(lambda number: plan.at(0, number, ()), self.batch_split.largest, seconds)
 
-    def storage_rate(self, line: BatchPlan, seconds: float) -> float:
-        """Images/s of bytes alone, in the order of the line, by as many readers as the loader has."""
-        feed = PlannedSource(line, 0, BadSamples(1, len(line.dataset), lambda _: None))
+    def storage_rate(self, plan: BatchPlan, seconds: float) -> float:
+        """Images/s of reading bytes alone, in the order of `plan`, with as many readers as the loader has."""
+        source = PlannedSource(plan, 0, BadSamples(1, len(plan.dataset), lambda _: None))
 
         def read(number: int) -> tuple[MicroBatch, EncodedBatch]:
-            planned = line.at(0, number, ())
-            return planned, EncodedBatch.of(feed.stored(planned), planned.draws)
+            planned = plan.at(0, number, ())
+            return planned, EncodedBatch.of(source.stored(planned), planned.draws)
 
         try:
-            return self._ahead_rate(read, seconds)
+            return self._read_ahead_rate(read, seconds)
         finally:
-            feed.close()
+            source.close()
 
     def read_rate(self, seconds: float) -> float:
-        """Images/s planned, read and looked through, by as many readers as the loader has."""
-        feed = self.feed()
+        """Images/s of planning, reading and checking, with as many readers as the loader has."""
+        source = self.sample_source()
         try:
-            return self._ahead_rate(feed.read, seconds)
+            return self._read_ahead_rate(source.read, seconds)
         finally:
-            feed.close()
+            source.close()
 
     def decode_rate(self, seconds: float) -> float:
-        """Images/s of windows decoded from memory."""
-        decode = decode_alone(self.held, self.draws.image_size, self.threads, self.decode.device, self.decode)
-        return rate(lambda _: decode(), self.batch_split.largest, seconds)
+        """Images/s of decoding crop windows from memory."""
+        image_size, device = self.sampler.image_size, self.decode.device
+        decode = decode_alone(self.cached_batches, image_size, self.threads, device, self.decode)
+        return measure_rate(lambda _: decode(), self.batch_split.largest, seconds)
 
     def augment_rate(self, seconds: float) -> tuple[float, float]:
-        """Images/s of windows resized, flipped and changed; and bytes of the mean window."""
-        device = self.decode.device
-        augment, size = augment_alone(self.held, self.draws.image_size, self.threads, device, self.decode)
-        return rate(lambda _: augment(), self.batch_split.largest, seconds), size
+        """Images/s of resizing, flipping and pixel augmentation; and the mean size of a crop window in bytes."""
+        image_size, device = self.sampler.image_size, self.decode.device
+        augment, size = augment_alone(self.cached_batches, image_size, self.threads, device, self.decode)
+        return measure_rate(lambda _: augment(), self.batch_split.largest, seconds), size
 
     def decoder_rate(self, seconds: float) -> float:
-        """Images/s of the decoder as the loader has it, fed from memory."""
+        """Images/s of the loader's own decoder, which reads from memory."""
         decoder = DECODERS[self.decode.device.type](
-            lambda number: self.held[number % len(self.held)],
+            lambda number: self.cached_batches[number % len(self.cached_batches)],
             self.batch_split.largest,
-            self.draws.image_size,
+            self.sampler.image_size,
             self.threads,
             self.decode.device,
             config=self.decode,
         )
-        return rate(lambda _: decoder.run(), self.batch_split.largest, seconds)
+        return measure_rate(lambda _: decoder.run(), self.batch_split.largest, seconds)
 
-    def _ahead_rate(self, read: Callable[[int], tuple[MicroBatch, EncodedBatch]], seconds: float) -> float:
+    def _read_ahead_rate(self, read: Callable[[int], tuple[MicroBatch, EncodedBatch]], seconds: float) -> float:
         with ReadAhead(read, 0, self.prefetch) as ahead:
 
             def take(number: int) -> None:
                 ahead(number)
                 ahead.decoding.popleft()
 
-            return rate(take, self.batch_split.largest, seconds, WARM_UP + self.prefetch)
+            return measure_rate(take, self.batch_split.largest, seconds, WARM_UP + self.prefetch)
 
 
-def sequential(dataset: Dataset) -> Sequential:
-    """Reads up to 1 GiB of the dataset's shards, twice. Lets the system forget them before, where they are local."""
+def sequential_read_rate(dataset: Dataset) -> SequentialReadRate:
+    """Reads up to 1 GiB of the dataset's shards twice.
+
+    Before the first read, local shards are dropped from the system's page cache.
+    """
     sizes = [shard["bytes"] for shard in dataset.manifest["shards"]]
     chunks = [
         (number, start, min(_CHUNK_BYTES, size - start))
         for number, size in enumerate(sizes)
         for start in range(0, size, _CHUNK_BYTES)
-    ][:_CHUNKS]
+    ][:_MAX_CHUNKS]
     numbers = {number for number, _, _ in chunks}
     if dataset.storage.local:
         for number in numbers:
-            _forget(f"{dataset.storage.path}/{dataset.shard_names[number]}")
+            _drop_from_page_cache(f"{dataset.storage.path}/{dataset.shard_names[number]}")
     files = {number: dataset.storage.open(dataset.shard_names[number]) for number in numbers}
 
-    def seconds() -> float:
+    def read_all_s() -> float:
         began = time.perf_counter()
-        with ThreadPoolExecutor(_REQUESTS) as readers:
+        with ThreadPoolExecutor(_CONCURRENT_READS) as readers:
             for _ in readers.map(lambda chunk: files[chunk[0]].read_at(chunk[2], chunk[1]), chunks):
                 pass
         return time.perf_counter() - began
 
     total = sum(size for _, _, size in chunks)
-    return Sequential(total / seconds(), total / seconds())
+    return SequentialReadRate(total / read_all_s(), total / read_all_s())
 
 
-def fits_in_memory(dataset: Dataset) -> bool:
-    """Whether the system can keep all shards in its page cache, going by half of the machine's memory."""
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return dataset.storage.local and sum(shard["bytes"] for shard in dataset.manifest["shards"]) < machine / 2
+def fits_in_page_cache(dataset: Dataset) -> bool:
+    """Whether all shards are local and fit into half of the machine's memory, so that the system can cache them."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return dataset.storage.local and sum(shard["bytes"] for shard in dataset.manifest["shards"]) < memory / 2
 
 
-def _forget(path: str) -> None:
-    """Drops a file's clean pages from the cache."""
+def _drop_from_page_cache(path: str) -> None:
+    """Asks the system to drop the clean pages of a file from its cache."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""The run as it is, for a few seconds: loader, engine and `train_step`, with what they wait for and what they use."""
+"""Measures a run end to end for a few seconds: loader, engine and `train_step`; data wait, utilisation, memory."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from maelstream.jobs.distributed.ranks import ControlGroup
 from maelstream.jobs.distributed.stop import SIGNALS
 from maelstream.jobs.hardware import synchronise
 from maelstream.jobs.pretrain import reconstruction_loss
-from maelstream.jobs.profiling.data_stages import Streamed
+from maelstream.jobs.profiling.data_stages import DataPath
 from maelstream.jobs.training.log import Clock
 from maelstream.jobs.training.trainer import train_step
 from maelstream.pipeline.loader import Batch
@@ -26,13 +26,13 @@ from maelstream.pipeline.tracing import observed
 from maelstream.shards.errors import MaelstreamError
 
 _WARM_UP = 2  # steps
-_LEAST = 3  # steps that count
-_TRACED = 3
+_MIN_STEPS = 3  # steps that count
+_TRACED_STEPS = 3
 _SAMPLE_S = 0.1
 
 
-class Whole(NamedTuple):
-    """What the run did; times are this rank's, rates those of all ranks together."""
+class EndToEndStats(NamedTuple):
+    """Rates of all ranks together; times, utilisation and memory of this rank. The fields are keys of the JSON."""
 
     steps: int
     images_per_s: float
@@ -41,22 +41,28 @@ class Whole(NamedTuple):
     data_wait: float
     """Share of the time that the step waited for images."""
     data_wait_p50_s: float
-    """Of a step."""
+    """Median data wait of a step."""
     data_wait_p99_s: float
     cpu_utilisation: float
-    """Of the cores that this process may use, by this process."""
+    """Share of the time of the available cores that this process used."""
     gpu_utilisation: float | None
-    """Share of the time in which the GPU did anything, as NVML has it; None without."""
+    """Share of the time in which the GPU was busy, by NVML; None without a GPU or NVML."""
     rss_bytes: int
-    """Most that this process has held."""
+    """Peak resident memory of this process."""
     gpu_bytes: int | None
+    """Peak memory that torch allocated on the GPU; None without a GPU."""
 
 
-def run_whole(
-    engine: Any, streamed: Streamed, control_group: ControlGroup, micro_batches: int, seconds: float, trace: Path | None
-) -> Whole:
-    """Takes steps for about `seconds`, then some more that `trace` records."""
-    clock, batch_split, gpu = Clock(), streamed.batch_split, engine.device.type == "cuda"
+def measure_end_to_end(
+    engine: Any,
+    data_path: DataPath,
+    control_group: ControlGroup,
+    micro_batches: int,
+    seconds: float,
+    trace: Path | None,
+) -> EndToEndStats:
+    """Takes steps for about `seconds`; with `trace`, records three more steps in that file."""
+    clock, batch_split, gpu = Clock(), data_path.batch_split, engine.device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
 
@@ -66,20 +72,20 @@ def run_whole(
         synchronise(engine.device)
         return clock.take()
 
-    with streamed.loader() as loader:
+    with data_path.loader() as loader:
         batches = iter(loader)
         clock.take()
         warm = [step(batches)[0] for _ in range(_WARM_UP)]
         (total_s,) = control_group.sums([warm[-1]])  # the same on all ranks, which then take as many steps
-        steps = max(_LEAST, int(seconds * control_group.ranks.world_size / total_s))
+        steps = max(_MIN_STEPS, int(seconds * control_group.ranks.world_size / total_s))
         with GpuUtilisation() if gpu else contextlib.nullcontext() as sampled:
             began, cpu_began = time.perf_counter(), time.process_time()
             times = [step(batches) for _ in range(steps)]
             wall_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
         if trace is not None:
-            write_trace(lambda: [step(batches) for _ in range(_TRACED)], trace, control_group.ranks.rank)
+            write_trace(lambda: [step(batches) for _ in range(_TRACED_STEPS)], trace, control_group.ranks.rank)
     waits = np.array([seconds * share for seconds, share in times])
-    return Whole(
+    return EndToEndStats(
         steps=steps,
         images_per_s=steps * batch_split.batch_size / wall_s,
         step_s=statistics.median(seconds for seconds, _ in times),
@@ -94,11 +100,11 @@ def run_whole(
 
 
 class GpuUtilisation:
-    """Samples NVML's figure in a thread, while it is entered."""
+    """A context manager that samples the GPU's utilisation in a thread, by NVML."""
 
     def __init__(self) -> None:
         self._samples: list[int] = []
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="utilisation", daemon=True)
 
     def __enter__(self) -> "GpuUtilisation":
@@ -106,16 +112,16 @@ class GpuUtilisation:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
 
     @property
     def mean(self) -> float | None:
-        """0 to 1; None where NVML, or nvidia-ml-py, which asks it, is missing."""
+        """Mean utilisation, 0 to 1; None where NVML or its package nvidia-ml-py is missing."""
         return statistics.mean(self._samples) / 100 if self._samples else None
 
     def _run(self) -> None:
-        while not self._over.wait(_SAMPLE_S):
+        while not self._stopped.wait(_SAMPLE_S):
             try:
                 self._samples.append(torch.cuda.utilization())
             except (ModuleNotFoundError, RuntimeError):
@@ -123,10 +129,10 @@ class GpuUtilisation:
 
 
 def write_trace(work: Callable[[], object], file: Path, rank: int) -> None:
-    """Does `work` under torch.profiler, with ranges of the stages in all threads; a file for Perfetto, of rank 0.
+    """Runs `work` under torch.profiler, with the stages of all threads as ranges; rank 0 writes a trace for Perfetto.
 
     Raises:
-        MaelstreamError: a file that cannot be written, a profiler that is not permitted.
+        MaelstreamError: the file cannot be written, or the profiler is not permitted.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
@@ -138,11 +144,12 @@ def write_trace(work: Callable[[], object], file: Path, rank: int) -> None:
             raise
         reason = str(error).splitlines()[0]
         raise MaelstreamError(
-            f"--trace: the profiler is not permitted here ({reason}); see NVIDIA's ERR_NVGPUCTRPERM, or leave it out"
+            f"--trace: the profiler is not permitted here ({reason}); see NVIDIA's ERR_NVGPUCTRPERM, "
+            "or run without --trace"
         ) from None
     if rank == 0:
         try:
-            file.touch()  # the exporter says nothing of why it cannot
+            file.touch()  # the exporter gives no reason when it fails
             profiler.export_chrome_trace(str(file))
         except OSError as error:
             raise MaelstreamError(f"--trace {file} cannot be written ({error.strerror})") from None

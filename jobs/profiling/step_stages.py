@@ -1,7 +1,7 @@
-"""The stages of the training step, each alone at its limit: copy, step, optimizer, comm.
+"""Measures the stages of the training step, each alone: copy, step, optimizer, comm.
 
-`step` is the bare model, forward and backward, with the parameters' dtype that DeepSpeed gives them; what its engine
-adds shows beside it.
+`step` is forward and backward of the model without DeepSpeed's engine, with parameters in the dtype that the engine
+gives them. The engine is timed as well, so the difference is what the engine adds.
 """
 
 import statistics
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from maelstream.jobs.distributed.ranks import Ranks
-from maelstream.jobs.hardware import free_bytes, synchronise
-from maelstream.jobs.profiling.data_stages import rate
+from maelstream.jobs.hardware import free_bytes, multiplies_bf16, process_device, synchronise
+from maelstream.jobs.profiling.data_stages import measure_rate
 from maelstream.jobs.recipe import Recipe, RecipeError
 from maelstream.jobs.training.engine import Float32Arithmetic, build_model
 from maelstream.model.mae import MAE
@@ -22,27 +22,26 @@ from maelstream.model.memory import activation_bytes, state_bytes
 from maelstream.model.targets import PCATarget, TokenTarget
 from maelstream.model.transformer import choose_attention
 
-_WARM_UP = 2  # steps: the first ones fill pools, and compile
-ADAMW_BYTES = 28  # a parameter: gradient, weight and two moments read, weight and moments written, 4 bytes each
+_WARM_UP = 2  # steps: the first ones fill memory pools and compile
 
 
-class Images(NamedTuple):
-    """A micro-batch that lies on the device."""
+class DeviceBatch(NamedTuple):
+    """A micro-batch that is already on the device."""
 
     images: Tensor  # (B, 3, H, W) uint8
     keys: Tensor  # (B,)
 
     @classmethod
-    def made(cls, count: int, recipe: Recipe, device: torch.device) -> "Images":
-        """Noise."""
+    def random(cls, count: int, recipe: Recipe, device: torch.device) -> "DeviceBatch":
+        """`count` images of random pixels."""
         shape = (count, recipe.model.in_chans, *recipe.model.image_size)
         generator = torch.Generator().manual_seed(recipe.seed)
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         return cls(images.to(device), torch.arange(count, device=device))
 
 
-def bare_model(recipe: Recipe, target: PCATarget | TokenTarget | None, device: torch.device) -> MAE:
-    """The model as the engine trains it, without the engine."""
+def model_without_engine(recipe: Recipe, target: PCATarget | TokenTarget | None, device: torch.device) -> MAE:
+    """The model with the dtypes and the attention that it has inside DeepSpeed's engine, but without the engine."""
     model = build_model(recipe, target).to(device)
     if recipe.engine.precision == "bf16":
         for parameter in model.parameters():
@@ -53,28 +52,28 @@ def bare_model(recipe: Recipe, target: PCATarget | TokenTarget | None, device: t
     return model
 
 
-def arithmetic(model: MAE, recipe: Recipe) -> torch.dtype:
-    """In what the model's matrices are multiplied."""
+def compute_dtype(model: MAE, recipe: Recipe) -> torch.dtype:
+    """The dtype in which the model multiplies matrices."""
     bf16 = recipe.engine.precision == "bf16" and not isinstance(model, Float32Arithmetic)
     return torch.bfloat16 if bf16 else torch.float32
 
 
 def copy_rate(count: int, recipe: Recipe, device: torch.device, seconds: float) -> float:
-    """Images/s of micro-batches from the loader's memory to the device."""
-    images = Images.made(count, recipe, torch.device("cpu")).images
+    """Images/s of copying micro-batches from the loader's memory to the device."""
+    images = DeviceBatch.random(count, recipe, torch.device("cpu")).images
 
     def copy(_: int) -> None:
         images.to(device, non_blocking=True)
         synchronise(device)
 
-    return rate(copy, count, seconds)
+    return measure_rate(copy, count, seconds)
 
 
-def step_rate(model: MAE, batch: Images, device: torch.device, seconds: float) -> float:
-    """Images/s forward and backward, by the median step.
+def step_rate(model: MAE, batch: DeviceBatch, device: torch.device, seconds: float) -> float:
+    """Images/s of forward and backward, from the median step.
 
     Raises:
-        RecipeError: the micro-batch does not fit; the line tells the largest that does.
+        RecipeError: the micro-batch does not fit into memory; the message names the largest one that does.
     """
 
     def run(images: Tensor, keys: Tensor) -> None:
@@ -90,17 +89,17 @@ def step_rate(model: MAE, batch: Images, device: torch.device, seconds: float) -
 
     times: list[float] = []
     try:
-        rate(step, len(batch.keys), seconds, _WARM_UP)
+        measure_rate(step, len(batch.keys), seconds, _WARM_UP)
         return len(batch.keys) / statistics.median(times[_WARM_UP:])
     except torch.OutOfMemoryError:
-        pass  # outside of the handler, whose traceback keeps the activations alive
+        pass  # continue outside of the handler, whose traceback keeps the activations alive
     model.zero_grad(set_to_none=True)
-    most = largest_that_fits(lambda count: run(batch.images[:count], batch.keys[:count]), len(batch.keys))
-    raise does_not_fit(len(batch.keys), most, device)
+    most = largest_fitting_batch(lambda count: run(batch.images[:count], batch.keys[:count]), len(batch.keys))
+    raise too_large_error(len(batch.keys), most, device)
 
 
-def largest_that_fits(run: Callable[[int], None], too_many: int) -> int:
-    """Most images, below `too_many`, that `run` takes without running out of the device's memory; 0 for none."""
+def largest_fitting_batch(run: Callable[[int], None], too_many: int) -> int:
+    """The most images, below `too_many`, for which `run` does not run out of the device's memory; 0 if none fit."""
     fits = 0
     while too_many - fits > 1:
         count = (fits + too_many) // 2
@@ -112,9 +111,9 @@ def largest_that_fits(run: Callable[[int], None], too_many: int) -> int:
     return fits
 
 
-def fitting_images(recipe: Recipe, ranks: int, free: float) -> int:
-    """Largest micro-batch of one of `ranks` ranks beside its state in `free` bytes, by formula; 0 for none."""
-    bf16 = torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def largest_micro_batch(recipe: Recipe, ranks: int, free: float) -> int:
+    """The largest micro-batch that fits into `free` bytes with one of `ranks` ranks' state, by formula; 0 if none."""
+    bf16 = multiplies_bf16(process_device())
     element = 2 if recipe.engine.precision == "bf16" and bf16 else 4
     state = sum(state_bytes(recipe.model, recipe.engine.zero, ranks)[:5])
     image = activation_bytes(recipe.model, recipe.engine.activation_checkpointing, element)
@@ -122,19 +121,21 @@ def fitting_images(recipe: Recipe, ranks: int, free: float) -> int:
 
 
 def check_memory(recipe: Recipe, micro_batch: int, ranks: Ranks) -> None:
-    """Of a CPU's memory, before it is used: a system that has none left kills, and not only the one who took it.
+    """Checks that a micro-batch fits into a CPU's memory, before the memory is used.
+
+    A system without free memory kills processes, and not only the one that used the memory.
 
     Raises:
-        RecipeError: as `step_rate`.
+        RecipeError: the micro-batch does not fit; the message names the largest one that does.
     """
     device = torch.device("cpu")
-    most = fitting_images(recipe, ranks.world_size, free_bytes(device) / ranks.local_world_size)
+    most = largest_micro_batch(recipe, ranks.world_size, free_bytes(device) / ranks.local_world_size)
     if micro_batch > most:
-        raise does_not_fit(micro_batch, most, device)
+        raise too_large_error(micro_batch, most, device)
 
 
-def does_not_fit(micro_batch: int, most: int, device: torch.device) -> RecipeError:
-    """With the largest micro-batch that does."""
+def too_large_error(micro_batch: int, most: int, device: torch.device) -> RecipeError:
+    """The error for a micro-batch that does not fit into memory; `most` is the largest that does, 0 if none."""
     advice = f"the largest that does is {most}: --engine.micro-batch-size {most}" if most else "not even 1 does"
     return RecipeError(
         f"engine.micro_batch_size {micro_batch} does not fit into the memory of {device}; {advice}, or "
@@ -143,17 +144,17 @@ def does_not_fit(micro_batch: int, most: int, device: torch.device) -> RecipeErr
 
 
 class EngineTimes(NamedTuple):
-    """Of the engine on one batch that lies on the device, without a loader; medians."""
+    """Median seconds of the engine's parts on one batch that is on the device; no loader runs."""
 
     micro_batch_s: float
     """Forward and backward."""
     optimizer_s: float
-    """What a step does once: AdamW, and what its ranks exchange of weights."""
+    """Once per step: AdamW, and the exchange of weights between ranks."""
 
 
-def engine_times(engine: Any, batch: Images, micro_batches: int, steps: int) -> EngineTimes:
-    """Takes `steps` steps, past two that do not count; all ranks take as many."""
-    gradients, updates = [], []
+def time_engine(engine: Any, batch: DeviceBatch, micro_batches: int, steps: int) -> EngineTimes:
+    """Takes two steps that do not count and then `steps` steps; every rank must take the same number."""
+    micro_batch_s, update_s = [], []
     for _ in range(_WARM_UP + steps):
         for number in range(micro_batches):
             began = time.perf_counter()
@@ -161,12 +162,14 @@ def engine_times(engine: Any, batch: Images, micro_batches: int, steps: int) -> 
             if number + 1 < micro_batches:
                 engine.step()
             synchronise(engine.device)
-            gradients.append(time.perf_counter() - began)
+            micro_batch_s.append(time.perf_counter() - began)
         began = time.perf_counter()
         engine.step()
         synchronise(engine.device)
-        updates.append(time.perf_counter() - began)
-    return EngineTimes(statistics.median(gradients[_WARM_UP * micro_batches :]), statistics.median(updates[_WARM_UP:]))
+        update_s.append(time.perf_counter() - began)
+    return EngineTimes(
+        statistics.median(micro_batch_s[_WARM_UP * micro_batches :]), statistics.median(update_s[_WARM_UP:])
+    )
 
 
 def all_reduce_s(count: int, device: torch.device, repeats: int) -> float:

@@ -58,7 +58,7 @@ def test_all_stages_the_whole_a_picture_and_a_trace(tiny: str, tmp_path: Path) -
     assert 0 <= whole["data_wait"] <= 1 and 0 < whole["mfu_measured"] < 1 and whole["rss_bytes"] > 2**27
     assert figures["verdict"].keys() == {"limit", "factor", "advice", "words"}
     assert figures["verdict"]["limit"] in STAGES and figures["verdict"]["factor"] >= 1
-    for word in ("storage", "optimizer", "one rank", "MFU", "data wait", "p99", "holds the run back"):
+    for word in ("storage", "optimizer", "one rank", "MFU", "data wait", "p99", "limits the run"):
         assert word in said
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.width > 800
@@ -95,7 +95,7 @@ def test_some_stages_alone_leave_the_engine_out(tiny: str, tmp_path: Path) -> No
         (["--stages", "decod"], "there is no 'decod'; the nearest is 'decode'"),
         (["--stages", ","], "--stages names none of"),
         (["--seconds", "0"], "--seconds 0.0 must be more than 0"),
-        (["--stages", "read", "--trace", "t.json"], "--trace records the whole"),
+        (["--stages", "read", "--trace", "t.json"], "--trace records whole steps"),
         (["--out", "nowhere/x.png"], "nowhere/x.png cannot be written"),
         (["--engine.micro-batch-size", "99", "--optim.batch-size", "99"], "is too small to measure: 60 samples"),
         (["--loader.decode.on", "gpu", "--stages", "decode"], "torch finds none"),

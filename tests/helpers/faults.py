@@ -140,18 +140,18 @@ def full_disk(files: str) -> None:
 @_fault
 def slow_storage(seconds: str) -> None:
     """Each read of a shard takes longer, as one from a store."""
-    import maelstream.jobs.profiling.measurement
+    import maelstream.jobs.profiling.stage_profiler
     from benchmarks.store import SlowStorage
     from maelstream.shards.dataset import Dataset
 
-    before = maelstream.jobs.profiling.measurement.open_data
+    before = maelstream.jobs.profiling.stage_profiler.open_data
 
     def open_data(*args: Any) -> Any:
         dataset, order = before(*args)
         assert isinstance(dataset, Dataset)
         return Dataset.open_storage(SlowStorage.over(dataset, float(seconds))), order
 
-    maelstream.jobs.profiling.measurement.open_data = open_data  # type: ignore[assignment]
+    maelstream.jobs.profiling.stage_profiler.open_data = open_data  # type: ignore[assignment]
 
 
 @_fault

@@ -1,14 +1,14 @@
-"""Made-up figures: each stage as the limit gives its own verdict and its own advice, on keys that a recipe has."""
+"""Bottlenecks of invented rates: every stage can be the limit, and has its own advice, on keys that a recipe has."""
 
 from dataclasses import replace
 
 import pytest
 
-from maelstream.jobs.profiling.bottleneck import Situation, advise, data_rates, verdict
+from maelstream.jobs.profiling.bottleneck import RunSetup, advise, data_rates, find_bottleneck
 from maelstream.jobs.recipe import Recipe
 from maelstream.pipeline.tracing import STAGES
 
-GPU = Situation(
+GPU = RunSetup(
     on_gpu=True,
     decodes_on_gpu=True,
     threads=8,
@@ -33,35 +33,37 @@ FAST = dict.fromkeys(STAGES, 1e6)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_slowest_stage_is_the_limit_whichever_it_is(stage: str) -> None:
+def test_the_slowest_stage_is_the_limit(stage: str) -> None:
     rates = FAST | {stage: 1000.0}
     if stage == "storage":
-        rates["read"] = 1000.0  # which cannot go faster
-    told = verdict(rates, 0.3, None, GPU)
-    assert told.limit == stage
-    assert told.factor == pytest.approx(250 if stage in STAGES[:4] else 1000, rel=0.01)  # training's four take turns
-    assert told.words.startswith(f"{stage} holds the run back") and told.advice.setting in told.words
+        rates["read"] = 1000.0  # reading cannot be faster than the storage
+    found = find_bottleneck(rates, 0.3, None, GPU)
+    assert found.limit == stage
+    assert found.factor == pytest.approx(
+        250 if stage in STAGES[:4] else 1000, rel=0.01
+    )  # the four training stages share their time
+    assert found.words.startswith(f"{stage} limits the run") and found.advice.setting in found.words
 
 
-def test_reading_that_is_as_slow_as_the_storage_is_the_storage_s_fault_and_slower_reading_is_not() -> None:
-    assert verdict(FAST | {"storage": 1000.0, "read": 900.0}, None, None, GPU).limit == "storage"
-    assert verdict(FAST | {"storage": 1000.0, "read": 500.0}, None, None, GPU).limit == "read"
+def test_reading_as_fast_as_the_storage_is_limited_by_the_storage_and_slower_reading_is_not() -> None:
+    assert find_bottleneck(FAST | {"storage": 1000.0, "read": 900.0}, None, None, GPU).limit == "storage"
+    assert find_bottleneck(FAST | {"storage": 1000.0, "read": 500.0}, None, None, GPU).limit == "read"
 
 
-def test_decoding_and_resizing_share_cores_on_a_cpu_alone() -> None:
+def test_decoding_and_resizing_share_cores_only_on_a_cpu() -> None:
     rates = {"decode": 1000.0, "augment": 1000.0}
     assert data_rates(rates, decodes_on_gpu=True) == rates
     assert data_rates(rates, decodes_on_gpu=False) == {"decoder": 500.0}
     step = {"step": 700.0}
-    assert verdict(rates | step, 0.9, None, CPU).limit in ("decode", "augment")
-    assert verdict(rates | step, 0.9, None, GPU).limit == "step"
+    assert find_bottleneck(rates | step, 0.9, None, CPU).limit in ("decode", "augment")
+    assert find_bottleneck(rates | step, 0.9, None, GPU).limit == "step"
 
 
-def test_a_whole_that_falls_short_of_its_limit_is_told() -> None:
+def test_a_run_slower_than_its_slowest_stage_is_reported() -> None:
     rates = FAST | {"step": 1000.0}
-    assert "reaches 50%" in verdict(rates, 0.5, 500.0, CPU).words
-    assert "share the cores" in verdict(rates, 0.5, 500.0, CPU).words
-    assert "reaches" not in verdict(rates, 0.5, 950.0, CPU).words
+    assert "reaches 50%" in find_bottleneck(rates, 0.5, 500.0, CPU).words
+    assert "share the cores" in find_bottleneck(rates, 0.5, 500.0, CPU).words
+    assert "reaches" not in find_bottleneck(rates, 0.5, 950.0, CPU).words
 
 
 ADVICE = [
@@ -86,14 +88,14 @@ ADVICE = [
 ]
 
 
-@pytest.mark.parametrize(("limit", "situation", "setting", "value"), ADVICE)
-def test_advice_is_a_key_that_a_recipe_has(limit: str, situation: Situation, setting: str, value: str) -> None:
-    advice = advise(limit, 0.2, situation)
+@pytest.mark.parametrize(("limit", "setup", "setting", "value"), ADVICE)
+def test_advice_is_a_key_that_a_recipe_has(limit: str, setup: RunSetup, setting: str, value: str) -> None:
+    advice = advise(limit, 0.2, setup)
     assert (advice.setting, advice.value) == (setting, value)
-    held: object = Recipe()
+    value_of_key: object = Recipe()
     for name in [] if setting.startswith("--") else setting.split("."):
-        held = getattr(held, name)
+        value_of_key = getattr(value_of_key, name)
 
 
-def test_a_step_at_its_arithmetic_s_rate_is_told_to_take_more_ranks() -> None:
+def test_a_compute_bound_step_is_advised_to_use_more_ranks() -> None:
     assert advise("step", 0.6, GPU).setting == "--nproc"

@@ -1,11 +1,11 @@
-"""What does not fit is found out, and the largest that does."""
+"""Micro-batches that do not fit into memory are detected, and the largest that fits is found."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from maelstream.jobs.profiling.step_stages import Images, bare_model, largest_that_fits, step_rate
+from maelstream.jobs.profiling.step_stages import DeviceBatch, largest_fitting_batch, model_without_engine, step_rate
 from maelstream.jobs.recipe import Recipe, RecipeError, resolve
 from maelstream.model.mae import MAE
 
@@ -26,33 +26,33 @@ def recipe() -> Recipe:
     return resolve({"model": TINY}, "a test")
 
 
-@pytest.mark.parametrize("room", [0, 1, 2, 5, 11, 12])
-def test_the_largest_that_fits_is_the_largest_that_fits(room: int) -> None:
+@pytest.mark.parametrize("capacity", [0, 1, 2, 5, 11, 12])
+def test_the_largest_batch_that_fits_is_found(capacity: int) -> None:
     def run(count: int) -> None:
-        if count > room:
+        if count > capacity:
             raise torch.OutOfMemoryError
 
-    assert largest_that_fits(run, 13) == room
+    assert largest_fitting_batch(run, 13) == capacity
 
 
-def test_a_micro_batch_that_does_not_fit_is_one_line_with_the_largest_that_does(
+def test_the_error_for_a_micro_batch_that_does_not_fit_names_the_largest_that_does(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = MAE.forward
+    original = MAE.forward
 
     def forward(self: MAE, images: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         if len(images) > 5:
             raise torch.OutOfMemoryError
-        return whole(self, images, keys)
+        return original(self, images, keys)
 
     monkeypatch.setattr(MAE, "forward", forward)
     device = torch.device("cpu")
-    model, batch = bare_model(recipe, None, device), Images.made(12, recipe, device)
+    model, batch = model_without_engine(recipe, None, device), DeviceBatch.random(12, recipe, device)
     with pytest.raises(RecipeError, match=r"micro_batch_size 12 does not fit.*the largest that does is 5: --engine"):
         step_rate(model, batch, device, 0.01)
 
 
-def test_the_bare_model_has_the_engine_s_dtypes(recipe: Recipe, tmp_path: Path) -> None:
-    model = bare_model(recipe, None, torch.device("cpu"))
+def test_the_model_without_engine_has_the_dtypes_of_the_engine(recipe: Recipe, tmp_path: Path) -> None:
+    model = model_without_engine(recipe, None, torch.device("cpu"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
