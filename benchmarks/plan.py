@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.step import BASE, HUGE, LARGE, Step, adamw, bytes_per_image, training_step
-from maelstream.jobs.devices import this_machine
 from maelstream.jobs.distributed.ranks import process_group, ranks_from_environment
+from maelstream.jobs.hardware import measure_this_machine
 from maelstream.jobs.plan import Job, step_of
 from maelstream.jobs.recipe import EngineConfig, OptimConfig, Recipe
 from maelstream.jobs.training.engine import build_engine, build_model
@@ -206,13 +206,13 @@ def cpu_seconds(step: Step, batch: int, rounds: int) -> float:
 
 def part_step(batch: int, rounds: int) -> dict[str, tuple[float, float]]:
     torch.set_num_threads(1)
-    measured, devices = {}, [this_machine()]
+    measured, devices = {}, [measure_this_machine()]
     sizes = {"S/16": SMALL, "B/16": BASE, "L/16": LARGE, "H/14": HUGE}
     for name, config in sizes.items():
         model = MAE(config)
         step = training_step(model, adamw(weight_decay_groups(model, 0.05)), bf16=False)
         measured[name] = cpu_seconds(step, batch, rounds)
-        devices.append(this_machine())
+        devices.append(measure_this_machine())
         del model, step
         gc.collect()
     rows: dict[str, tuple[float, float]] = {}

@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from maelstream.jobs.hardware import multiplies_bf16, process_device
 from maelstream.jobs.table2 import SIZES, sharing
 from maelstream.model.config import MAEConfig
 from maelstream.model.flops import training_flops
@@ -295,13 +296,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write every figure here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    multiplies_bf16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and multiplies_bf16)
+    device = process_device()
+    fast_bf16 = multiplies_bf16(device)
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and fast_bf16)
     machine = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {args.threads} threads"
     )
-    precision = "bf16 autocast" if bf16 else "float32" + ("" if multiplies_bf16 else " (no bf16 instructions here)")
+    precision = "bf16 autocast" if bf16 else "float32" + ("" if fast_bf16 else " (no bf16 instructions here)")
     print(f"{machine}, {precision}, torch {torch.__version__}, timm {timm.__version__}")
     figures: dict[str, Any] = {"machine": machine, "precision": precision, "batch": args.batch}
     for part in args.parts:

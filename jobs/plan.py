@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from maelstream.jobs.arguments import parsed
-from maelstream.jobs.devices import DEVICES, Device, this_machine
+from maelstream.jobs.hardware import DEVICES, Device, measure_this_machine
 from maelstream.jobs.recipe import RecipeError, load_recipe
 from maelstream.model.config import MAEConfig
 from maelstream.model.flops import recomputed_flops, training_flops
@@ -203,7 +203,7 @@ def device_of(command: Plan) -> Device:
     """The one that is planned for; measured here if that is asked for."""
     if command.gpu != "here" and command.gpu not in DEVICES:
         raise RecipeError(f"--gpu {command.gpu} is none of {', '.join(DEVICES)}, here")
-    device = this_machine() if command.gpu == "here" else DEVICES[command.gpu]
+    device = measure_this_machine() if command.gpu == "here" else DEVICES[command.gpu]
     if command.decode_images_per_s is None:
         return device
     return Device(**asdict(device) | {"decode_images_per_s": command.decode_images_per_s})

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from maelstream.jobs.arguments import parsed
-from maelstream.jobs.hardware import free_bytes, synchronise
+from maelstream.jobs.hardware import free_bytes, multiplies_bf16, process_device, synchronise
 from maelstream.jobs.recipe import RecipeError
 from maelstream.model.config import MAEConfig
 from maelstream.model.mae import MAE
@@ -147,7 +147,7 @@ def rows(size: str, times: dict[str, Times], batch: int, devices: int) -> list[d
 def measure(command: Table2, device: torch.device) -> list[dict[str, Any]]:
     """All rows. MaelstreamError when a size does not fit into the memory."""
     batch = command.batch or (64 if device.type == "cuda" else 2)
-    bf16 = device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    bf16 = multiplies_bf16(device)
     found = []
     for size in command.size:
         config = SIZES[size]
@@ -178,7 +178,7 @@ def main(args: list[str]) -> int:
         raise RecipeError("--devices, --rounds and --batch are at least 1, and --size names at least one encoder")
     if command.json is not None and not command.json.absolute().parent.is_dir():
         raise MaelstreamError(f"--json {command.json} cannot be written (there is no folder {command.json.parent})")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = process_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     found = measure(command, device)
     title = f"{command.devices} x {name}, {EPOCHS} epochs of {IMAGES:,} images"

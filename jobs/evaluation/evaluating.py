@@ -4,16 +4,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from maelstream.jobs.checkpointing.store import FILES, CheckpointError
 from maelstream.jobs.distributed.ranks import ControlGroup, process_group, ranks_from_environment
-from maelstream.jobs.evaluation.classification import head_names, model_of
+from maelstream.jobs.evaluation.classification import model_of
+from maelstream.jobs.evaluation.classifier_evaluator import classifier_names
 from maelstream.jobs.evaluation.classify import check_datasets
 from maelstream.jobs.evaluation.options import EvaluationOptions
 from maelstream.jobs.evaluation.results import Scores, record_scores
 from maelstream.jobs.evaluation.scores import classify_with, scores
+from maelstream.jobs.hardware import process_device
 from maelstream.jobs.recipe import ClassificationRecipe, HealthConfig
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.weights.reading import WeightsError, read_weights, stored_classifier
@@ -108,7 +109,7 @@ def classifiers_of_run(
     for kind, file in FILES.items():
         if (folder.checkpoints.at(step) / file).exists():
             model = model_of(recipe, folder.checkpoints.weights(step, kind))
-            models.append((model, head_names(recipe, kind)))
+            models.append((model, classifier_names(recipe, kind)))
     config, data = recipe.model, recipe.data
     return TrainedClassifiers(models, config.classes, config.image_size, data.crop.margin, data.mean, data.std, step)
 
@@ -125,7 +126,7 @@ def scores_by_head(
 ) -> dict[str, Scores]:
     """The scores of every head by its name; the same on every rank."""
     by_head = dict[str, Scores]()
-    device = torch.device("cuda", control_group.ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = process_device(control_group.ranks.local_rank)
     for model, names in trained.models:
         model.to(device).eval().requires_grad_(False)
         head_scores = scores(classify_with(model, trained.mean, trained.std), val, reading, control_group)

@@ -22,6 +22,7 @@ from maelstream.jobs.evaluation.classify import check_datasets
 from maelstream.jobs.evaluation.options import EvaluationOptions
 from maelstream.jobs.evaluation.results import Scores, record_scores
 from maelstream.jobs.evaluation.scores import gather_undecodable, hits
+from maelstream.jobs.hardware import process_device
 from maelstream.jobs.recipe import HealthConfig, RecipeError
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.weights.reading import classifier_from_encoder, classifier_values, read_weights
@@ -72,7 +73,7 @@ def evaluate_neighbours(weights: str, train: str, val: str, options: KnnOptions)
     reading = options.reading(config.image_size, None, ranks)
     model = classifier_from_encoder(stored, config).eval().requires_grad_(False)
     with process_group(ranks, 2 * HealthConfig().silent_s) as control_group:
-        model.to(torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu"))
+        model.to(process_device(ranks.local_rank))
         encode = encode_with(model, options.pool, mean, std)
         found, left_out = neighbour_scores(
             encode, config.dim, train_set, val_set, reading, control_group, options.k, options.temperature
@@ -132,7 +133,7 @@ def neighbour_scores(
     neighbours, shown = Neighbours(queries.to(device), k), 0
     bad.clear()
     for found, samples in features(encode, train, reading, control_group, bad):
-        neighbours.show(found, samples.to(device))
+        neighbours.add(found, samples.to(device))
         shown += len(samples)
     left_out = gather_undecodable(bad, control_group)
     if control_group.sums([float(shown)])[0] < k:
@@ -143,7 +144,7 @@ def neighbour_scores(
     for rank, other_keys in enumerate(keys_by_rank):
         if rank != control_group.ranks.rank:
             neighbours.merge(other_keys.to(device))
-    similarities, samples = (tensor.cpu() for tensor in neighbours.found())
+    similarities, samples = (tensor.cpu() for tensor in neighbours.nearest())
     labels = torch.from_numpy(train.label[samples.numpy()]).long()
     class_votes = votes(similarities, labels, len(train.classes), temperature)  # (V, classes)
     correct = hits(class_votes, torch.from_numpy(val.label.astype(np.int64))) & decoded[:, None].bool()

@@ -21,11 +21,11 @@ from maelstream.jobs.hardware import datasheet_flops_per_s, matrix_flops_per_s
     ],
 )
 def test_bf16_of_a_card_is_known_or_not_guessed(name: str, tflops: float | None) -> None:
-    assert datasheet_flops_per_s(name, torch.bfloat16) == (tflops and tflops * 1e12)
+    assert datasheet_flops_per_s(name, "bf16") == (tflops and tflops * 1e12)
 
 
 def test_a_v100_has_float32() -> None:
-    assert datasheet_flops_per_s("Tesla V100-SXM2-32GB", torch.float32) == 15.7e12
+    assert datasheet_flops_per_s("Tesla V100-SXM2-32GB", "fp32") == 15.7e12
 
 
 def test_products_of_this_machine_have_a_rate() -> None:

@@ -19,7 +19,7 @@ from benchmarks.plan import (
     storages_alive,
 )
 from maelstream.jobs.command import run
-from maelstream.jobs.devices import DEVICES, Device
+from maelstream.jobs.hardware import DEVICES, Device
 from maelstream.jobs.plan import MODELS, Job, Step, count_of, memory_of, micro_batches_of, step_of
 from maelstream.jobs.recipe import RecipeError
 from maelstream.model.memory import traffic
