@@ -1,6 +1,6 @@
-"""`maelstream demo`: the whole job on a small scale, through the very commands that a user types.
+"""`maelstream demo`: the whole process on a small scale, with the commands that a user would type.
 
-Photographs -> shards -> a small MAE on two ranks, stopped half-way and resumed -> reconstructions and a report.
+Photographs -> shards -> a small MAE on two ranks, stopped and resumed -> reconstructions and a report.
 """
 
 import os
@@ -21,29 +21,29 @@ from maelstream.shards.errors import MaelstreamError
 
 STEPS = 800
 RECIPE = RECIPES / "demo.yaml"
-# Photographs that scikit-image and scikit-learn install; no diagrams, and no textures, whose patches are unrelated.
+# Photographs in scikit-image and scikit-learn. Diagrams are left out, and so are textures: their patches are unrelated.
 _SKIMAGE = "astronaut camera chelsea coffee coins hubble_deep_field ihc moon motorcycle_left retina rocket"
 _SKLEARN = "china flower"
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Pack real images, pre-train a small MAE on them on two ranks, resume it once, and look at the result."""
+    """Pack real images, pre-train a small MAE on two ranks, resume it once, and show the result."""
 
     src: Path | None = None
-    """A folder of images, one folder a class; crops of scikit-image's photographs if not given."""
+    """A folder of images, one folder per class; crops of scikit-image's photographs if not given."""
     out: Path = Path("runs/demo")
-    """Everything is written below this folder; what an earlier demo left there is replaced."""
+    """Folder for all output; files of an earlier demo there are replaced."""
 
 
 def photographs() -> dict[str, Path]:
-    """Files that installed packages ship, by name; MaelstreamError when scikit-image or scikit-learn is missing."""
+    """Image files in installed packages, by name; MaelstreamError when scikit-image or scikit-learn is missing."""
     try:
         import skimage
         import sklearn
     except ImportError as error:
         raise MaelstreamError(
-            f"{error}: the demo's photographs come with scikit-image and scikit-learn; "
+            f"{error}: the demo's photographs are in scikit-image and scikit-learn; "
             "`pip install maelstream[dev]`, or give a folder of images with --src"
         ) from None
     folders = {
@@ -54,7 +54,7 @@ def photographs() -> dict[str, Path]:
 
 
 def write_crops(out: Path, per_photograph: int, seed: int) -> None:
-    """JPEGs of many sizes and qualities, a folder a photograph; the same files for the same seed."""
+    """Writes JPEG crops of many sizes and qualities, one folder per photograph; the same files for the same seed."""
     random = np.random.default_rng(seed)
     for name, path in photographs().items():
         folder = out / name
@@ -72,29 +72,29 @@ def write_crops(out: Path, per_photograph: int, seed: int) -> None:
 
 
 def clear(out: Path, src: Path | None) -> None:
-    """Empties what an earlier demo filled; MaelstreamError for a folder that is not a demo's, or that holds `src`."""
-    mark = out / ".maelstream-demo"
+    """Empties an earlier demo's folder; MaelstreamError for a folder that no demo wrote, or that contains `src`."""
+    marker = out / ".maelstream-demo"
     if src is not None and out.resolve() in [src.resolve(), *src.resolve().parents]:
-        raise MaelstreamError(f"--src {src} lies in --out {out}, which the demo empties; choose another --out")
-    if out.exists() and not mark.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise MaelstreamError(f"--out {out} holds something that is no demo's; choose another folder")
+        raise MaelstreamError(f"--src {src} is inside --out {out}, which the demo empties; choose another --out")
+    if out.exists() and not marker.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise MaelstreamError(f"--out {out} holds files that no demo wrote; choose another folder")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    mark.touch()
+    marker.touch()
 
 
-def step(*command: str) -> None:
-    """Runs a command as a user would type it, after printing it; MaelstreamError when it fails."""
+def run_command(*command: str) -> None:
+    """Prints a command and runs it as a user would; MaelstreamError when it fails."""
     print(f"\n$ {shlex.join(command)}", flush=True)
-    scripts = Path(sys.executable).parent  # the commands of this environment, whether or not it is activated
+    scripts = Path(sys.executable).parent  # so that it works when the environment is not activated
     path = f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"
     code = subprocess.run(command, env=os.environ | {"PATH": path}).returncode
     if code:
-        raise MaelstreamError(f"`{shlex.join(command)}` ended with exit code {code}; see its output above")
+        raise MaelstreamError(f"`{shlex.join(command)}` failed with exit code {code}; see its output above")
 
 
 def main(args: list[str]) -> int:
-    """`maelstream demo`; 0 when the loss fell clearly and everything is written."""
+    """Runs `maelstream demo`; returns 0 when the loss fell clearly and everything is written."""
     command = parsed(Demo, args, "demo")
     if command.src is not None and not command.src.is_dir():
         raise MaelstreamError(f"--src {command.src} is not a folder; give one that holds images")
@@ -104,26 +104,26 @@ def main(args: list[str]) -> int:
     if command.src is None:
         write_crops(command.out / "photographs", per_photograph=40, seed=0)
         write_crops(command.out / "photographs-held-out", per_photograph=1, seed=1)
-        step("maelstream", "pack", str(command.out / "photographs-held-out"), str(command.out / "held-out"))
+        run_command("maelstream", "pack", str(command.out / "photographs-held-out"), str(command.out / "held-out"))
         held_out = ["--dataset", str(command.out / "held-out")]
-    step("maelstream", "pack", str(command.src or command.out / "photographs"), str(shards))
-    step("maelstream", "info", str(shards))
+    run_command("maelstream", "pack", str(command.src or command.out / "photographs"), str(shards))
+    run_command("maelstream", "info", str(shards))
 
-    import torch  # these two take seconds to import, and packing does not need them
+    import torch  # imported late: torch takes seconds, and packing does not need it
 
     from maelstream.jobs.recipe import load_recipe
     from maelstream.jobs.run_folder.folder import RunFolder
 
     ranks = min(2, torch.cuda.device_count() or 2)
-    # As many steps whatever the number of images, so that the demo takes as long with any --src.
+    # The same number of steps for any number of images, so that the demo takes equally long with any --src.
     epochs = (STEPS - 0.5) * load_recipe(RECIPE).optim.batch_size / len(Dataset.open(shards))
     schedule = ["--optim.epochs", f"{epochs:.4f}", "--optim.warmup-epochs", f"{epochs / 10:.4f}"]
     launch = ["maelstream", "launch", "--nproc", str(ranks)]
     pretrain = [*launch, "pretrain", str(RECIPE), "--run", str(run), "--data.dataset", str(shards), *schedule]
-    step(*pretrain, "--stop-at-step", str(STEPS // 4))
-    step(*pretrain)
-    step("maelstream", "reconstruct", str(run), *held_out)
-    step("maelstream", "report", str(run), "--verify")
+    run_command(*pretrain, "--stop-at-step", str(STEPS // 4))
+    run_command(*pretrain)
+    run_command("maelstream", "reconstruct", str(run), *held_out)
+    run_command("maelstream", "report", str(run), "--verify")
 
     metrics = RunFolder(run).read_metrics()
     first, last = metrics[0]["loss"], metrics[-1]["loss"]
@@ -134,5 +134,7 @@ def main(args: list[str]) -> int:
         f"reconstructions  {run / 'reconstructions'}\nreport           {run / 'report.html'}"
     )
     if last > 0.6 * first:
-        raise MaelstreamError(f"the loss fell from {first:.3f} to {last:.3f} only; that is not what the demo shows")
+        raise MaelstreamError(
+            f"the loss fell only from {first:.3f} to {last:.3f}; the demo expects at most 60 % of the first"
+        )
     return 0

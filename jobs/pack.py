@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from maelstream.jobs.arguments import parsed
-from maelstream.jobs.reporting.progress import Display, interruptible
+from maelstream.jobs.reporting.progress import PackProgress, interruptible
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.executors import EXECUTORS, Executor
 from maelstream.shards.pack import PackResult, Report, pack
@@ -139,7 +139,7 @@ def run_shown(build: Callable[[Report], PackResult], dst: str) -> int:
     """Runs a build, shows its progress and what came of it; 0, or 130 after Ctrl-C."""
     folder = Storage.at(dst)  # as it is shown: without what credentials a URI may hold
     try:
-        with interruptible(), Display() as display:
+        with interruptible(), PackProgress() as display:
             result = build(display)
     except KeyboardInterrupt:
         print("stopped; the same command goes on with the shards that are not finished", file=sys.stderr)

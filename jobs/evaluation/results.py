@@ -1,8 +1,8 @@
-"""What a run's weights are worth: one `Evaluation` for each fine-tuning, probing or look at neighbours that ended.
+"""Results of evaluations: one `Evaluation` per finished fine-tuning, probe, `evaluate` or `knn`.
 
-It lies as `result.json` in the folder of the evaluation and, where the weights are a run's, as a line of that run's
-`evaluations.jsonl`. The line comes last: an evaluation that is killed in between is finished by the same command again,
-and of several lines about one folder the last counts.
+Each is written as `result.json` in the folder of the evaluation. If the weights belong to a run, it is also appended to
+that run's `evaluations.jsonl`. That line is written last: if the process is killed in between, the same command
+finishes the evaluation. If several lines name the same folder, the last one counts.
 """
 
 import fcntl
@@ -39,44 +39,46 @@ class Scores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A result and what it is of."""
+    """The content of `result.json`: a result, and the weights and data that it belongs to."""
 
     job: Job
     name: str
-    """What a table calls it."""
+    """Name in tables."""
     top1: float
     """Percent of all validation images, as `top5`."""
     top5: float
     images: int
-    """Validation images, those that could not be decoded among them."""
+    """Validation images, including those that could not be decoded."""
     epochs: float | None
-    """Of training on labels; None where nothing was trained."""
+    """Epochs of training on labels; None when nothing was trained."""
     step: int | None
-    """Of pre-training that the weights are of; None where nobody tells."""
+    """Pre-training step of the weights; None when it is unknown."""
     weights: str
-    """As they were named in the command, as `train` and `val`; "" where there are none."""
+    """As named in the command, as are `train` and `val`; "" when there are none."""
     train: str
     val: str
     folder: str
-    """Where `result.json` lies."""
+    """The folder of `result.json`."""
     settings: dict[str, Any]
-    """What was chosen: blocks, lr, pool and the like."""
+    """Options and details, such as blocks, lr and pool."""
     finished: float
-    """Seconds since 1970."""
+    """End of the evaluation, in seconds since 1970."""
 
 
 def read_evaluations(folder: Path) -> list[Evaluation]:
-    """Of the run in `folder`: its own result, if it is an evaluation itself, then those of its weights, oldest first.
+    """The evaluations of a run: its own result, if it is an evaluation itself, then those of its weights, oldest first.
+
+    A last line that a crash left incomplete is ignored.
 
     Raises:
-        MaelstreamError: a file that is not what `record` writes; a last line that a crash cut short is left out.
+        MaelstreamError: a file that `record` did not write, or a damaged one.
     """
     found = []
     if (result := folder / RESULT).exists():
         found.append(_parsed(result.read_bytes(), f"{result}"))
     if (lines := folder / LINES).exists():
-        whole = lines.read_bytes().rpartition(b"\n")[0]
-        found += [_parsed(line, f"{lines}, line {number}") for number, line in enumerate(whole.splitlines(), 1)]
+        complete = lines.read_bytes().rpartition(b"\n")[0]
+        found += [_parsed(line, f"{lines}, line {number}") for number, line in enumerate(complete.splitlines(), 1)]
     return list({evaluation.folder: evaluation for evaluation in found}.values())
 
 
@@ -124,10 +126,12 @@ def record_scores(
 
 
 def record(evaluation: Evaluation, run: Path | None) -> None:
-    """Writes `result.json`, and the line of the `run` that the weights are of; one rank does it for all.
+    """Writes `result.json`, and appends a line to the evaluations of `run`, if the weights belong to one.
+
+    Only one rank calls it.
 
     Raises:
-        MaelstreamError: the disk does not take it.
+        MaelstreamError: a file that cannot be written.
     """
     folder = Path(evaluation.folder)
     line = json.dumps(asdict(evaluation)).encode() + b"\n"
@@ -139,12 +143,12 @@ def record(evaluation: Evaluation, run: Path | None) -> None:
             _append(run / LINES, line)
     except OSError as error:
         raise MaelstreamError(
-            f"{error.filename or folder} cannot be written ({error.strerror}); make room and evaluate again"
+            f"{error.filename or folder} cannot be written ({error.strerror}); free disk space and evaluate again"
         ) from None
 
 
 def best_of_each(evaluations: list[Evaluation]) -> str:
-    """The best top-1 of each job, in a line: "linprobe 68.0, finetune 83.6"."""
+    """The best top-1 per job, as one line of text: "linprobe 68.0, finetune 83.6"."""
     best = {
         job: max((evaluation.top1 for evaluation in evaluations if evaluation.job == job), default=None) for job in JOBS
     }
@@ -154,9 +158,9 @@ def best_of_each(evaluations: list[Evaluation]) -> str:
 def _append(path: Path, line: bytes) -> None:
     new = not path.exists()
     with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # several evaluations of a run may end at once
+        fcntl.flock(file, fcntl.LOCK_EX)  # several evaluations of a run may end at the same time
         file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)  # what a crash cut short would spoil this line, too
+        file.truncate(file.read().rfind(b"\n") + 1)  # an incomplete line of a crash would corrupt this one
         file.write(line)
         file.flush()
         os.fsync(file.fileno())

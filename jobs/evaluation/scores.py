@@ -1,7 +1,7 @@
-"""Top-1 and top-5 of classifiers over every image of a validation set exactly once, on any number of ranks.
+"""Top-1 and top-5 accuracy of classifiers; every image of a validation set counts exactly once on any number of ranks.
 
-Hits are counted as integers, which add up to the same on any number of ranks. torchmetrics would count them, too, but
-has no place for images that cannot be decoded: they are in the denominator, and are named.
+Hits are counted as integers, so the sum does not depend on the number of ranks. torchmetrics does not handle images
+that cannot be decoded: here they stay in the denominator, and their names are reported.
 """
 
 import json
@@ -19,14 +19,14 @@ from maelstream.pipeline.sample_source import BadSample
 from maelstream.shards.dataset import Dataset
 
 Classify = Callable[[UInt8[Tensor, "b 3 h w"]], Float[Tensor, "heads b classes"]]
-"""Logits of one or several classifiers for images as they were decoded, on the decoder's device."""
+"""A function from decoded images, on the decoder's device, to the logits of one or more classifiers."""
 
 
 @torch.no_grad()
 def scores(classify: Classify, dataset: Dataset, reading: Reading, control_group: ControlGroup) -> list[Scores]:
-    """Of each head of `classify`, on all images of a dataset whose labels are its classes; the same on every rank.
+    """The scores of each head of `classify` on all images of a dataset with the same classes; the same on every rank.
 
-    `classify` is called equally often on every rank, always with as many images.
+    Every rank calls `classify` equally often, always with the same number of images.
 
     Raises:
         MaelstreamError: fewer images than ranks, or a dataset that cannot be read.
@@ -37,8 +37,8 @@ def scores(classify: Classify, dataset: Dataset, reading: Reading, control_group
         logits = classify(portion.images)  # (heads, B, classes)
         labels = torch.from_numpy(dataset.label[portion.samples]).long().to(logits.device)
         counted = torch.from_numpy(portion.counts).to(logits.device)
-        found = hits(logits, labels) & counted[:, None]  # (heads, B, 2)
-        counts = counts.to(logits.device) + found.sum(1)  # stays there: nobody waits for it
+        correct = hits(logits, labels) & counted[:, None]  # (heads, B, 2)
+        counts = counts.to(logits.device) + correct.sum(1)  # stays on the device, to avoid a synchronisation per batch
     sums = control_group.sums([float(count) for count in counts.flatten().tolist()])
     undecodable = gather_undecodable(bad, control_group)
     size = len(dataset)
@@ -49,9 +49,9 @@ def scores(classify: Classify, dataset: Dataset, reading: Reading, control_group
 
 
 def hits(logits: Float[Tensor, "*heads b classes"], labels: Int64[Tensor, "b"]) -> Bool[Tensor, "*heads b 2"]:
-    """Whether the label is the first, and among the first five; of equal logits the lower class comes first.
+    """Whether the label is ranked first, and whether it is among the first five.
 
-    A logit that is not a number comes before all others: a model that went wrong scores nothing by it.
+    Among equal logits, the lower class is ranked first. NaN is ranked before all numbers, so a diverged model scores 0.
     """
     classes = torch.arange(logits.shape[-1], device=logits.device)
     own = logits.gather(-1, labels[:, None].expand(*logits.shape[:-1], 1))
@@ -61,13 +61,13 @@ def hits(logits: Float[Tensor, "*heads b classes"], labels: Int64[Tensor, "b"]) 
 
 
 def gather_undecodable(bad: list[BadSample], control_group: ControlGroup) -> tuple[str, ...]:
-    """What any rank met, each once, in the order of samples; on every rank."""
-    told = control_group.all_texts(json.dumps([(each.sample, str(each)) for each in bad]))
-    return tuple(dict(sorted((sample, text) for texts in told for sample, text in json.loads(texts))).values())
+    """The texts of all ranks' bad samples, each sample once, in ascending order; the same on every rank."""
+    texts = control_group.all_texts(json.dumps([(each.sample, str(each)) for each in bad]))
+    return tuple(dict(sorted((sample, text) for each in texts for sample, text in json.loads(each))).values())
 
 
 def classify_with(model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> Classify:
-    """A classifier that takes normalised images, for `scores`; it stands where its parameters do."""
+    """A function for `scores` that normalises images and applies `model` on the device of its parameters."""
     device = next(model.parameters()).device
 
     def classify(images: Tensor) -> Tensor:

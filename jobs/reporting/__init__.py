@@ -1,1 +1,1 @@
-"""Reports, reconstructions and progress for people."""
+"""Reports, reconstructions, model cards and progress displays."""

@@ -123,7 +123,7 @@ def replaced_samples(folder: RunFolder) -> tuple[int, list[dict[str, str]]]:
 
 
 def checkpoint_rows(folder: RunFolder, epochs_per_step: float, verify: bool) -> list[dict[str, Any]]:
-    """One row per checkpoint, newest first. Sizes are compared with the manifest, or with `verify` every byte is."""
+    """One row per checkpoint, newest first; checks sizes against the manifest, or every byte if `verify`."""
     store, rows = folder.checkpoints, []
     for step in reversed(store.steps()):
         size = sum(path.stat().st_size for path in store.at(step).iterdir() if path.name != MANIFEST)
@@ -173,25 +173,25 @@ def _device(start: Start) -> str:
 
 def evaluation_rows(folders: list[RunFolder]) -> list[dict[str, Any]]:
     """One row per evaluation of every run; the best top-1 of each job is marked."""
-    found = [(number, one) for number, folder in enumerate(folders) for one in read_evaluations(folder.path)]
+    found = [(number, each) for number, folder in enumerate(folders) for each in read_evaluations(folder.path)]
     rows = []
-    for number, one in found:
-        others = [other.top1 for _, other in found if other.job == one.job]
-        best = len(others) > 1 and one.top1 == max(others)
-        rows.append(_evaluation_row(one, str(folders[number].path), number, best))
+    for number, evaluation in found:
+        scores = [other.top1 for _, other in found if other.job == evaluation.job]
+        best = len(scores) > 1 and evaluation.top1 == max(scores)
+        rows.append(_evaluation_row(evaluation, str(folders[number].path), number, best))
     return rows
 
 
-def _evaluation_row(one: Evaluation, run: str, number: int, best: bool) -> dict[str, Any]:
-    return asdict(one) | {
+def _evaluation_row(evaluation: Evaluation, run: str, number: int, best: bool) -> dict[str, Any]:
+    return asdict(evaluation) | {
         "run": run,
         "number": number,
         "best": best,
-        "epochs": "" if one.epochs is None else f"{one.epochs:g}",
-        "step": "" if one.step is None else f"{one.step:,}",
-        "images": f"{one.images:,}",
-        "val": Path(one.val).name,
-        "settings": ", ".join(_settings(one.settings)),
+        "epochs": "" if evaluation.epochs is None else f"{evaluation.epochs:g}",
+        "step": "" if evaluation.step is None else f"{evaluation.step:,}",
+        "images": f"{evaluation.images:,}",
+        "val": Path(evaluation.val).name,
+        "settings": ", ".join(_settings(evaluation.settings)),
     }
 
 

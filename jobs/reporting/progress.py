@@ -1,4 +1,4 @@
-"""How far a build of shards is: a bar with rate, time left and quarantine count, or a line a step."""
+"""Progress of packing shards: a bar with rate, time left and quarantine count, or plain lines without a terminal."""
 
 import os
 import signal
@@ -12,11 +12,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from maelstream.shards import pack
 
-_STEPS = {"scan": "looking through sources", "shard": "shards"}
+_STEPS = {"scan": "sources scanned", "shard": "shards"}
 
 
-class Display:
-    """Shows what a build reports; use it as a context manager, and call it with each report."""
+class PackProgress:
+    """Shows the progress of `maelstream pack`; use it as a context manager and call it with each report."""
 
     def __init__(self) -> None:
         columns = (
@@ -31,7 +31,7 @@ class Display:
         self._samples = self._quarantined = self._bytes = 0
         self._step, self._began = "", time.monotonic()
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> "PackProgress":
         self._bar.start()
         self._began = time.monotonic()
         return self
@@ -68,11 +68,11 @@ class Display:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt once, which lets what is being written be finished; a second one ends it all."""
+    """The first Ctrl-C raises KeyboardInterrupt, so that files in progress are completed; a second exits at once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # workers end when this process does
-        print("\nstopping: what is being written is finished first; Ctrl-C again stops at once", file=sys.stderr)
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # its workers end with this process
+        print("\nstopping after the files in progress; press Ctrl-C again to stop at once", file=sys.stderr)
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, stop)

@@ -1,1 +1,1 @@
-"""Weights and target files, read from wherever they are."""
+"""Weights and target files: reading them, and exporting weights for other libraries."""

@@ -159,7 +159,7 @@ def timm_config(config: MAEConfig, architecture: str) -> dict[str, Any]:
 
 
 def hf_config(config: MAEConfig, architecture: str) -> dict[str, Any]:
-    """transformers' `config.json` of a ViTMAE. Its default epsilon, 1e-12, would change predictions by 2e-4."""
+    """transformers' `config.json` of a ViTMAE. The default epsilon, 1e-12, would change predictions by 2e-4."""
     return {
         "architectures": [architecture],
         "model_type": "vit_mae",

@@ -25,10 +25,10 @@ from maelstream.model.classifier import build_classifier, encoder_weights, fresh
 from maelstream.model.config import ClassifierConfig, MAEConfig, Pool
 from maelstream.model.formats import (
     Weights,
+    describe_model,
     has_decoder,
-    likely_model,
     mismatches,
-    not_finite,
+    nonfinite_names,
     square_grid,
     to_reference,
 )
@@ -78,7 +78,7 @@ def read_weights(path: Path) -> StoredWeights:
                 f"{file} has no position table, and no configuration is next to it; give the run's folder"
             )
         tensors = position_tables(config) | tensors
-    if names := not_finite(tensors):
+    if names := nonfinite_names(tensors):
         raise WeightsError(f"{file}: NaN or infinity in {_some(names, ', ')}; use weights of an earlier step")
     return StoredWeights(file, tensors, square_grid(tensors) if config is None else config.grid)
 
@@ -106,7 +106,7 @@ def mae_weights(stored: StoredWeights, config: MAEConfig) -> dict[str, Tensor]:
     """
     if not has_decoder(stored.tensors):
         raise WeightsError(
-            f"{stored.file} holds an encoder alone ({likely_model(stored.tensors)}), as the published mae_pretrain_* "
+            f"{stored.file} holds an encoder alone ({describe_model(stored.tensors)}), as the published mae_pretrain_* "
             "do: it can be fine-tuned, but reconstruction needs a decoder; give a full checkpoint"
         )
     with torch.device("meta"):
@@ -175,7 +175,7 @@ def stored_classifier(
     head = stored.tensors.get("head.1.weight" if probe else "head.weight")
     if head is None or head.ndim != 2:
         raise WeightsError(
-            f"{stored.file} holds {likely_model(stored.tensors)} without a classifier; train one with `maelstream "
+            f"{stored.file} holds {describe_model(stored.tensors)} without a classifier; train one with `maelstream "
             "finetune`, or give it to `maelstream knn`"
         )
     sizes, mean, std = classifier_values(stored, heads, None)
@@ -197,7 +197,7 @@ def stored_classifier(
 def _check_shapes(stored: StoredWeights, expected: Weights) -> None:
     if phrases := mismatches(stored.tensors, expected):
         raise WeightsError(
-            f"{stored.file} looks like {likely_model(stored.tensors)}, and the model is {likely_model(expected)}: "
+            f"{stored.file} looks like {describe_model(stored.tensors)}, and the model is {describe_model(expected)}: "
             f"{_some(phrases, '; ')}"
         )
 

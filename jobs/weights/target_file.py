@@ -52,9 +52,8 @@ class TargetFile:
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as file:
-            file.write(
-                save(tensors, {_METADATA: json.dumps(metadata)})
-            )  # one entry, because safetensors orders several at random
+            # A single metadata entry, because safetensors writes several in an undefined order.
+            file.write(save(tensors, {_METADATA: json.dumps(metadata)}))
 
     def target(self, config: MAEConfig) -> PCATarget | TokenTarget:
         """The frozen target for a model of `config`; RecipeError when the file is for another model."""
@@ -77,7 +76,7 @@ class TargetFile:
 
     def _tokens(self, config: MAEConfig) -> TokenTarget:
         try:
-            shape = TokenizerConfig.of(self.tensors)
+            shape = TokenizerConfig.from_weights(self.tensors)
             self._check_equal({"in_chans": (shape.in_chans, config.in_chans), "codes": (shape.codes, config.codes)})
             with torch.device("meta"):
                 encoder, decoder = Encoder(shape), Decoder(shape) if self.shows_pixels else None
@@ -125,9 +124,8 @@ def read_target_file(path: Path) -> TargetFile:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            settings = json.loads(
-                (file.metadata() or {}).get(_METADATA, "{}")
-            )  # files from elsewhere, such as DALL-E's encoder, have none
+            # Files from elsewhere, such as DALL-E's encoder, have no metadata.
+            settings = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
     except (SafetensorError, ValueError, OSError) as error:
         raise RecipeError(f"{path} is not a target file ({error}); fit it again") from None
     fingerprint = settings.pop("fingerprint", None)

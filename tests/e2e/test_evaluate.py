@@ -1,4 +1,4 @@
-"""`maelstream evaluate` and `knn`: the same figures on any number of ranks, right ones, and bad input in one line."""
+"""`maelstream evaluate` and `knn`: correct results on any number of ranks, and one-line errors for bad input."""
 
 import shutil
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="module")
 def val(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """35 images, which no number of ranks here shares evenly; one of them damaged."""
+    """35 images, which no number of ranks here divides evenly; one of them is damaged."""
     dataset = packed_images(tmp_path_factory.mktemp("val"), 7, 5, seed=2)
     with Path(dataset.folder, dataset.shard_names[dataset.shard[4]]).open("r+b") as file:
         file.seek(int(dataset.offset[4]))
@@ -52,7 +52,7 @@ def val(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fine-tuned, as far as its names tell, with a head that makes up its mind."""
+    """A file with the names of a fine-tuned model; large head weights make its predictions clear."""
     model = build_classifier(CLASSIFIER, seed=3)
     model.head.weight.data *= 1e5
     file = tmp_path_factory.mktemp("classifier") / "tuned.pth"
@@ -62,7 +62,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with one checkpoint."""
+    """A pre-training run with one checkpoint."""
     folder = tmp_path_factory.mktemp("pretrained")
     (checkpoint := folder / "checkpoints" / "step-00000012").mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_recipe(Recipe(model=MODEL)))
@@ -76,7 +76,7 @@ def on_ranks(ranks: int, folder: Path, command: str, *args: str) -> Evaluation:
 
 
 def sound_images(dataset: Dataset) -> tuple[torch.Tensor, np.ndarray]:
-    """Normalised images of all samples but the damaged one, and their numbers."""
+    """Normalised images of all samples except the damaged one, and their sample numbers."""
     samples = np.delete(np.arange(len(dataset)), 4)
     return normalise(central_images(dataset, samples, (32, 32)), MODEL.mean, MODEL.std), samples
 
@@ -92,8 +92,8 @@ def test_top_1_and_top_5_count_every_image_once_for_any_ranks(
     images, samples = sound_images(val)
     with torch.no_grad():
         order = model(images).argsort(dim=1, descending=True, stable=True)
-    right = order == torch.from_numpy(val.label[samples])[:, None]
-    assert (found.top1, found.top5) == (100 * right[:, 0].sum().item() / 35, 100 * right[:, :5].sum().item() / 35)
+    correct = order == torch.from_numpy(val.label[samples])[:, None]
+    assert (found.top1, found.top5) == (100 * correct[:, 0].sum().item() / 35, 100 * correct[:, :5].sum().item() / 35)
     assert found.images == 35 and 0 < found.top1 < found.top5
     path, key = val.path_and_key(4)
     assert [path in text and key in text for text in found.settings["undecodable"]] == [True]
@@ -101,7 +101,7 @@ def test_top_1_and_top_5_count_every_image_once_for_any_ranks(
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch_size", "pool"), [(1, "64", "class_token"), (2, "4", "mean")])
-def test_knn_is_scikit_learn_s_on_the_features_of_the_encoder(
+def test_knn_agrees_with_scikit_learn_on_the_features_of_the_encoder(
     pretrained: Path, train: Dataset, val: Dataset, tmp_path: Path, ranks: int, micro_batch_size: str, pool: str
 ) -> None:
     options = ("--k", "5", "--margin", "1", "--pool", pool, "--micro-batch-size", micro_batch_size)
@@ -133,66 +133,68 @@ def test_knn_is_the_same_on_any_number_of_ranks(pretrained: Path, train: Dataset
     assert 0 < found[0].top1 < found[0].top5 < 100
 
 
-BatchPlan = Callable[..., str]
+ErrorLine = Callable[..., str]
 
 
 @pytest.fixture
-def line(capfd: pytest.CaptureFixture[str]) -> BatchPlan:
-    """What a command that refuses says."""
+def error_line(capfd: pytest.CaptureFixture[str]) -> ErrorLine:
+    """Runs a command that must fail and returns its one-line error."""
 
-    def said(command: str, *args: object) -> str:
+    def run_failing(command: str, *args: object) -> str:
         assert run(command, [str(arg) for arg in args]) == 2
         text = capfd.readouterr().err
         assert text.count("\n") == 1, text
         return text
 
-    return said
+    return run_failing
 
 
-def test_classes_that_differ_are_one_line(classifier: Path, packed: Dataset, line: BatchPlan) -> None:
-    said = line("evaluate", classifier, packed.folder, "--heads", 3)
-    assert "distinguishes 7 classes" in said and "has 3; give images of the classes" in said
-
-
-def test_an_encoder_is_no_classifier(pretrained: Path, val: Dataset, line: BatchPlan) -> None:
-    assert "is a run of pretrain, which has no classifier" in line("evaluate", pretrained, val.folder)
-    file = pretrained / "checkpoints" / "step-00000012" / "weights.safetensors"
-    assert "without a classifier; train one with `maelstream finetune`" in line("evaluate", file, val.folder)
-
-
-def test_heads_that_no_tensor_tells_and_tensors_that_do_not_fit_are_one_line(
-    classifier: Path, val: Dataset, tmp_path: Path, line: BatchPlan
+def test_another_number_of_classes_is_a_one_line_error(
+    classifier: Path, packed: Dataset, error_line: ErrorLine
 ) -> None:
-    assert "give --heads" in line("evaluate", classifier, val.folder)
+    error = error_line("evaluate", classifier, packed.folder, "--heads", 3)
+    assert "distinguishes 7 classes" in error and "has 3; give images of the classes" in error
+
+
+def test_an_encoder_without_a_classifier_is_an_error(pretrained: Path, val: Dataset, error_line: ErrorLine) -> None:
+    assert "is a run of pretrain, which has no classifier" in error_line("evaluate", pretrained, val.folder)
+    file = pretrained / "checkpoints" / "step-00000012" / "weights.safetensors"
+    assert "without a classifier; train one with `maelstream finetune`" in error_line("evaluate", file, val.folder)
+
+
+def test_an_unknown_number_of_heads_or_a_wrong_shape_is_a_one_line_error(
+    classifier: Path, val: Dataset, tmp_path: Path, error_line: ErrorLine
+) -> None:
+    assert "give --heads" in error_line("evaluate", classifier, val.folder)
     weights = torch.load(classifier)["model"] | {"blocks.1.mlp.fc1.weight": torch.zeros(7, 48)}
     torch.save(weights, tmp_path / "other.pth")
-    said = line("evaluate", tmp_path / "other.pth", val.folder, "--heads", 3)
-    assert "blocks.1.mlp.fc1.weight is (7, 48) where the model has (192, 48)" in said
+    error = error_line("evaluate", tmp_path / "other.pth", val.folder, "--heads", 3)
+    assert "blocks.1.mlp.fc1.weight is (7, 48) where the model has (192, 48)" in error
 
 
-def test_data_without_labels_with_too_few_images_or_of_other_classes_is_one_line(
-    pretrained: Path, classifier: Path, train: Dataset, packed: Dataset, tmp_path: Path, line: BatchPlan
+def test_data_without_labels_with_too_few_images_or_other_classes_is_a_one_line_error(
+    pretrained: Path, classifier: Path, train: Dataset, packed: Dataset, tmp_path: Path, error_line: ErrorLine
 ) -> None:
     (tmp_path / "flat").mkdir()
     for number, image in enumerate(sorted(Path(train.folder).parent.glob("images/*/00[01].jpg"))):
         shutil.copy(image, tmp_path / "flat" / f"{number}.jpg")
     assert pack([str(tmp_path / "flat"), str(tmp_path / "unlabelled"), "--workers", "1"]) == 0
-    assert "has no labels" in line("evaluate", classifier, tmp_path / "unlabelled", "--heads", 3)
-    assert "has no labels" in line("knn", pretrained, train.folder, tmp_path / "unlabelled")
-    assert "7 classes" in line("knn", pretrained, train.folder, packed.folder)
-    assert "--k 64" in line("knn", pretrained, train.folder, train.folder, "--k", 64)
+    assert "has no labels" in error_line("evaluate", classifier, tmp_path / "unlabelled", "--heads", 3)
+    assert "has no labels" in error_line("knn", pretrained, train.folder, tmp_path / "unlabelled")
+    assert "7 classes" in error_line("knn", pretrained, train.folder, packed.folder)
+    assert "--k 64" in error_line("knn", pretrained, train.folder, train.folder, "--k", 64)
 
 
 @pytest.mark.parametrize("option", [("--k", "0"), ("--temperature", "0"), ("--margin", "0.5"), ("--threads", "-1")])
-def test_options_that_make_no_sense_are_one_line(
-    pretrained: Path, train: Dataset, option: tuple[str, str], line: BatchPlan
+def test_options_out_of_range_are_a_one_line_error(
+    pretrained: Path, train: Dataset, option: tuple[str, str], error_line: ErrorLine
 ) -> None:
-    assert option[0] in line("knn", pretrained, train.folder, train.folder, *option)
+    assert option[0] in error_line("knn", pretrained, train.folder, train.folder, *option)
 
 
-def test_an_encoder_of_another_size_than_its_run_s_is_one_line(
-    pretrained: Path, train: Dataset, tmp_path: Path, line: BatchPlan
+def test_an_encoder_that_does_not_fit_its_run_is_a_one_line_error(
+    pretrained: Path, train: Dataset, tmp_path: Path, error_line: ErrorLine
 ) -> None:
     shutil.copytree(pretrained, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(dump_recipe(Recipe(model=replace(MODEL, depth=3))))
-    assert "blocks.2" in line("knn", tmp_path / "run", train.folder, train.folder)
+    assert "blocks.2" in error_line("knn", tmp_path / "run", train.folder, train.folder)

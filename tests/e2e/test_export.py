@@ -23,7 +23,7 @@ from maelstream.jobs.recipe import DataConfig, Recipe, StreamConfig, dump_recipe
 from maelstream.jobs.reporting.model_card import without_paths
 from maelstream.jobs.weights.reading import mae_weights, read_weights
 from maelstream.model.config import MAEConfig
-from maelstream.model.formats import encoder_of
+from maelstream.model.formats import without_decoder
 from maelstream.model.mae import MAE
 from maelstream.model.masking import mask_by_score
 from maelstream.model.patches import normalise
@@ -109,7 +109,7 @@ def test_an_encoder_alone_has_the_form_that_the_authors_publish_for_fine_tuning(
     options = ["--format", "reference", "--encoder-only", "--step", "8", "--out", str(tmp_path / "out")]
     assert run("export", [str(tiny), *options]) == 0
     found = torch.load(tmp_path / "out" / "weights.pth", weights_only=True)
-    assert_same(found["model"], encoder_of(MAE(TINY, seed=8).state_dict()))
+    assert_same(found["model"], without_decoder(MAE(TINY, seed=8).state_dict()))
 
 
 def test_timm_loads_a_model_of_any_size_strictly(
@@ -117,17 +117,17 @@ def test_timm_loads_a_model_of_any_size_strictly(
 ) -> None:
     out = tmp_path / "out"
     assert run("export", [str(tiny), "--format", "timm", "--out", str(out)]) == 0
-    ours = MAE(TINY, seed=12)
-    theirs = variables_of_the_card(out, monkeypatch)["model"].eval()
-    assert_same(theirs.state_dict(), encoder_of(ours.state_dict()))
+    model = MAE(TINY, seed=12)
+    loaded = variables_of_the_card(out, monkeypatch)["model"].eval()
+    assert_same(loaded.state_dict(), without_decoder(model.state_dict()))
     pixels = normalise(images, TINY.mean, TINY.std)
     with torch.no_grad():
-        assert (theirs.forward_features(pixels) - ours.encode(images)).abs().max() < 1e-5
-        assert (theirs.double().forward_features(pixels.double()) - ours.double().encode(images)).abs().max() < 1e-12
-    data = timm.data.resolve_model_data_config(theirs)
+        assert (loaded.forward_features(pixels) - model.encode(images)).abs().max() < 1e-5
+        assert (loaded.double().forward_features(pixels.double()) - model.double().encode(images)).abs().max() < 1e-12
+    data = timm.data.resolve_model_data_config(loaded)
     assert (tuple(data["mean"]), tuple(data["std"]), data["input_size"]) == (TINY.mean, TINY.std, (3, 32, 32))
     assert timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=7)(pixels).shape == (2, 7)
-    assert_same(read_weights(out).tensors, encoder_of(ours.state_dict()))
+    assert_same(read_weights(out).tensors, without_decoder(model.state_dict()))
 
 
 def test_timm_does_not_load_weights_that_lack_a_tensor(tiny: Path, tmp_path: Path) -> None:
@@ -154,16 +154,16 @@ def test_the_hugging_face_model_has_the_same_loss_on_the_same_mask(
 ) -> None:
     out = tmp_path / "out"
     assert run("export", [str(tiny), "--format", "hf", "--out", str(out)]) == 0
-    theirs, loading = ViTMAEForPreTraining.from_pretrained(out, output_loading_info=True)
+    loaded, loading = ViTMAEForPreTraining.from_pretrained(out, output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert theirs.config.layer_norm_eps == 1e-6 and theirs.vit.layernorm.eps == 1e-6
-    assert theirs.config.mask_ratio == 0.6 and not theirs.config.norm_pix_loss
-    ours = MAE(TINY, seed=12).double()
+    assert loaded.config.layer_norm_eps == 1e-6 and loaded.vit.layernorm.eps == 1e-6
+    assert loaded.config.mask_ratio == 0.6 and not loaded.config.norm_pix_loss
+    model = MAE(TINY, seed=12).double()
     noise = torch.from_numpy(np.random.RandomState(0).random_sample((2, 16)))
     pixels = normalise(images, TINY.mean, TINY.std).double()
     with torch.no_grad():
-        loss = ours.loss(pixels, mask_by_score(noise, TINY.keep)).item()
-        assert theirs.double()(pixels, noise=noise).loss.item() == pytest.approx(loss, rel=1e-12)
+        loss = model.loss(pixels, mask_by_score(noise, TINY.keep)).item()
+        assert loaded.double()(pixels, noise=noise).loss.item() == pytest.approx(loss, rel=1e-12)
     processor = variables_of_the_card(out, monkeypatch)["processor"]
     processed = processor(list(images), return_tensors="pt")["pixel_values"]
     assert (processed - pixels).abs().max() < 1e-5

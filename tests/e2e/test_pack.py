@@ -111,7 +111,7 @@ def test_the_demo_packs_several_hundred_varied_crops_of_real_photographs(tmp_pat
 def test_the_demo_empties_nothing_but_what_a_demo_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     assert run("demo", ["--out", str(tmp_path)]) == 2
-    assert "holds something that is no demo's" in capsys.readouterr().err
+    assert "holds files that no demo wrote" in capsys.readouterr().err
     (tmp_path / "images").mkdir()
     assert run("demo", ["--src", str(tmp_path / "images"), "--out", str(tmp_path)]) == 2
     assert "which the demo empties" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A run as its files tell of one, made up: for tests of what is made of them."""
+"""A synthetic run folder for tests of reports."""
 
 import json
 import math
@@ -20,15 +20,15 @@ from maelstream.model.mae import Reconstruction
 from maelstream.pipeline.sample_source import BadSample
 
 
-def pictures(count: int, brightness: float, side: int = 32) -> Reconstruction:
-    """Plain fields, each of its own brightness."""
+def reconstruction(count: int, brightness: float, side: int = 32) -> Reconstruction:
+    """Reconstructions of uniform images, each version with its own brightness."""
     levels = (0.2, 0.5, brightness, (0.2 + brightness) / 2)
     original, masked, reconstructed, pasted = (torch.full((count, 3, side, side), level) for level in levels)
     return Reconstruction(original, masked, reconstructed, pasted, torch.tensor(brightness))
 
 
 def make_run(path: Path, recipe: str) -> RunFolder:
-    """40 steps, one of them skipped; pictures of its own and of others' images; a good and a bad checkpoint."""
+    """40 steps with one skipped; reconstructions by own and by other weights; an intact and a damaged checkpoint."""
     folder = RunFolder(path)
     folder.start(load_recipe(Path(recipe)), 0)
     lines: list[dict[str, Any]] = []
@@ -43,19 +43,19 @@ def make_run(path: Path, recipe: str) -> RunFolder:
     record_start(folder, 0, Ranks(0, 2, 0, 2))
     starts = json.loads(folder.environment.read_text())
     folder.environment.write_text(json.dumps([starts[0] | {"command": "maelstream pretrain tiny.yaml"}]))
-    shown: list[tuple[str, int | None, str]] = [(f"step-{step:08d}", step, "own") for step in (4, 8, 12)]
-    for number, (name, step_of_weights, images) in enumerate([*shown, ("mae-x", None, "x")]):
-        results = {"0.75": pictures(2, 0.3 + number / 10), "0.85": pictures(2, 0.35 + number / 10)}
+    own: list[tuple[str, int | None, str]] = [(f"step-{step:08d}", step, "own") for step in (4, 8, 12)]
+    for number, (name, step_of_weights, images) in enumerate([*own, ("mae-x", None, "x")]):
+        results = {"0.75": reconstruction(2, 0.3 + number / 10), "0.85": reconstruction(2, 0.35 + number / 10)}
         info = ReconstructionInfo.describe(results, name, step_of_weights, images, ("a", "b"), "normalised_pixel")
         write_reconstructions(folder.reconstructions / name, results, info)
     for step, content in ((4, b"123"), (8, b"1234")):
-        at = folder.checkpoints.at(step)
-        at.mkdir(parents=True)
-        (at / WEIGHTS).write_bytes(b"1234")
-        digest = digest_of(at / WEIGHTS)
+        checkpoint = folder.checkpoints.at(step)
+        checkpoint.mkdir(parents=True)
+        (checkpoint / WEIGHTS).write_bytes(b"1234")
+        digest = digest_of(checkpoint / WEIGHTS)
         manifest = {"format": 1, "step": step, "files": {WEIGHTS: {"bytes": digest.bytes, "sha256": digest.sha256}}}
-        (at / MANIFEST).write_text(json.dumps(manifest))
-        (at / WEIGHTS).write_bytes(content)
+        (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+        (checkpoint / WEIGHTS).write_bytes(content)
     folder.quarantine(BadSample(7, "a.tar", "000000007", "not a JPEG"))
     record(
         Evaluation(

@@ -31,7 +31,7 @@ SMALL = MAEConfig((32, 32), 4, dim=24, depth=1, heads=2, decoder_dim=16, decoder
 def input_images(count: int = 3) -> InputImages:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return InputImages("made up", tuple(f"{n}" for n in range(count)), images, torch.arange(count))
+    return InputImages("random", tuple(f"{n}" for n in range(count)), images, torch.arange(count))
 
 
 def test_a_larger_ratio_hides_more_patches_and_reveals_none() -> None:
@@ -89,7 +89,7 @@ def test_a_contact_sheet_has_one_row_per_image_and_one_column_per_version() -> N
 
 def test_reconstructions_replace_older_ones_and_are_ignored_until_complete(tmp_path: Path) -> None:
     results = reconstruct(MAE(SMALL), input_images(), [0.75, 0.85])
-    info = ReconstructionInfo.describe(results, "step-00000004", 4, "made up", ("0", "1", "2"), "normalised_pixel")
+    info = ReconstructionInfo.describe(results, "step-00000004", 4, "random", ("0", "1", "2"), "normalised_pixel")
     write_reconstructions(tmp_path, results, info)
     assert read_info(tmp_path) == info
     write_reconstructions(tmp_path, {"0.75": results["0.75"]}, info)

@@ -20,7 +20,7 @@ from maelstream.jobs.reporting.reconstruction_files import ReconstructionInfo, w
 from maelstream.jobs.reporting.report_images import image_series
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.shards.dataset import Dataset
-from tests.helpers.reported import make_run, pictures
+from tests.helpers.reported import make_run, reconstruction
 
 
 class Page(HTMLParser):
@@ -217,7 +217,7 @@ def test_a_long_series_keeps_24_evenly_spaced_entries(tiny: str, tmp_path: Path)
 
 def test_large_images_are_compressed_and_smoothed(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    results = {"0.75": pictures(2, 0.4, side=128)}
+    results = {"0.75": reconstruction(2, 0.4, side=128)}
     info = ReconstructionInfo.describe(results, "step-00000004", 4, "own", ("a", "b"), "pixel")
     write_reconstructions(folder.reconstructions / "step-00000004", results, info)
     (series,) = image_series(folder, 0.25)

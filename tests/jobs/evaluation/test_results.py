@@ -1,4 +1,4 @@
-"""Results of evaluations: written whole, read back, and shown beside their runs."""
+"""Results of evaluations: they are written, read back, and shown with their runs."""
 
 import json
 from dataclasses import asdict, replace
@@ -19,7 +19,7 @@ def evaluation(folder: Path, **values: object) -> Evaluation:
     return Evaluation(**known | values, folder=str(folder))
 
 
-def test_what_is_recorded_is_read_back_from_the_run_and_from_its_own_folder(tmp_path: Path) -> None:
+def test_a_recorded_evaluation_is_read_back_from_the_run_and_from_its_own_folder(tmp_path: Path) -> None:
     (run_folder := tmp_path / "run").mkdir()
     first = evaluation(tmp_path / "probe")
     second = evaluation(tmp_path / "tuned", job="finetune", top1=83.6, step=None, epochs=None)
@@ -30,13 +30,13 @@ def test_what_is_recorded_is_read_back_from_the_run_and_from_its_own_folder(tmp_
     assert json.loads((tmp_path / "tuned" / RESULT).read_text()) == asdict(second)
 
 
-def test_weights_of_no_run_leave_a_result_alone(tmp_path: Path) -> None:
+def test_without_a_run_only_the_result_is_written(tmp_path: Path) -> None:
     record(evaluation(tmp_path / "probe"), None)
     assert [path.name for path in (tmp_path / "probe").iterdir()] == [RESULT]
     assert read_evaluations(tmp_path) == []
 
 
-def test_a_cut_last_line_is_left_out_and_spoils_no_later_one(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_ignored_and_later_lines_are_intact(tmp_path: Path) -> None:
     first, second = evaluation(tmp_path / "a"), evaluation(tmp_path / "b")
     record(first, tmp_path)
     with (tmp_path / LINES).open("a") as file:
@@ -46,7 +46,7 @@ def test_a_cut_last_line_is_left_out_and_spoils_no_later_one(tmp_path: Path) -> 
     assert read_evaluations(tmp_path) == [first, second]
 
 
-def test_an_evaluation_that_is_made_again_in_its_folder_counts_once(tmp_path: Path) -> None:
+def test_a_repeated_evaluation_in_the_same_folder_counts_once(tmp_path: Path) -> None:
     first = evaluation(tmp_path / "a")
     again = replace(first, top1=70.0, finished=2.5)
     for each in (first, evaluation(tmp_path / "b"), again):
@@ -55,7 +55,7 @@ def test_an_evaluation_that_is_made_again_in_its_folder_counts_once(tmp_path: Pa
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "nonsense"])
-def test_a_line_that_is_no_evaluation_is_named(tmp_path: Path, text: str) -> None:
+def test_the_error_for_a_damaged_line_names_it(tmp_path: Path, text: str) -> None:
     record(evaluation(tmp_path / "a"), tmp_path)
     with (tmp_path / LINES).open("a") as file:
         file.write(f"{text}\n")
@@ -63,13 +63,13 @@ def test_a_line_that_is_no_evaluation_is_named(tmp_path: Path, text: str) -> Non
         read_evaluations(tmp_path)
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MaelstreamError, match=r"file.* cannot be written \(Not a directory\)"):
         record(evaluation(tmp_path / "file" / "probe"), None)
 
 
-def test_runs_shows_the_best_of_each_job(
+def test_the_runs_command_shows_the_best_top1_per_job(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = [

@@ -56,8 +56,8 @@ def test_training_is_bit_identical_with_and_without_reconstructions(
     assert not plain.reconstructions.exists()
     for name in ("loss", "grad_norm"):
         assert [line[name] for line in trained.read_metrics()] == [line[name] for line in plain.read_metrics()]
-    ours, theirs = trained.checkpoints.weights(12), plain.checkpoints.weights(12)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    found, expected = trained.checkpoints.weights(12), plain.checkpoints.weights(12)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def test_a_start_records_its_machine_and_versions(trained: RunFolder) -> None:

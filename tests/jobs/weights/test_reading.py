@@ -25,7 +25,7 @@ from maelstream.jobs.weights.reading import (
     read_weights,
 )
 from maelstream.model.config import ClassifierConfig, MAEConfig
-from maelstream.model.formats import encoder_of, to_hf
+from maelstream.model.formats import without_decoder, to_hf
 from maelstream.model.mae import MAE
 from maelstream.model.position import interpolate_table
 
@@ -156,7 +156,7 @@ def test_a_tensor_that_is_not_finite_is_named_in_the_error(
 
 
 def test_an_encoder_alone_can_only_be_fine_tuned(tmp_path: Path, weights: dict[str, Tensor]) -> None:
-    torch.save({"model": encoder_of(weights)}, tmp_path / "mae_pretrain_tiny.pth")
+    torch.save({"model": without_decoder(weights)}, tmp_path / "mae_pretrain_tiny.pth")
     stored = read_weights(tmp_path / "mae_pretrain_tiny.pth")
     with pytest.raises(WeightsError, match=r"holds an encoder alone .* reconstruction needs a decoder"):
         mae_weights(stored, TINY)

@@ -57,9 +57,9 @@ def test_an_encoder_with_dall_e_s_names_is_read_and_copied_as_safetensors(tmp_pa
     target = kept.target(TOKEN)
     assert isinstance(target, TokenTarget) and target.decoder is None
     read, original = file.target(TOKEN), TokenTarget(encoder(), None, (4, 4), 8, TINY.mean, TINY.std)
-    expected = original.of(images, images, numbers)
-    assert torch.equal(target.of(images, images, numbers), expected)
-    assert torch.equal(read.of(images, images, numbers), expected)
+    expected = original.expected(images, images, numbers)
+    assert torch.equal(target.expected(images, images, numbers), expected)
+    assert torch.equal(read.expected(images, images, numbers), expected)
 
 
 def test_a_fitted_tokenizer_includes_its_decoder(tmp_path: Path) -> None:
