@@ -20,7 +20,7 @@ from maelstream.jobs.recipe import (
     Job,
     RecipeError,
     dump_recipe,
-    laid_over,
+    merged_values,
     read_values,
     resolve_as,
 )
@@ -109,7 +109,9 @@ def recipe_of(
     if (other := values.get("job", job)) != job and (job, other) != ("partial", "finetune"):
         raise RecipeError(f"{file} is a recipe of {other}; {job} takes recipes/{job}.yaml or what has it as its base")
     classes = {"model": {"classes": max(1, len(train.classes))}}
-    return resolve_as(ClassificationRecipe, laid_over(laid_over(laid_over(encoder, classes), values), told), str(file))
+    return resolve_as(
+        ClassificationRecipe, merged_values(merged_values(merged_values(encoder, classes), values), told), str(file)
+    )
 
 
 def check_datasets(train: Dataset, val: Dataset) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from maelstream.jobs.recipe import RECIPES, Recipe, RecipeError, laid_over, resolve
+from maelstream.jobs.recipe import RECIPES, Recipe, RecipeError, merged_values, nested_values, resolve
 
 GRIDS = RECIPES / "grids"
 
@@ -122,7 +122,7 @@ def cells_of(recipe: Recipe, grids: Sequence[Grid], seeds: Sequence[int]) -> lis
             setting |= row.set
         if "seed" in setting:
             raise RecipeError("a grid does not set seed; write --seeds 0,1,2")
-        nested = laid_over(asdict(recipe), _nested(setting | {"seed": seed}))
+        nested = merged_values(asdict(recipe), nested_values(setting | {"seed": seed}))
         paper = _paper(rows[0]) if len(rows) == 1 else {}
         cells.append(Cell(name, setting, seed, resolve(nested, f"cell {name}"), paper))
     for place, cell in enumerate(cells):
@@ -153,17 +153,6 @@ def _checked(grid: Grid, where: str) -> Grid:
 
 def _shown(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _nested(setting: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, value in setting.items():
-        *path, name = key.split(".")
-        room = nested
-        for part in path:
-            room = room.setdefault(part, {})
-        room[name] = value
-    return nested
 
 
 def _paper(row: Row) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What a recipe trains on, opened, and its loader: a packed dataset, a mix of several, or a stream."""
+"""Opens the data of a recipe (a packed dataset, a mix of datasets, or a stream) and builds its loader."""
 
 import math
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from maelstream.shards.errors import MaelstreamError
 
 
 def open_data(config: DataConfig, seed: int) -> tuple[Dataset | Mix | Stream, SampleOrder | MixOrder]:
-    """The data and the order of its samples; of a stream, the order of its shards.
+    """Opens the data and the order of its samples; for a stream, the order of its shards.
 
     Raises:
-        MaelstreamError: nothing there, no sound weights, a stream whose length is not told.
+        MaelstreamError: there is no dataset, the weights of a mix are invalid, or a stream's length is missing.
     """
     if config.stream.urls:
-        stream = config.stream.opened()
+        stream = Stream(config.stream.urls, config.stream.samples, config.stream.shuffle_buffer)
         if config.shuffle == "block":
-            raise MaelstreamError("a stream cannot be shuffled by blocks; its shards are shuffled, and a buffer is")
+            raise MaelstreamError("a stream cannot be shuffled by blocks; it shuffles its shards and a buffer of samples")
         return stream, SampleOrder(len(stream.shards), seed, config.shuffle)
     if config.mix:
         mix = Mix.open(config.mix)
@@ -34,7 +34,7 @@ def open_data(config: DataConfig, seed: int) -> tuple[Dataset | Mix | Stream, Sa
 
 
 def batch_split_of(recipe: AnyRecipe, world_size: int) -> BatchSplit:
-    """The global batch in the fewest slices of at most `engine.micro_batch_size`, equally many a rank."""
+    """Splits the global batch into the fewest micro-batches of at most `engine.micro_batch_size`, equally per rank."""
     share = math.ceil(recipe.optim.batch_size / world_size)
     return BatchSplit(recipe.optim.batch_size, world_size, math.ceil(share / recipe.engine.micro_batch_size))
 
@@ -48,7 +48,7 @@ def loader_of(
     threads: int,
     on_bad: Callable[[BadSample], None] = lambda _: None,
 ) -> ImageLoader:
-    """The loader with the draws and settings of a recipe."""
+    """Builds the loader with the augmentation and settings of a recipe."""
     size = recipe.model.image_size
     return ImageLoader(
         dataset,
