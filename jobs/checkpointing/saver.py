@@ -1,8 +1,8 @@
-"""Saving while training goes on: the step pays for a copy in memory, threads write it.
+"""Saves checkpoints while training continues: a step pays only for a copy in memory, and threads write it to disk.
 
-Each rank copies its partition to the host and writes its own part; when all parts are on the disk, rank 0 merges the
-weights, writes the manifest and gives the folder its name. Ranks learn how far the others are from two numbers that
-they add up once a step anyway, so the threads themselves never talk to each other.
+Each rank copies its partition to the host and writes its own part. When all parts are on the disk, rank 0 merges the
+weights, writes the manifest and renames the folder to its final name. Ranks learn how far the others are from two of
+the numbers that they sum once per step anyway, so the threads themselves never communicate.
 """
 
 import json
@@ -16,10 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from maelstream.jobs.checkpointing.digest import Digest, digest_of
 from maelstream.jobs.checkpointing.partition import Partition, Piece
 from maelstream.jobs.checkpointing.store import FILES, STATE, CheckpointStore, State
-from maelstream.jobs.checkpointing.tensor_writer import Digest, digest_of, fragment, fragments_of, write_tensors
-from maelstream.jobs.distributed.ranks import AgreedError, ControlGroup
+from maelstream.jobs.checkpointing.tensor_writer import fragment, fragments_of, write_tensors
+from maelstream.jobs.distributed.errors import AgreedError
+from maelstream.jobs.distributed.ranks import ControlGroup
 from maelstream.shards.durable import sync, written_whole
 from maelstream.shards.errors import MaelstreamError
 
@@ -30,17 +32,18 @@ class SaveError(AgreedError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of this rank's state in the host's memory."""
+    """A copy of this rank's state in host memory."""
 
     pieces: list[Piece]
     flats: dict[str, list[Tensor]]
-    """Weights and moments of each kind, by partition."""
+    """Flat weights and moments per kind, one tensor per partition."""
     moments: tuple[str, ...]
-    """Kinds of the latter."""
-    fixed: dict[str, Tensor]
-    """Float32, on the CPU, whole: what is of the model but not of the optimizer."""
+    """The kinds that are moments."""
+    frozen: dict[str, Tensor]
+    """Whole float32 tensors of the model that the optimizer does not hold, on the CPU."""
 
     def part(self, kind: str, piece: Piece) -> Tensor:
+        """The elements of `piece`, flat."""
         return self.flats[kind][piece.flat][piece.offset : piece.offset + piece.size]
 
 
@@ -55,40 +58,55 @@ class Saver:
         keep: int,
         keep_every_steps: int,
         heartbeat: Callable[[], None],
-        published: Callable[[int], None],
+        on_complete: Callable[[int], None],
     ):
-        """`shapes` are those of what is merged, by name; `keep` and `keep_every_steps` as in `CheckpointStore.prune`;
-        `heartbeat` is called now and then while this rank waits for its own thread; `published`, by rank 0's thread, with
-        the step of a checkpoint that stands."""
+        """`shapes` are the shapes of the merged tensors by name; `keep` and `keep_every_steps` go to
+        `CheckpointStore.prune`. `heartbeat` is called while this rank waits for its own thread. Rank 0's thread calls
+        `on_complete` with the step of each complete checkpoint.
+        """
         self._store, self._control_group, self._shapes = store, control_group, shapes
         self._keep, self._keep_every_steps, self._heartbeat = keep, keep_every_steps, heartbeat
-        self._published = published
+        self._on_complete = on_complete
         self._phase: Literal["idle", "parts", "publish"] = "idle"
         self._thread: threading.Thread | None = None
         self._failure = ""
         self._buffers: dict[str, list[Tensor]] = {}
         self._step = 0
         self._state: State
-        self._taken: Snapshot
+        self._snapshot_in_progress: Snapshot
 
     @property
-    def flags(self) -> list[float]:
-        """What the ranks add up: is this one still writing, and did it fail?"""
-        return [float(self._thread is not None and self._thread.is_alive()), float(bool(self._failure))]
+    def is_writing(self) -> bool:
+        """Whether this rank's thread still writes."""
+        return self._thread is not None and self._thread.is_alive()
 
-    def save(self, partition: Partition, step: int, state: State, fixed: dict[str, Tensor] | None = None) -> None:
-        """Takes the snapshot of `step` and starts writing; waits for an earlier save that is still being written.
+    @property
+    def has_failed(self) -> bool:
+        """Whether this rank could not write its part."""
+        return bool(self._failure)
 
-        `fixed` are those tensors of the model, whole and the same on all ranks, which `partition` has no part of.
+    @property
+    def newest(self) -> str:
+        """Path of the newest complete checkpoint, or "none yet"."""
+        steps = self._store.steps()
+        return str(self._store.at(steps[-1])) if steps else "none yet"
+
+    def save(self, partition: Partition, step: int, state: State, frozen: dict[str, Tensor] | None = None) -> None:
+        """Copies the state of `step` and starts to write it; first waits until an earlier save is written.
+
+        `frozen` are the tensors of the model that `partition` does not hold, whole and the same on all ranks.
         """
         self.finish()
-        snapshot = self._snapshot(partition, fixed or {})
+        snapshot = self._snapshot(partition, frozen or {})
         self._step, self._state, self._phase = step, state, "parts"
-        self._taken = snapshot
+        self._snapshot_in_progress = snapshot
         self._start(lambda: self._write_part(snapshot))
 
     def advance(self, writing: float, failed: float) -> str:
-        """Goes on when no rank is writing any more, given the sums of all `flags`; what went wrong, or ""."""
+        """Starts the next phase when no rank writes any more; returns an error message, or "".
+
+        `writing` and `failed` are the numbers of ranks that write and that have failed.
+        """
         if self._phase == "idle" or writing:
             return ""
         if failed:
@@ -100,19 +118,20 @@ class Saver:
         if self._phase == "parts":
             self._phase = "publish"
             if self._control_group.ranks.rank == 0:
-                snapshot = self._taken
+                snapshot = self._snapshot_in_progress
                 self._start(lambda: self._publish(snapshot))
         else:
             self._phase = "idle"
         return ""
 
     def finish(self) -> None:
-        """Waits until the last save is on the disk; SaveError when it failed."""
+        """Waits until the last save is on the disk; raises SaveError if it failed."""
         while self._phase != "idle":
             while self._thread is not None and self._thread.is_alive():
                 self._thread.join(timeout=1)
                 self._heartbeat()
-            if failure := self.advance(*self._control_group.sums(self.flags)):
+            writing, failed = self._control_group.sums([float(self.is_writing), float(self.has_failed)])
+            if failure := self.advance(writing, failed):
                 raise SaveError(f"{failure}; the older checkpoints are whole")
 
     @property
@@ -129,8 +148,8 @@ class Saver:
         self._thread = threading.Thread(target=run, name="save")
         self._thread.start()
 
-    def _snapshot(self, partition: Partition, fixed: dict[str, Tensor]) -> Snapshot:
-        """Copies into memory that is used again: on a GPU pinned, so that all copies run side by side."""
+    def _snapshot(self, partition: Partition, frozen: dict[str, Tensor]) -> Snapshot:
+        """Copies into buffers that every save reuses; on a GPU they are pinned, so that copies run in parallel."""
         flats = {kind: [partition.moment(n, kind) for n in range(len(partition.flats))] for kind in partition.moments}
         flats |= partition.weights
         if not self._buffers:
@@ -142,13 +161,13 @@ class Saver:
                 buffer.copy_(flat, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return Snapshot(partition.pieces, self._buffers, partition.moments, fixed)
+        return Snapshot(partition.pieces, self._buffers, partition.moments, frozen)
 
     def _name(self, kind: str, rank: int) -> str:
         return f"{kind}-{rank:05d}-of-{self._control_group.ranks.world_size:05d}.safetensors"
 
     def _write_part(self, snapshot: Snapshot) -> None:
-        """This rank's moments, its part of the weights, and what the manifest will say of the former."""
+        """Writes this rank's moments, its part of the weights, and the manifest entry of the moments."""
         rank, folder = self._control_group.ranks.rank, self._writing
         folder.mkdir(parents=True, exist_ok=True)
         digests = {}
@@ -162,7 +181,7 @@ class Saver:
             json.dump(asdict(digests["moments"]), note)
 
     def _publish(self, snapshot: Snapshot) -> None:
-        """Rank 0: parts of all ranks become one checkpoint."""
+        """Merges the parts of all ranks into one checkpoint, on rank 0."""
         folder = self._writing
         ranks = range(self._control_group.ranks.world_size)
         notes = [folder / f"{rank:05d}.json" for rank in ranks]
@@ -175,8 +194,8 @@ class Saver:
 
             def merged(kind: str) -> Iterator[Tensor]:
                 for name, shape in self._shapes.items():
-                    if name in snapshot.fixed:
-                        yield snapshot.fixed[name]
+                    if name in snapshot.frozen:
+                        yield snapshot.frozen[name]
                     else:
                         yield weights.read(kind, name, 0, torch.Size(shape).numel())
 
@@ -191,4 +210,4 @@ class Saver:
         sync(folder)
         self._store.publish(folder, self._step, digests)
         self._store.prune(self._keep, self._keep_every_steps)
-        self._published(self._step)
+        self._on_complete(self._step)

@@ -1,41 +1,31 @@
-"""safetensors files of float32, written tensor by tensor and hashed on the way.
+"""Writes float32 safetensors files tensor by tensor and hashes them on the way.
 
-The library's own `save_file` wants every tensor at once and holds the interpreter while it writes; this one takes them
-one after another, and a thread can run it while training goes on. The library reads what it writes.
+The library's `save_file` needs all tensors at once and holds the interpreter lock while it writes. This writer takes
+one tensor after another, so a thread can run it while training continues. The library reads the result.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from maelstream.jobs.checkpointing.digest import CHUNK, Digest
 from maelstream.shards.durable import sync
-
-_CHUNK = 1 << 24  # bytes hashed and written at once; both let other threads run meanwhile
-
-
-@dataclass(frozen=True)
-class Digest:
-    """What a file must be."""
-
-    bytes: int
-    sha256: str
 
 
 def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[Tensor]) -> Digest:
     """Writes the float32 `tensors`, on the CPU and in the order of `shapes`, and syncs the file to the disk."""
     header: dict[str, object] = {}
-    place = 0
+    offset = 0
     for name, shape in shapes.items():
-        end = place + 4 * torch.Size(shape).numel()
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [place, end]}
-        place = end
+        end = offset + 4 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest, size = hashlib.sha256(), 0
@@ -45,23 +35,13 @@ def write_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], tensors: It
             size += file.write(part)
         for tensor in tensors:
             data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-            for start in range(0, len(data), _CHUNK):
-                chunk = data[start : start + _CHUNK]
+            for start in range(0, len(data), CHUNK):
+                chunk = data[start : start + CHUNK]
                 digest.update(chunk)
                 size += file.write(chunk)
-    if size != 8 + len(text) + place:
-        raise ValueError(f"{path}: tensors of {size - 8 - len(text)} bytes for shapes of {place}")
+    if size != 8 + len(text) + offset:
+        raise ValueError(f"{path}: the tensors have {size - 8 - len(text)} bytes, their shapes {offset}")
     sync(path)
-    return Digest(size, digest.hexdigest())
-
-
-def digest_of(path: Path) -> Digest:
-    """Of a file that stands already."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
     return Digest(size, digest.hexdigest())
 
 
@@ -71,22 +51,22 @@ def fragment(kind: str, name: str, start: int) -> str:
 
 
 class Fragments:
-    """What several files hold together of flattened parameters, by kind, name and place; they are mapped, not read."""
+    """The elements of flattened parameters that several memory-mapped files hold, by kind, name and position."""
 
     def __init__(self, files: Iterable[object]):
-        """`files` are open; see `fragments_of`."""
-        self._places: dict[tuple[str, str], list[tuple[int, int, object, str]]] = {}
+        """`files` are open safetensors files; see `fragments_of`."""
+        self._fragments: dict[tuple[str, str], list[tuple[int, int, object, str]]] = {}
         for file in files:
             for key in file.keys():  # type: ignore[attr-defined]  # noqa: SIM118
                 kind, _, rest = key.partition("/")
                 name, _, start = rest.rpartition("@")
                 (size,) = file.get_slice(key).get_shape()  # type: ignore[attr-defined]
-                self._places.setdefault((kind, name), []).append((int(start), size, file, key))
+                self._fragments.setdefault((kind, name), []).append((int(start), size, file, key))
 
     def read(self, kind: str, name: str, start: int, size: int) -> Tensor:
-        """Elements `start` to `start + size`; KeyError where a part of them is in no file."""
+        """Reads elements `start` to `start + size`; KeyError if the files lack a part of them."""
         values, filled = torch.empty(size), 0
-        for first, length, file, key in self._places.get((kind, name), []):
+        for first, length, file, key in self._fragments.get((kind, name), []):
             low, high = max(start, first), min(start + size, first + length)
             if low < high:
                 found = file.get_slice(key)[low - first : high - first]  # type: ignore[attr-defined]
@@ -99,6 +79,6 @@ class Fragments:
 
 @contextmanager
 def fragments_of(paths: Iterable[Path]) -> Iterator[Fragments]:
-    """The fragments in these files."""
+    """Opens these files and yields their fragments."""
     with ExitStack() as stack:
         yield Fragments([stack.enter_context(safe_open(path, "pt")) for path in paths])

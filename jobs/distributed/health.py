@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from maelstream.jobs.distributed.ranks import AgreedError
+from maelstream.jobs.distributed.errors import AgreedError
 
 SILENT = 70  # exit code of ranks that wait for one that does not come
 _REMEMBERED = 50

@@ -16,6 +16,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 
+from maelstream.jobs.distributed.errors import AgreedError, LostError, MeetingError, RanksError
 from maelstream.shards.errors import MaelstreamError
 
 _SLURM = {
@@ -24,26 +25,6 @@ _SLURM = {
     "LOCAL_RANK": "SLURM_LOCALID",
     "LOCAL_WORLD_SIZE": "SLURM_STEP_TASKS_PER_NODE",
 }
-
-
-class RanksError(MaelstreamError):
-    """Ranks that cannot be started or joined as asked."""
-
-
-class MeetingError(RanksError):
-    """Ranks that did not find each other; they may, when started again."""
-
-    exit_code = 75
-
-
-class LostError(MaelstreamError):
-    """Another rank is gone."""
-
-    exit_code = 69
-
-
-class AgreedError(MaelstreamError):
-    """Found by all ranks together, so that rank 0 speaks for them."""
 
 
 @dataclass(frozen=True)

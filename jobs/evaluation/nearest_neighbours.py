@@ -17,7 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from maelstream.jobs.distributed.ranks import AgreedError, ControlGroup, process_group, ranks_from_environment
+from maelstream.jobs.distributed.errors import AgreedError
+from maelstream.jobs.distributed.ranks import ControlGroup, process_group, ranks_from_environment
 from maelstream.jobs.evaluation.classify import check_datasets
 from maelstream.jobs.evaluation.options import EvaluationOptions
 from maelstream.jobs.evaluation.results import Scores, record_scores
@@ -157,7 +158,7 @@ def features(
 ) -> Iterator[tuple[Float32[Tensor, "n d"], Int64[Tensor, "n"]]]:
     """Features of length 1 of this rank's share, and their samples; images that cannot be decoded go to `bad`."""
     for portion in every_image(dataset, reading, control_group.ranks.rank, control_group.ranks.world_size, bad.append):
-        counts = torch.from_numpy(portion.counts)
+        counts = torch.from_numpy(portion.counted)
         found = F.normalize(encode(portion.images).float(), dim=1)[counts]  # (N, D)
         yield found, torch.from_numpy(portion.samples)[counts]
 

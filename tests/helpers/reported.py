@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from maelstream.jobs.checkpointing.digest import digest_of
 from maelstream.jobs.checkpointing.store import MANIFEST, WEIGHTS
-from maelstream.jobs.checkpointing.tensor_writer import digest_of
 from maelstream.jobs.distributed.ranks import Ranks
 from maelstream.jobs.evaluation.results import Evaluation, record
 from maelstream.jobs.recipe import load_recipe

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from maelstream.jobs.checkpointing.tensor_writer import digest_of, fragment, fragments_of, write_tensors
+from maelstream.jobs.checkpointing.digest import digest_of
+from maelstream.jobs.checkpointing.tensor_writer import fragment, fragments_of, write_tensors
 
 
 def test_the_library_reads_what_is_written(tmp_path: Path) -> None:

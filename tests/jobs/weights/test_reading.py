@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from maelstream.jobs.checkpointing.digest import digest_of
 from maelstream.jobs.checkpointing.store import WEIGHTS
-from maelstream.jobs.checkpointing.tensor_writer import digest_of
 from maelstream.jobs.recipe import Recipe, dump_recipe
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.weights.reading import (
@@ -25,7 +25,7 @@ from maelstream.jobs.weights.reading import (
     read_weights,
 )
 from maelstream.model.config import ClassifierConfig, MAEConfig
-from maelstream.model.formats import without_decoder, to_hf
+from maelstream.model.formats import to_hf, without_decoder
 from maelstream.model.mae import MAE
 from maelstream.model.position import interpolate_table
 
