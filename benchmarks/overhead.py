@@ -23,18 +23,18 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from maelstream.jobs.distributed.ranks import ControlGroup, process_group, ranks_from_environment
-from maelstream.jobs.distributed.stop import SIGNALS
 from maelstream.jobs.hardware import process_device
-from maelstream.jobs.pretrain import reconstruction_loss
 from maelstream.jobs.profiling.end_to_end import measure_end_to_end, write_trace
 from maelstream.jobs.profiling.step_stages import DeviceBatch
 from maelstream.jobs.recipe import load_recipe
 from maelstream.jobs.training.data import batch_split_of
 from maelstream.jobs.training.engine import build_engine, build_model
 from maelstream.jobs.training.log import Clock
-from maelstream.jobs.training.trainer import train_step
+from maelstream.jobs.training.pretraining import reconstruction_loss
+from maelstream.jobs.training.step import train_step
 from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.loader import Batch
 
@@ -71,12 +71,15 @@ def held(recipe: Any, device: torch.device) -> Held:
 
 
 def plain_s(engine: Any, source: Held, control_group: ControlGroup, steps: int) -> float:
-    """CPU seconds of a step, taken as `maelstream.jobs.training.trainer` takes it."""
+    """CPU seconds of a step, taken as jobs/training/trainer.py takes it."""
     clock, batches, micro_batches = Clock(), repeat(source.batch), source.batch_split.micro_batches
-    flags = lambda: [0.0] * len(SIGNALS)  # noqa: E731
+
+    def loss(images: Tensor, batch: Batch, micro_batch: int) -> Tensor:
+        return reconstruction_loss(engine, images, batch)
+
     began = time.process_time()
     for _ in range(steps):
-        train_step(engine, reconstruction_loss, batches, micro_batches, clock, lambda: None, control_group, flags)
+        train_step(engine, loss, batches, micro_batches, clock, lambda: None, control_group)
     return (time.process_time() - began) / steps
 
 

@@ -10,7 +10,7 @@ from maelstream.jobs.evaluation.classify import classify
 
 
 def main(args: list[str]) -> int:
-    """`maelstream partial`; 0 when the run reached its end or --stop-at-step."""
+    """Runs `maelstream partial`; 0 when the run reached its end or --stop-at-step."""
     return classify("partial", args)
 
 

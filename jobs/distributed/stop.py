@@ -48,14 +48,9 @@ class Stop:
         self._training = True
 
     @property
-    def flags(self) -> list[float]:
-        """For each of `SIGNALS`, 1 when this rank received it."""
-        return [float(self._received is number) for number in SIGNALS]
-
-    @staticmethod
-    def agreed(sums: list[float]) -> signal.Signals | None:
-        """The signal that some rank received, given the sums of all `flags`."""
-        return next((number for number, count in zip(SIGNALS, sums, strict=True) if count), None)
+    def received(self) -> signal.Signals | None:
+        """The first of `SIGNALS` that this rank received."""
+        return self._received
 
     def _listen(self) -> None:
         while numbers := os.read(self._reading, 1):

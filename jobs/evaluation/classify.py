@@ -1,7 +1,7 @@
-"""The command line of `finetune`, `linprobe`, `partial` and `scratch`, and how their recipe comes about.
+"""The command line of `finetune`, `linprobe`, `partial` and `scratch`, and how their recipe is put together.
 
-The encoder's sizes come from its weights, the number of classes from the data, the rest from the recipe: the paper's
-for ViT-B, L and H, or the job's own for every other size. What the recipe says of the sizes must fit the weights.
+The encoder's sizes come from its weights and the number of classes from the data. The rest comes from the recipe: the
+paper's for ViT-B, L and H, or the command's own for any other size. Sizes in the recipe must fit the weights.
 """
 
 import re
@@ -25,6 +25,7 @@ from maelstream.jobs.recipe import (
     resolve_as,
 )
 from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.training.run_options import RunOptions
 from maelstream.jobs.training.trainer import train
 from maelstream.jobs.weights.reading import WeightsError, encoder_values, read_weights
 from maelstream.model.sizes import paper_name
@@ -35,69 +36,61 @@ _FROM_WEIGHTS = ("image_size", "patch_size", "in_chans", "dim", "depth", "heads"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """What every one of these commands is told."""
+class ClassificationOptions(RunOptions):
+    """Options that the four commands share."""
 
     recipe: Annotated[ClassificationRecipe, tyro.conf.arg(name="")]
-    run: Path = Path("runs/classify")
-    """The run's folder; a run that lies there already goes on from its newest checkpoint."""
     recipe_file: Annotated[Path | None, tyro.conf.arg(name="recipe", aliases=["--recipe-file"])] = None
-    """A YAML file; the paper's for the size of the encoder, or the job's for every other, if not given."""
-    stop_at_step: int | None = None
-    """Save and stop after this step, instead of at the end of the schedule."""
-    allow: tuple[str, ...] = ()
-    """Keys of the experiment that may be others than those the run was started with: --allow optim.epochs."""
-    print_config: bool = False
-    """Print the resolved recipe and stop."""
+    """A YAML file; by default the paper's recipe for the encoder's size, or the command's own for any other size."""
 
 
 @dataclass(frozen=True)
-class Scratch(Training):
-    """Train a classifier without pre-training, or go on with the run that lies in --run."""
+class Scratch(ClassificationOptions):
+    """Train a classifier without pre-training, or resume the run in --run."""
 
     train: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TRAIN")]
     """A packed dataset with labels."""
     val: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VAL")]
-    """Another, of the same classes; measured on every image of it."""
+    """A packed dataset of the same classes; every image of it is scored."""
 
 
 @dataclass(frozen=True)
-class Classify(Training):
-    """Train a classifier, or go on with the run that lies in --run."""
+class Classify(ClassificationOptions):
+    """Train a classifier, or resume the run in --run."""
 
     weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS")]
-    """A run's folder, whose newest checkpoint is taken, or a file or folder of weights."""
+    """A run's folder, for its newest checkpoint, or a file or folder of weights."""
     train: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TRAIN")]
     """A packed dataset with labels."""
     val: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="VAL")]
-    """Another, of the same classes; measured on every image of it."""
+    """A packed dataset of the same classes; every image of it is scored."""
 
 
 def recipe_of(
     job: Job, weights: str, train: Dataset, val: Dataset, file: Path | None, folder: RunFolder
 ) -> ClassificationRecipe:
-    """The recipe before what the command line changes.
+    """The recipe before the options of the command line change it.
 
     Raises:
-        MaelstreamError: weights that cannot be read, a recipe of another job or that makes no sense.
+        MaelstreamError: the weights cannot be read, or the recipe is invalid or of another command.
     """
-    told: dict[str, Any] = {"data": {"train": train.folder, "val": val.folder}, "weights": weights, "job": job}
-    begun = folder.any_recipe() if folder.config.exists() and folder.checkpoints.steps() else None
-    if isinstance(begun, ClassificationRecipe) and begun.weights == weights:  # which may lie there no more
-        sizes = {name: getattr(begun.model, name) for name in _FROM_WEIGHTS}
-        told["weights_step"] = begun.weights_step
-        encoder: dict[str, Any] = {"model": sizes, "data": {"mean": begun.data.mean, "std": begun.data.std}}
+    fixed: dict[str, Any] = {"data": {"train": train.folder, "val": val.folder}, "weights": weights, "job": job}
+    started = folder.any_recipe() if folder.config.exists() and folder.checkpoints.steps() else None
+    if isinstance(started, ClassificationRecipe) and started.weights == weights:  # the weights may be gone by now
+        sizes = {name: getattr(started.model, name) for name in _FROM_WEIGHTS}
+        fixed["weights_step"] = started.weights_step
+        encoder: dict[str, Any] = {"model": sizes, "data": {"mean": started.data.mean, "std": started.data.std}}
     elif weights:
         stored = read_weights(Path(weights))
         heads = [tensor for name, tensor in stored.tensors.items() if re.match(r"head\..*weight$", name)]
         if heads:
             raise WeightsError(
                 f"{stored.file} holds a classifier of {len(heads[0])} classes, {train.folder} has "
-                f"{len(train.classes)}: training begins with an encoder; `maelstream evaluate` measures a classifier"
+                f"{len(train.classes)}: training starts from an encoder; `maelstream evaluate` scores classifiers"
             )
         encoder = encoder_values(stored)
         run = RunFolder(Path(weights))
-        told["weights_step"] = run.last_step() if run.config.exists() else None
+        fixed["weights_step"] = run.last_step() if run.config.exists() else None
     else:
         encoder = {}
     if file is None:
@@ -107,56 +100,58 @@ def recipe_of(
         file = RECIPES / (f"{name}_{encoder_name}.yaml" if encoder_name else f"{name}.yaml")
     values = read_values(file)
     if (other := values.get("job", job)) != job and (job, other) != ("partial", "finetune"):
-        raise RecipeError(f"{file} is a recipe of {other}; {job} takes recipes/{job}.yaml or what has it as its base")
+        raise RecipeError(f"{file} is a recipe of {other}; give {job} a recipe whose base is recipes/{job}.yaml")
     classes = {"model": {"classes": max(1, len(train.classes))}}
     return resolve_as(
-        ClassificationRecipe, merged_values(merged_values(merged_values(encoder, classes), values), told), str(file)
+        ClassificationRecipe, merged_values(merged_values(merged_values(encoder, classes), values), fixed), str(file)
     )
 
 
 def check_datasets(train: Dataset, val: Dataset) -> None:
-    """MaelstreamError for data on which no classifier can be trained or measured."""
+    """Raises a MaelstreamError for data on which no classifier can be trained or scored."""
     for dataset in (train, val):
         if not len(dataset):
-            raise MaelstreamError(f"{dataset.folder} holds no image; pack some")
+            raise MaelstreamError(f"{dataset.folder} holds no images; pack some")
         if not dataset.classes or dataset.label.min() < 0:
-            raise MaelstreamError(f"{dataset.folder} has no labels; pack class folders, or what brings labels along")
+            raise MaelstreamError(f"{dataset.folder} has no labels; pack class folders or another source with labels")
     if train.classes != val.classes:
         raise MaelstreamError(
-            f"{train.folder} has {len(train.classes)} classes and {val.folder} {len(val.classes)}, which are not the "
-            "same; pack both from folders of the same names"
+            f"{train.folder} has {len(train.classes)} classes, {val.folder} has {len(val.classes)}, and they differ; "
+            "pack both from folders of the same names"
         )
     if len(train.classes) > len(train):
         raise MaelstreamError(
-            f"{train.folder} has {len(train.classes)} classes and {len(train)} images; each class needs one at least"
+            f"{train.folder} has {len(train.classes)} classes and {len(train)} images; each class needs at least one"
         )
 
 
 def check_recipe(recipe: ClassificationRecipe, train: Dataset) -> None:
-    """RecipeError for values that do not go together, or not with the data."""
+    """Raises a RecipeError for values that contradict each other or the data."""
     tuning = recipe.tuning
     if recipe.model.classes != len(train.classes):
         raise RecipeError(f"model.classes {recipe.model.classes}: {train.folder} has {len(train.classes)} classes")
     if recipe.job == "partial" and tuning.blocks < 0:
-        raise RecipeError("partial needs --blocks: how many of the last blocks are trained; 0.5 is the MLP of the last")
+        raise RecipeError("partial needs --blocks: how many of the last blocks to train; 0.5 is the MLP of the last")
     if tuning.blocks > recipe.model.depth:
-        raise RecipeError(f"tuning.blocks {tuning.blocks:g}: the encoder has {recipe.model.depth}")
+        raise RecipeError(f"tuning.blocks {tuning.blocks:g}: the encoder has {recipe.model.depth} blocks")
     if tuning.probe != (recipe.job == "linprobe"):
-        raise RecipeError(f"tuning.probe {tuning.probe}: linprobe needs it, and {recipe.job} is another job")
+        raise RecipeError(f"tuning.probe {tuning.probe}: linprobe needs true, and {recipe.job} needs false")
     if tuning.probe and recipe.model.drop_path:
-        raise RecipeError(f"model.drop_path {recipe.model.drop_path}: a probe reads exact features; take 0")
+        raise RecipeError(f"model.drop_path {recipe.model.drop_path}: a linear probe needs exact features; set it to 0")
     if len(tuning.lrs) > 1 and recipe.optim.clip_grad:
-        raise RecipeError("optim.clip_grad measures the gradients of all tuning.lrs together; take one lr, or 0")
+        raise RecipeError("optim.clip_grad clips the gradients of all tuning.lrs together; give one lr, or set it to 0")
     if tuning.optimizer == "lars" and recipe.engine.offload_optimizer:
-        raise RecipeError("engine.offload_optimizer: LARS has little to offload; leave it out")
+        raise RecipeError("engine.offload_optimizer: LARS has little state to offload; remove this option")
 
 
 def classify(job: Job, args: list[str]) -> int:
-    """The exit code of a command; 0 when the run reached its end or --stop-at-step."""
+    """Runs the command `job`; returns 0 when the run reached its end or --stop-at-step."""
     args = ["--tuning.blocks" if arg == "--blocks" else arg for arg in args]
     schema: Any
     schema, names = (Scratch, ["TRAIN", "VAL"]) if job == "scratch" else (Classify, ["WEIGHTS", "TRAIN", "VAL"])
-    default: Any = schema(*[tyro.MISSING] * len(names), recipe=ClassificationRecipe())  # for --help
+    default: Any = schema(
+        *[tyro.MISSING] * len(names), recipe=ClassificationRecipe(), run=Path(f"runs/{job}-NAME")
+    )  # for --help
     given = args[: len(names)]
     if not {"-h", "--help"} & set(args):
         if len(given) < len(names) or any(arg.startswith("-") for arg in given):
@@ -180,10 +175,10 @@ def classify(job: Job, args: list[str]) -> int:
 
 
 def _option(args: list[str], name: str) -> str | None:
-    """The value of an option that is needed before the others can be read."""
-    for place, arg in enumerate(args):
-        if arg == name and place + 1 < len(args):
-            return args[place + 1]
+    """The value of an option that is needed before the others can be parsed."""
+    for number, arg in enumerate(args):
+        if arg == name and number + 1 < len(args):
+            return args[number + 1]
         if arg.startswith(f"{name}="):
             return arg.partition("=")[2]
     return None

@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from maelstream.jobs.distributed.ranks import ControlGroup
-from maelstream.jobs.distributed.stop import SIGNALS
 from maelstream.jobs.hardware import synchronise
-from maelstream.jobs.pretrain import reconstruction_loss
 from maelstream.jobs.profiling.data_stages import DataPath
 from maelstream.jobs.training.log import Clock
-from maelstream.jobs.training.trainer import train_step
+from maelstream.jobs.training.pretraining import reconstruction_loss
+from maelstream.jobs.training.step import train_step
 from maelstream.pipeline.loader import Batch
-from maelstream.pipeline.tracing import observed
+from maelstream.pipeline.tracing import traced_with
 from maelstream.shards.errors import MaelstreamError
 
 _WARM_UP = 2  # steps
@@ -66,9 +66,11 @@ def measure_end_to_end(
     if gpu:
         torch.cuda.reset_peak_memory_stats()
 
+    def loss(images: Tensor, batch: Batch, micro_batch: int) -> Tensor:
+        return reconstruction_loss(engine, images, batch)
+
     def step(batches: Iterator[Batch]) -> tuple[float, float]:
-        flags = lambda: [0.0] * len(SIGNALS)  # noqa: E731
-        train_step(engine, reconstruction_loss, batches, micro_batches, clock, lambda: None, control_group, flags)
+        train_step(engine, loss, batches, micro_batches, clock, lambda: None, control_group)
         synchronise(engine.device)
         return clock.take()
 
@@ -137,7 +139,7 @@ def write_trace(work: Callable[[], object], file: Path, rank: int) -> None:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
     try:
-        with profile(activities=activities, experimental_config=everywhere) as profiler, observed(record_function):
+        with profile(activities=activities, experimental_config=everywhere) as profiler, traced_with(record_function):
             work()
     except RuntimeError as error:
         if "profil" not in str(error).lower() and "cupti" not in str(error).lower():

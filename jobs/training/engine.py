@@ -1,7 +1,7 @@
-"""The DeepSpeed engine of a recipe, on whatever accelerator this process finds: ZeRO 1 to 3, bf16 or float32.
+"""The DeepSpeed engine of a recipe, on the accelerator of this process: ZeRO 1 to 3, bf16 or float32.
 
-DeepSpeed shards the optimizer and reduces gradients; the order of samples, the lr, the decision to skip a step and
-the checkpoints are ours, because its own lose steps or state (docs/training.md).
+DeepSpeed shards the optimizer and reduces gradients. The order of samples, the lr, the decision to skip a step and
+checkpoints are our own code, because DeepSpeed's lose steps or state (docs/training.md).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from maelstream.jobs.distributed import ranks  # noqa: F401  it chooses the accelerator, before DeepSpeed is imported
+from maelstream.jobs.distributed import ranks  # noqa: F401  chooses the accelerator before DeepSpeed is imported
 
 # isort: split
 import deepspeed
@@ -27,20 +27,20 @@ from maelstream.pipeline.batch_plan import BatchSplit
 
 
 class Float32Arithmetic(MAE):
-    """bf16 parameters, as DeepSpeed keeps them, but sums and products in float32.
+    """An MAE with bf16 parameters, as DeepSpeed keeps them, that computes in float32.
 
-    For CPUs without bf16 instructions, where torch multiplies bf16 matrices ten times slower than float32 ones.
+    For CPUs without bf16 instructions: there torch multiplies bf16 matrices ten times slower than float32 matrices.
     """
 
     def forward(self, images: Tensor, keys: Tensor) -> Tensor:
-        if self.cls_token.dtype == torch.float32:  # the call below, with its widened parameters
+        if self.cls_token.dtype == torch.float32:  # the call below, with float32 parameters
             return super().forward(images, keys)
         widened = {name: parameter.float() for name, parameter in self.named_parameters()}
         return functional_call(self, widened, (images, keys))
 
 
 class Float32Classifier(VisionTransformer):
-    """Likewise a ViT with a head."""
+    """A ViT classifier with bf16 parameters that computes in float32."""
 
     def forward(self, images: Tensor) -> Tensor:
         if self.cls_token.dtype == torch.float32:
@@ -50,28 +50,28 @@ class Float32Classifier(VisionTransformer):
 
 
 def build_model(recipe: Recipe, target: PCATarget | TokenTarget | None) -> MAE:
-    """A freshly initialised MAE; the same weights on every rank and device."""
+    """Builds an MAE with initial weights, the same on every rank and device."""
     model = (Float32Arithmetic if needs_widening(recipe) else MAE)(recipe.model, recipe.seed, target)
     model.activation_checkpointing = recipe.engine.activation_checkpointing
     return model
 
 
 def needs_widening(recipe: AnyRecipe) -> bool:
-    """Whether bf16 weights are to be multiplied in float32, because this CPU is so much slower otherwise."""
+    """Whether to compute in float32 with bf16 weights, because this CPU has no bf16 instructions."""
     cpu_lacks_bf16 = not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    # At stage 3 a module's parameters are there while its forward runs; they cannot be widened all at once before. And
-    # what is computed again in the backward pass meets them as they are.
-    whole = recipe.engine.zero < 3 and not recipe.engine.activation_checkpointing
-    return recipe.engine.precision == "bf16" and cpu_lacks_bf16 and whole
+    # At stage 3 a module has its parameters only while its forward pass runs, so they cannot all be widened before it.
+    # Activation checkpointing repeats the forward pass with the original parameters.
+    can_widen = recipe.engine.zero < 3 and not recipe.engine.activation_checkpointing
+    return recipe.engine.precision == "bf16" and cpu_lacks_bf16 and can_widen
 
 
 def adamw(recipe: AnyRecipe, groups: list[dict]) -> torch.optim.Optimizer:
-    """Over parameter groups, whose lr `set_lr` sets."""
+    """AdamW over parameter groups; `set_lr` sets their lr."""
     return torch.optim.AdamW(groups, lr=0.0, betas=recipe.optim.betas, fused=True)
 
 
 def build_engine(recipe: Recipe, batch_split: BatchSplit, model: MAE) -> Any:
-    """A DeepSpeed engine around `model`, whose weights it starts from; as pre-training has it."""
+    """Builds the DeepSpeed engine of pre-training around `model`, which keeps its weights."""
     return engine_around(
         recipe, batch_split, model, adamw(recipe, weight_decay_groups(model, recipe.optim.weight_decay))
     )
@@ -80,37 +80,40 @@ def build_engine(recipe: Recipe, batch_split: BatchSplit, model: MAE) -> Any:
 def engine_around(
     recipe: AnyRecipe, batch_split: BatchSplit, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Any:
-    """A DeepSpeed engine around any model and optimizer."""
-    zero: dict[str, Any] = {"stage": recipe.engine.zero, "overlap_comm": False}  # open race reports when it overlaps
+    """Builds a DeepSpeed engine around any model and optimizer."""
+    zero: dict[str, Any] = {"stage": recipe.engine.zero, "overlap_comm": False}  # overlapping has open race reports
     if recipe.engine.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config = {
-        "train_micro_batch_size_per_gpu": batch_split.largest,  # only its log reads it
+        "train_micro_batch_size_per_gpu": batch_split.largest,  # used only in its log
         "gradient_accumulation_steps": batch_split.micro_batches,
         "gradient_clipping": recipe.optim.clip_grad,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # LARS; a test compares it with the reference's
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU, and needs no compiler
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU and needs no compiler
         "bf16": {"enabled": recipe.engine.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",  # stages 2 and 3 reduce every micro-batch: in bf16 that rounds each sum
-        "steps_per_print": 2**62,  # we log
+        "steps_per_print": 2**62,  # maelstream logs
     }
     if recipe.engine.compile:
         model.compile()
-    with contextlib.redirect_stdout(io.StringIO()):  # its optimizer prints the memory in use eighteen times
+    with contextlib.redirect_stdout(io.StringIO()):  # its optimizer prints memory use 18 times
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
 
 def set_lr(engine: Any, lr: float) -> None:
-    """For the coming step. DeepSpeed's scheduler does not advance on a skipped step; ours is the step counter."""
+    """Sets the lr of the next step. DeepSpeed's scheduler is not used: it does not advance on a skipped step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def gradients_are_finite(engine: Any) -> bool:
-    """Whether this rank's share of the reduced gradients is; stages 1 and 2 look themselves, stage 3 in fp16 alone."""
+    """Whether this rank's share of the reduced gradients is finite.
+
+    DeepSpeed itself checks at stages 1 and 2, and at stage 3 only in fp16.
+    """
     if engine.zero_optimization_stage() < 3:
         return True
     zero = engine.optimizer
@@ -121,7 +124,7 @@ def gradients_are_finite(engine: Any) -> bool:
 
 @contextlib.contextmanager
 def without_update(engine: Any) -> Iterator[None]:
-    """`engine.step()` inside clears gradients and counts, as it must, but moves no weight and no moment."""
+    """Inside the block, `engine.step()` clears gradients and counts the step, but changes no weight and no moment."""
     optimizer = engine.optimizer.optimizer
     optimizer.step = lambda closure=None: None
     try:
@@ -131,7 +134,7 @@ def without_update(engine: Any) -> Iterator[None]:
 
 
 def clear_accumulated_gradients(engine: Any) -> None:
-    """After a skipped step: stages 1 and 2 with offload keep what they had summed, and would add to NaN from now on."""
+    """Call after a skipped step: with offload, stages 1 and 2 keep their sums and would add to NaN from then on."""
     if engine.zero_optimization_stage() < 3 and engine.zero_cpu_offload():
         sums = engine.optimizer.averaged_gradients
         sums.update(dict.fromkeys(sums))

@@ -1,10 +1,11 @@
-"""What a run tells while it goes: a line of `metrics.jsonl`, TensorBoard curves, and progress on the terminal."""
+"""What a run reports while it trains: `metrics.jsonl`, TensorBoard, `status.json` and progress on the terminal."""
 
 import json
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from signal import Signals
 from typing import Any, Protocol
 
 import torch
@@ -12,16 +13,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from maelstream.jobs.distributed.ranks import Ranks
 from maelstream.jobs.hardware import datasheet_flops_per_s
 from maelstream.jobs.recipe import AnyRecipe, Recipe
 from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.run_folder.status import Status, read_status
+from maelstream.jobs.training.schedule import Schedule
 from maelstream.jobs.training.trackers import Tracker
 from maelstream.model.flops import training_flops
 from maelstream.shards.errors import MaelstreamError
 
 
 class Clock:
-    """Seconds since the last `take`, and how many of them were spent waiting for data."""
+    """Measures the time between log steps and the part of it spent waiting for data."""
 
     def __init__(self) -> None:
         self._start, self._waited_s = time.perf_counter(), 0.0
@@ -34,13 +38,13 @@ class Clock:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """What happens in the block takes no time."""
+        """Excludes the time of the block."""
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
 
     def take(self) -> tuple[float, float]:
-        """(seconds, share of them spent waiting for data), and starts anew."""
+        """Seconds since the last call, and the share of them spent waiting for data."""
         now = time.perf_counter()
         seconds, share = now - self._start, self._waited_s / (now - self._start)
         self._start, self._waited_s = now, 0.0
@@ -53,7 +57,10 @@ class Log(Protocol):
 
 @contextmanager
 def run_log(name: str, folder: RunFolder, start: int, total: int, trackers: list[Tracker]) -> Iterator[Log]:
-    """A function that records the values of a step; for rank 0. `total` steps make the whole run of command `name`."""
+    """Yields the function that records the values of a step, for rank 0 of command `name`.
+
+    `start` is the step that the run resumes from, `total` its number of steps.
+    """
     console = Console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=console, disable=not console.is_terminal)
@@ -71,7 +78,7 @@ def run_log(name: str, folder: RunFolder, start: int, total: int, trackers: list
                 metrics.flush()
             except OSError as error:
                 raise MaelstreamError(
-                    f"{folder.metrics} cannot be written ({error.strerror}); make room, then start the run again"
+                    f"{folder.metrics} cannot be written ({error.strerror}); free some space, then start the run again"
                 ) from None
             for name, value in values.items():
                 if value is not None and name != "epoch":
@@ -80,7 +87,7 @@ def run_log(name: str, folder: RunFolder, start: int, total: int, trackers: list
                 tracker(step, values)
             text = described(values)
             bar.update(task, completed=step, description=text)
-            if not console.is_terminal:  # a log file gets a line a log step instead of a bar
+            if not console.is_terminal:  # a log file gets one line per log step instead of a bar
                 left_s = (time.monotonic() - began) / (step - start) * (total - step)
                 print(f"step {step}/{total}  {text}  ETA {left_s / 60:.1f} min", flush=True)
 
@@ -88,7 +95,7 @@ def run_log(name: str, folder: RunFolder, start: int, total: int, trackers: list
 
 
 def described(values: dict[str, Any]) -> str:
-    """A log step in a few words."""
+    """One line of text for the terminal."""
     loss = "not finite, skipped" if values["loss"] is None else f"{values['loss']:.4f}"
     mfu = f"  MFU {values['mfu']:.1%}" if values.get("mfu") is not None else ""
     top1 = f"  top-1 {values['top1']:.2f} %" if "top1" in values else ""
@@ -99,24 +106,95 @@ def described(values: dict[str, Any]) -> str:
 
 
 def peak_flops(recipe: AnyRecipe) -> float:
-    """Of one rank's accelerator, a second; 0 where it is not known, rather than guessed."""
+    """Peak FLOPs per second of one rank's accelerator; 0 where it is unknown."""
     if recipe.log.peak_tflops:
         return recipe.log.peak_tflops * 1e12
     if not torch.cuda.is_available():
         return 0.0
-    dtype = torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
-    return datasheet_flops_per_s(torch.cuda.get_device_name(), dtype) or 0.0
+    return datasheet_flops_per_s(torch.cuda.get_device_name(), recipe.engine.precision) or 0.0
 
 
 def mfu(recipe: AnyRecipe, images_per_s: float, ranks: int) -> float | None:
-    """Model FLOPs utilisation: what the model needs (model.flops, of pre-training) over what the accelerators could."""
+    """Model FLOPs utilisation of pre-training: its FLOPs (model/flops.py) over the accelerators' peak."""
     if not isinstance(recipe, Recipe) or not (peak := peak_flops(recipe)):
         return None
     return images_per_s * training_flops(recipe.model) / (peak * ranks)
 
 
 def memory_gib() -> float:
-    """Most memory that this rank has held: the GPU's, or the process's where there is none."""
+    """Peak memory of this rank in GiB: of its GPU, or of the process without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def no_log(step: int, values: dict[str, Any]) -> None:
+    """The log of ranks other than 0."""
+
+
+class Reporter:
+    """Logs steps and keeps `status.json` up to date, on rank 0; use it as a context manager."""
+
+    def __init__(self, recipe: AnyRecipe, folder: RunFolder, schedule: Schedule, ranks: Ranks, step: int, log: Log):
+        self._recipe, self._folder, self._schedule, self._ranks, self._log = recipe, folder, schedule, ranks, log
+        self._step = self._logged = step
+        self.clock = Clock()
+
+    def __enter__(self) -> "Reporter":
+        self._write_status("running")
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """The first rank that meets an error records it; the ranks that lose it do not overwrite that."""
+        status = read_status(self._folder.status)
+        if error is not None and (status is None or status.state != "failed"):
+            Status("failed", self._step, self._schedule.total_steps, self._ranks.world_size, str(error)).write(
+                self._folder.status
+            )
+
+    def step(
+        self,
+        step: int,
+        *,
+        epoch: float,
+        loss: float | None,
+        grad_norm: float | None,
+        skipped: int,
+        spike: bool,
+        scores: dict[str, float],
+    ) -> None:
+        """Logs a step. `loss` and `grad_norm` are None for a skipped step; `skipped` counts those so far."""
+        seconds, data_wait = self.clock.take()
+        images_per_s = (step - self._logged) * self._recipe.optim.batch_size / seconds
+        self._step = self._logged = step
+        values = {
+            "epoch": epoch,
+            "loss": loss,
+            "lr": self._schedule.lr(step - 1),
+            "grad_norm": grad_norm,
+            "images_per_s": images_per_s,
+            "data_wait": data_wait,
+            "memory_gib": memory_gib(),
+            "skipped": skipped,
+            "spike": spike,
+        }
+        if (utilisation := mfu(self._recipe, images_per_s, self._ranks.world_size)) is not None:
+            values["mfu"] = utilisation
+        self._log(step, values | scores)
+        self._write_status("running")
+
+    def ended(self, step: int, signal: Signals | None) -> None:
+        """Records how the run ended: by a signal, at --stop-at-step, or at the end of its schedule."""
+        self._step = step
+        if signal is not None:
+            self._write_status("stopped", signal.name)
+        elif step < self._schedule.total_steps:
+            self._write_status("stopped", "--stop-at-step")
+        else:
+            self._write_status("finished")
+
+    def _write_status(self, state: Any, why: str = "") -> None:
+        if self._ranks.rank == 0:
+            Status(state, self._step, self._schedule.total_steps, self._ranks.world_size, why).write(
+                self._folder.status
+            )

@@ -1,6 +1,6 @@
-"""Weights & Biases and MLflow: the same numbers as in metrics.jsonl, where a recipe asks for them.
+"""Weights & Biases and MLflow: they receive the numbers of metrics.jsonl if the recipe enables them.
 
-Both are extras and imported only then. A run that goes on goes on there, too: their names of it lie in `trackers.json`.
+Both are optional packages, imported only then. A resumed run continues there too: `trackers.json` holds its ids.
 """
 
 import json
@@ -20,7 +20,7 @@ Tracker = Callable[[int, dict[str, Any]], None]
 
 
 def import_trackers(recipe: AnyRecipe) -> dict[str, ModuleType]:
-    """Those that the recipe asks for; MaelstreamError for one that is not installed."""
+    """Imports the trackers that the recipe enables; MaelstreamError if one is not installed."""
     modules = {}
     for name, wanted in (("wandb", recipe.log.wandb), ("mlflow", recipe.log.mlflow)):
         if wanted:
@@ -35,7 +35,7 @@ def import_trackers(recipe: AnyRecipe) -> dict[str, ModuleType]:
 
 @contextmanager
 def trackers(modules: dict[str, ModuleType], recipe: AnyRecipe, folder: RunFolder) -> Iterator[list[Tracker]]:
-    """Functions that record the values of a step; for rank 0."""
+    """Yields functions that record the values of a step, for rank 0."""
     file = folder.path / "trackers.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     name, found = folder.path.resolve().name, []
@@ -54,13 +54,13 @@ def trackers(modules: dict[str, ModuleType], recipe: AnyRecipe, folder: RunFolde
             found.append(lambda step, values: wandb.log(values, step=step))
         if mlflow := modules.get("mlflow"):
             mlflow.set_experiment("maelstream")
-            # A name goes with a new run only.
+            # MLflow accepts a name only for a new run.
             which = {"run_id": known["mlflow"]} if "mlflow" in known else {"run_name": name}
             run = stack.enter_context(mlflow.start_run(**which))
             known["mlflow"] = run.info.run_id
             found.append(lambda step, values: mlflow.log_metrics(_numbers(values), step=step))
         if modules:
-            _remember(file, known)
+            _write_ids(file, known)
         yield found
 
 
@@ -68,6 +68,6 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
-def _remember(file: Path, known: dict[str, str]) -> None:
+def _write_ids(file: Path, known: dict[str, str]) -> None:
     with written_whole(file) as out:
         out.write(json.dumps(known).encode())

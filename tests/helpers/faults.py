@@ -185,7 +185,7 @@ def slow_step(seconds: str) -> None:
 @_fault
 def slow_portion(seconds: str) -> None:
     """Measuring a classifier takes longer, with every portion of images."""
-    import maelstream.jobs.evaluation.classification as module
+    import maelstream.jobs.evaluation.classifier_evaluator as module
 
     before = module.classify_with
 

@@ -47,7 +47,7 @@ def test_any_damage_is_found_and_the_older_checkpoint_taken(whole: Path, tmp_pat
         what = damage(store.at(2), draw)
         step, told = store.newest_good(control_group())
         assert step == 1, what
-        assert len(told) == 1 and str(store.at(2)) in told[0] and "going on from step-00000001" in told[0], what
+        assert len(told) == 1 and str(store.at(2)) in told[0] and "resuming from step-00000001" in told[0], what
         assert store.steps() == [1] and store.at(2).with_suffix(".bad").is_dir()
 
 
@@ -77,7 +77,7 @@ def test_a_checkpoint_that_newest_names_and_that_is_gone_is_told_of(store: Check
 def test_no_good_checkpoint_is_an_error_and_none_at_all_is_a_start(store: CheckpointStore, tmp_path: Path) -> None:
     for step in (1, 2):
         (store.at(step) / "weights.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="there is no good checkpoint: put one back, or remove"):
+    with pytest.raises(CheckpointError, match="no checkpoint is good: restore one, or remove"):
         store.newest_good(control_group())
     assert CheckpointStore(tmp_path / "nothing").newest_good(control_group()) == (0, [])
 

@@ -60,27 +60,27 @@ def task(packed: Dataset) -> Callable[..., Classification]:
 
 def test_without_mixing_and_smoothing_the_loss_is_plain_cross_entropy(task: Callable[..., Classification]) -> None:
     engine, labels = Engine(), torch.from_numpy(BATCH.labels).long()
-    loss = task(PLAIN).loss(3)(engine, BATCH.images, BATCH, 0)
+    loss = task(PLAIN).loss(engine, 3, BATCH.images, BATCH, 0)
     assert torch.equal(loss, F.cross_entropy(engine.logits, labels))
-    loss = task(replace(PLAIN, label_smoothing=0.1)).loss(3)(engine, BATCH.images, BATCH, 0)
+    loss = task(replace(PLAIN, label_smoothing=0.1)).loss(engine, 3, BATCH.images, BATCH, 0)
     assert torch.equal(loss, F.cross_entropy(engine.logits, labels, label_smoothing=0.1))
 
 
 def test_the_loss_of_several_heads_is_their_sum(task: Callable[..., Classification]) -> None:
-    one, three = (task(PLAIN).loss(0)(Engine(heads), BATCH.images, BATCH, 0) for heads in ((), (3,)))
+    one, three = (task(PLAIN).loss(Engine(heads), 0, BATCH.images, BATCH, 0) for heads in ((), (3,)))
     torch.testing.assert_close(three, 3 * one)
 
 
 def test_mixing_is_the_same_whenever_the_batch_comes(task: Callable[..., Classification]) -> None:
-    losses = [task(MixupConfig()).loss(step)(Engine(), BATCH.images, BATCH, 0) for step in (2, 2, 9)]
-    plain = task(PLAIN).loss(2)(Engine(), BATCH.images, BATCH, 0)
+    losses = [task(MixupConfig()).loss(Engine(), step, BATCH.images, BATCH, 0) for step in (2, 2, 9)]
+    plain = task(PLAIN).loss(Engine(), 2, BATCH.images, BATCH, 0)
     assert losses[0] == losses[1] == losses[2] != plain  # the keys are those of the samples
 
 
 def test_what_the_model_draws_depends_on_step_rank_and_micro_batch_alone(task: Callable[..., Classification]) -> None:
     def drawn(step: int, rank: int, number: int) -> float:
         engine = Engine()
-        task(PLAIN, rank).loss(step)(engine, BATCH.images, BATCH, number)
+        task(PLAIN, rank).loss(engine, step, BATCH.images, BATCH, number)
         return engine.drawn
 
     places = [(step, rank, number) for step in range(3) for rank in range(2) for number in range(2)]
@@ -96,7 +96,7 @@ def test_measuring_comes_at_the_end_of_epochs_and_of_the_run(
     """60 samples in batches of 12: 5 steps an epoch."""
     optim, tuning = OptimConfig(12, epochs=2.4, warmup_epochs=0), TuningConfig(evaluate_every_epochs=every)
     found = task(PLAIN, optim=optim, tuning=tuning)
-    assert [step for step in range(1, 13) if found.due(step, 12)] == due
+    assert [step for step in range(1, 13) if found.evaluator.is_due(step, 12)] == due
 
 
 def test_an_empty_validation_set_is_refused(packed: Dataset) -> None:
@@ -105,5 +105,5 @@ def test_an_empty_validation_set_is_refused(packed: Dataset) -> None:
         packed.storage, packed.manifest, packed.fingerprint, lambda names: packed._open_index(names).slice(0, 0)
     )
     assert len(empty) == 0
-    with pytest.raises(MaelstreamError, match="holds no image; pack some"):
+    with pytest.raises(MaelstreamError, match="holds no images; pack some"):
         check_datasets(packed, empty)
