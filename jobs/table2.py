@@ -1,8 +1,8 @@
-"""`maelstream table2`: the paper's table 2 here: what an encoder without mask tokens, and a small decoder, save.
+"""`maelstream table2`: the paper's table 2 on this machine: time saved by dropping mask tokens and by a small decoder.
 
-ViT-L/16 and ViT-H/14, forward and backward and AdamW apart, so that hours can be told for the paper's batch: an update
-comes once in 4,096 images, shared by all devices. The three models of a size share their weights, and so the memory of
-one, and take turns, so that a machine that slows down slows all of them.
+It times ViT-L/16 and ViT-H/14, and AdamW separately from forward and backward. Hours then follow for the paper's batch,
+where one update comes per 4,096 images of all devices. The three models of a size share their weights, so they need the
+memory of one. They take turns, so a machine that slows down slows down all of them.
 """
 
 import dataclasses
@@ -43,41 +43,41 @@ MODELS: dict[str, dict[str, Any]] = {
 # Hours on 128 TPU-v3 cores, in the order of MODELS.
 PAPER_HOURS = {"large": (42.4, 15.4, 11.6), "huge": (119.6, 34.5, 29.3)}
 _WARM_UP = 1
-_STATE_BYTES = 16  # a parameter: weight, gradient, two moments
+_STATE_BYTES = 16  # per parameter: weight, gradient, two moments
 
 
 @dataclass(frozen=True)
 class Table2:
-    """Time the models of the paper's table 2 here, and project the hours of its 800 epochs."""
+    """Time the models of the paper's table 2 on this machine, and project the hours of its 800 epochs."""
 
     size: tuple[Literal["large", "huge"], ...] = ("large", "huge")
-    """Which encoders."""
+    """Encoders to time."""
     devices: int = 1
-    """How many machines like this, or GPUs like this one, share the work; perfect scaling is taken for granted."""
+    """Number of machines like this one, or GPUs like this one, that share the work; assumes perfect scaling."""
     batch: int = 0
-    """Images a forward pass; 64 on a GPU and 2 on a CPU if not given."""
+    """Images per forward pass; if not given, 64 on a GPU and 2 on a CPU."""
     rounds: int = 3
-    """Steps of each model that count."""
+    """Steps per model, after one warm-up step."""
     json: Path | None = None
-    """Write all figures, too."""
+    """Write all figures to this JSON file."""
 
 
 class Times(NamedTuple):
-    """Median seconds of one step's parts."""
+    """Median seconds of the two parts of a step."""
 
     gradients_s: float
     optimizer_s: float
 
 
-class Models(NamedTuple):
-    """Models on the same parameters, which one optimizer holds."""
+class SharedModels(NamedTuple):
+    """Models that share their parameters, and the one optimizer of all of them."""
 
     models: dict[str, MAE]
     optimizer: torch.optim.Optimizer
 
 
-def sharing(config: MAEConfig, device: torch.device) -> Models:
-    """The three models of the table at the size of `config`."""
+def build_shared_models(config: MAEConfig, device: torch.device) -> SharedModels:
+    """Builds the three models of the table at the size of `config`."""
     first, *others = MODELS
     masked = MAE(dataclasses.replace(config, **MODELS[first])).to(device)
     mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_dim, device=device))
@@ -88,21 +88,21 @@ def sharing(config: MAEConfig, device: torch.device) -> Models:
             models[name] = MAE(dataclasses.replace(config, **MODELS[name]))
         models[name].load_state_dict(weights, assign=True, strict=False)
         choose_attention(models[name], "auto", device)
-    # Parameters that a model does not have get no gradient from it, and AdamW passes them over.
+    # A model gives no gradient to parameters that it does not have, and AdamW skips those.
     groups = [*weight_decay_groups(masked, 0.05), {"params": [mask_token], "weight_decay": 0.05}]
-    return Models(models, torch.optim.AdamW(groups, lr=1e-6, betas=(0.9, 0.95), fused=True))
+    return SharedModels(models, torch.optim.AdamW(groups, lr=1e-6, betas=(0.9, 0.95), fused=True))
 
 
-def times_of(
+def measure_times(
     models: dict[str, Callable[[Tensor, Tensor], Tensor]],
     optimizer: torch.optim.Optimizer,
     images: Tensor,
     rounds: int,
     bf16: bool,
 ) -> dict[str, Times]:
-    """Of each, in turns; the first round, which fills pools, does not count."""
+    """Times each model, in turns; the first round fills memory pools and does not count."""
     device, keys = images.device, torch.arange(len(images), device=images.device)
-    seen: dict[str, list[Times]] = {name: [] for name in models}
+    runs: dict[str, list[Times]] = {name: [] for name in models}
     for _ in range(_WARM_UP + rounds):
         for name, model in models.items():
             synchronise(device)
@@ -111,21 +111,21 @@ def times_of(
                 loss = model(images, keys)
             loss.backward()
             synchronise(device)
-            between = time.perf_counter()
+            middle = time.perf_counter()
             optimizer.step()
             optimizer.zero_grad()
             synchronise(device)
-            seen[name].append(Times(between - began, time.perf_counter() - between))
-    return {name: Times(*map(statistics.median, zip(*times[_WARM_UP:], strict=True))) for name, times in seen.items()}
+            runs[name].append(Times(middle - began, time.perf_counter() - middle))
+    return {name: Times(*map(statistics.median, zip(*times[_WARM_UP:], strict=True))) for name, times in runs.items()}
 
 
 def images_per_s(times: Times, batch: int, devices: int) -> float:
-    """Of all devices, at the paper's batch."""
+    """Images/s of all devices together, at the paper's batch."""
     return 1 / (times.gradients_s / batch / devices + times.optimizer_s / BATCH)
 
 
 def rows(size: str, times: dict[str, Times], batch: int, devices: int) -> list[dict[str, Any]]:
-    """A row of the table each, with the paper's beside ours."""
+    """One row of the table per model, with our figures and the paper's."""
     rates = {name: images_per_s(each, batch, devices) for name, each in times.items()}
     slowest, paper = next(iter(rates.values())), PAPER_HOURS[size]
     return [
@@ -145,10 +145,14 @@ def rows(size: str, times: dict[str, Times], batch: int, devices: int) -> list[d
 
 
 def measure(command: Table2, device: torch.device) -> list[dict[str, Any]]:
-    """All rows. MaelstreamError when a size does not fit into the memory."""
+    """Measures all rows of the table.
+
+    Raises:
+        MaelstreamError: a size or the batch does not fit into memory.
+    """
     batch = command.batch or (64 if device.type == "cuda" else 2)
     bf16 = multiplies_bf16(device)
-    found = []
+    measured = []
     for size in command.size:
         config = SIZES[size]
         with torch.device("meta"):
@@ -156,19 +160,21 @@ def measure(command: Table2, device: torch.device) -> list[dict[str, Any]]:
         if needed > (free := free_bytes(device)):
             raise MaelstreamError(
                 f"--size {size} needs {needed / 1e9:.1f} GB for weights, gradients and moments alone, and {device} has "
-                f"{free / 1e9:.1f} GB free; take a smaller one, or another machine"
+                f"{free / 1e9:.1f} GB free; use a smaller size or another machine"
             )
         generator = torch.Generator().manual_seed(0)
         shape = (batch, 3, *config.image_size)
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
-        models, optimizer = sharing(config, device)
+        models, optimizer = build_shared_models(config, device)
         try:
-            times = times_of({**models}, optimizer, images, command.rounds, bf16)
+            times = measure_times({**models}, optimizer, images, command.rounds, bf16)
         except torch.OutOfMemoryError:
-            raise MaelstreamError(f"--batch {batch} of --size {size} does not fit into {device}; halve it") from None
-        found += rows(size, times, batch, command.devices)
+            raise MaelstreamError(
+                f"--batch {batch} of --size {size} does not fit into the memory of {device}; halve it"
+            ) from None
+        measured += rows(size, times, batch, command.devices)
         del models, optimizer
-    return found
+    return measured
 
 
 def main(args: list[str]) -> int:
@@ -180,16 +186,16 @@ def main(args: list[str]) -> int:
         raise MaelstreamError(f"--json {command.json} cannot be written (there is no folder {command.json.parent})")
     device = process_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    found = measure(command, device)
+    measured = measure(command, device)
     title = f"{command.devices} x {name}, {EPOCHS} epochs of {IMAGES:,} images"
     columns = "encoder", "model", "images/s", "hours", "faster by", "paper", "paper's hours, 128 TPU-v3 cores"
     table = Table(*columns, title=title)
-    for row in found:
+    for row in measured:
         numbers = f"{row['images_per_s']:,.3g}", f"{row['hours']:,.0f}", f"{row['faster_by']:.2f}"
         table.add_row(row["size"], row["model"], *numbers, f"{row['paper_faster_by']:.1f}", f"{row['paper_hours']}")
     Console().print(table)
     if command.json is not None:
         command.json.write_text(
-            json.dumps({"machine": name, "devices": command.devices, "rows": found}, indent=1) + "\n"
+            json.dumps({"machine": name, "devices": command.devices, "rows": measured}, indent=1) + "\n"
         )
     return 0

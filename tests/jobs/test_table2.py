@@ -1,4 +1,4 @@
-"""The table's arithmetic, and models that share their weights."""
+"""The arithmetic of the paper's table 2, and models that share their weights."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 from maelstream.jobs import table2
 from maelstream.jobs.command import run
-from maelstream.jobs.table2 import BATCH, MODELS, PAPER_HOURS, SIZES, Times, images_per_s, rows, sharing
+from maelstream.jobs.table2 import BATCH, MODELS, PAPER_HOURS, SIZES, Times, build_shared_models, images_per_s, rows
 from maelstream.model.config import MAEConfig
 
 TINY = MAEConfig(
@@ -28,28 +28,28 @@ def test_hours_follow_from_the_rate_and_devices_share_the_gradients_but_not_the_
     assert found[1]["paper_faster_by"] == pytest.approx(2.8, abs=0.05)
 
 
-def test_the_three_models_hold_the_memory_of_one() -> None:
-    models, optimizer = sharing(TINY, torch.device("cpu"))
+def test_the_three_models_share_the_memory_of_one() -> None:
+    models, optimizer = build_shared_models(TINY, torch.device("cpu"))
     first, *others = models.values()
-    held = {name: parameter.data_ptr() for name, parameter in first.named_parameters()}
+    addresses = {name: parameter.data_ptr() for name, parameter in first.named_parameters()}
     for model in others:
         shared = {name: parameter for name, parameter in model.named_parameters() if name != "mask_token"}
-        assert all(parameter.data_ptr() == held[name] for name, parameter in shared.items())
+        assert all(parameter.data_ptr() == addresses[name] for name, parameter in shared.items())
     assert len(list(others[1].decoder_blocks.children())) == 1
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     assert all(id(parameter) in known for model in models.values() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(("size", "hours"), [("large", "42.4"), ("huge", "119.6")])
-def test_the_command_prints_the_paper_s_beside_ours(
+def test_the_command_prints_our_figures_and_the_paper_s(
     size: str, hours: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(SIZES, size, TINY)
     monkeypatch.setenv("COLUMNS", "160")
     options = ["--size", size, "--rounds", "1", "--devices", "8", "--json", str(tmp_path / "t.json")]
     assert run("table2", options) == 0
-    said = capsys.readouterr().out
-    assert "8 x" in said and hours in said and "without, decoder 1" in said
+    printed = capsys.readouterr().out
+    assert "8 x" in printed and hours in printed and "without, decoder 1" in printed
     assert [row["model"] for row in json.loads((tmp_path / "t.json").read_text())["rows"]] == list(MODELS)
 
 
