@@ -19,6 +19,7 @@ from maelstream.jobs.distributed import ranks  # noqa: F401  chooses the acceler
 # isort: split
 import deepspeed
 
+from maelstream.jobs.hardware import multiplies_bf16, process_device
 from maelstream.jobs.recipe import AnyRecipe, Recipe
 from maelstream.model.mae import MAE
 from maelstream.model.optimise import weight_decay_groups
@@ -58,11 +59,10 @@ def build_model(recipe: Recipe, target: PCATarget | TokenTarget | None) -> MAE:
 
 def needs_widening(recipe: AnyRecipe) -> bool:
     """Whether to compute in float32 with bf16 weights, because this CPU has no bf16 instructions."""
-    cpu_lacks_bf16 = not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     # At stage 3 a module has its parameters only while its forward pass runs, so they cannot all be widened before it.
     # Activation checkpointing repeats the forward pass with the original parameters.
     can_widen = recipe.engine.zero < 3 and not recipe.engine.activation_checkpointing
-    return recipe.engine.precision == "bf16" and cpu_lacks_bf16 and can_widen
+    return recipe.engine.precision == "bf16" and not multiplies_bf16(process_device()) and can_widen
 
 
 def adamw(recipe: AnyRecipe, groups: list[dict]) -> torch.optim.Optimizer:
