@@ -24,7 +24,7 @@ from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.training.pretraining import Pretraining
 from maelstream.jobs.training.run_options import RunOptions
 from maelstream.jobs.training.trainer import train
-from maelstream.jobs.weights.target_file import target_of_run
+from maelstream.jobs.weights.target_file import run_target_file
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def main(args: list[str]) -> int:
         return 0
     folder = RunFolder(command.run)
     folder.check_same_experiment(recipe, command.allow)
-    target_file = target_of_run(recipe, folder)
+    target_file = run_target_file(recipe, folder)
     objective = Pretraining(recipe, None if target_file is None else target_file.target(recipe.model))
 
     def keep_target_file() -> None:

@@ -26,7 +26,7 @@ from maelstream.jobs.profiling.stage_profiler import data_path_of, profile_recip
 from maelstream.jobs.profiling.stage_table import stage_table, summary
 from maelstream.jobs.recipe import Recipe, RecipeError, load_recipe
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.jobs.weights.target_file import target_of_run
+from maelstream.jobs.weights.target_file import run_target_file
 from maelstream.pipeline.tracing import STAGES
 from maelstream.shards.errors import MaelstreamError
 
@@ -79,7 +79,7 @@ def main(args: list[str]) -> int:
         if file is not None and not file.absolute().parent.is_dir():
             raise MaelstreamError(f"{option} {file} cannot be written (there is no folder {file.parent})")
     with tempfile.TemporaryDirectory() as empty:
-        target_file = target_of_run(recipe, RunFolder(Path(empty)))
+        target_file = run_target_file(recipe, RunFolder(Path(empty)))
     target = None if target_file is None else target_file.target(recipe.model)
     ranks = ranks_from_environment()
     data_path_of(recipe, ranks)  # reports errors in the data before the ranks connect

@@ -27,12 +27,10 @@ from maelstream.jobs.recipe import (
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.training.run_options import RunOptions
 from maelstream.jobs.training.trainer import train
-from maelstream.jobs.weights.reading import WeightsError, encoder_values, read_weights
+from maelstream.jobs.weights.reading import ENCODER_SIZES, WeightsError, encoder_values, read_weights
 from maelstream.model.sizes import paper_name
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
-
-_FROM_WEIGHTS = ("image_size", "patch_size", "in_chans", "dim", "depth", "heads", "mlp_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +75,7 @@ def recipe_of(
     fixed: dict[str, Any] = {"data": {"train": train.folder, "val": val.folder}, "weights": weights, "job": job}
     started = folder.any_recipe() if folder.config.exists() and folder.checkpoints.steps() else None
     if isinstance(started, ClassificationRecipe) and started.weights == weights:  # the weights may be gone by now
-        sizes = {name: getattr(started.model, name) for name in _FROM_WEIGHTS}
+        sizes = {name: getattr(started.model, name) for name in ENCODER_SIZES}
         fixed["weights_step"] = started.weights_step
         encoder: dict[str, Any] = {"model": sizes, "data": {"mean": started.data.mean, "std": started.data.std}}
     elif weights:

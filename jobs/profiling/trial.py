@@ -22,7 +22,7 @@ from maelstream.jobs.recipe import Recipe, load_recipe
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.training.data import loader_of, open_data
 from maelstream.jobs.training.engine import build_engine, build_model
-from maelstream.jobs.weights.target_file import target_of_run
+from maelstream.jobs.weights.target_file import run_target_file
 from maelstream.pipeline.batch_plan import BatchSplit
 
 _WARM_UP, _MIN_TIMED = 2, 3  # micro-batches: the first ones compile and fill memory pools
@@ -36,7 +36,7 @@ def measure_recipe(recipe: Recipe, seconds: float) -> float:
     micro_batches = math.ceil(batch_size / recipe.engine.micro_batch_size)
     batch_split = BatchSplit(math.ceil(batch_size / micro_batches), 1, 1)
     dataset, order = open_data(recipe.data, recipe.seed)
-    target_file = target_of_run(recipe, RunFolder(Path("no run")))
+    target_file = run_target_file(recipe, RunFolder(Path("no run")))
     target = None if target_file is None else target_file.target(recipe.model)
     loader = loader_of(recipe, dataset, order, batch_split, 0, recipe.loader.threads or ranks.threads)
     micro_batch_times: list[float] = []

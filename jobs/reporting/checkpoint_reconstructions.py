@@ -21,7 +21,7 @@ from maelstream.jobs.reporting.reconstruction import (
 )
 from maelstream.jobs.reporting.reconstruction_files import ReconstructionInfo, write_reconstructions
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.jobs.weights.target_file import target_of_run
+from maelstream.jobs.weights.target_file import run_target_file
 from maelstream.shards.dataset import Dataset
 
 _COUNT = 6  # images
@@ -58,7 +58,7 @@ class CheckpointReconstructor:
 
     def _is_possible(self) -> bool:
         """False for a stream, which cannot be read by sample number, and for tokens without a decoder to pixels."""
-        target_file = target_of_run(self._recipe, self._folder)
+        target_file = run_target_file(self._recipe, self._folder)
         return not self._recipe.data.stream.urls and (target_file is None or target_file.shows_pixels)
 
     def _earlier_steps(self, step: int) -> list[int]:

@@ -13,10 +13,11 @@ from torch import Tensor
 from maelstream.jobs.recipe import Recipe
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.weights.reading import mae_weights, read_weights
-from maelstream.jobs.weights.target_file import target_of_run
+from maelstream.jobs.weights.target_file import run_target_file
 from maelstream.model.config import MAEConfig
 from maelstream.model.mae import MAE, Reconstruction
-from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.augment_params import AugmentSampler
+from maelstream.pipeline.config import CropConfig
 from maelstream.pipeline.decode import CpuDecoder, EncodedBatch
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
@@ -71,7 +72,7 @@ def trained_model(folder: RunFolder, weights: Path) -> MAE:
         WeightsError: weights that cannot be read or do not fit.
     """
     recipe = folder.recipe()
-    config, target_file = recipe.model, target_of_run(recipe, folder)
+    config, target_file = recipe.model, run_target_file(recipe, folder)
     with torch.device("meta"):  # skips the random initialisation, which would be overwritten
         model = MAE(config)
     model.load_state_dict(mae_weights(read_weights(weights), config), assign=True)
@@ -82,7 +83,7 @@ def trained_model(folder: RunFolder, weights: Path) -> MAE:
 
 def check_shows_pixels(recipe: Recipe, folder: RunFolder) -> None:
     """Raises MaelstreamError for a run on tokens whose tokenizer has no decoder to pixels."""
-    if (target_file := target_of_run(recipe, folder)) is not None and not target_file.shows_pixels:
+    if (target_file := run_target_file(recipe, folder)) is not None and not target_file.shows_pixels:
         raise MaelstreamError(
             f"{target_file.path}: the tokenizer has no decoder, so the run's tokens cannot be shown as pixels; "
             "`maelstream fit-tokenizer` trains one that has"

@@ -38,8 +38,9 @@ from maelstream.shards.errors import MaelstreamError
 
 EXPORT_NAME = "export.json"
 """A file in every folder that `maelstream export` writes: the format, the step and the model's configuration."""
+ENCODER_SIZES = ("image_size", "patch_size", "in_chans", "dim", "depth", "heads", "mlp_ratio")
+"""The fields of `MAEConfig` and `ClassifierConfig` that an encoder's weights determine."""
 _FILE_NAMES = ("weights.safetensors", "model.safetensors", "pytorch_model.bin")
-_SIZES = ("image_size", "patch_size", "in_chans", "dim", "depth", "heads", "mlp_ratio")
 _MAX_NAMED = 3  # tensors that a message lists
 
 
@@ -87,7 +88,7 @@ def encoder_values(stored: StoredWeights) -> dict[str, Any]:
     """Values of a classification recipe that follow from the encoder: its sizes, and the mean and std of the pixels."""
     config, tensors = _config_of(stored.file), stored.tensors
     if config is not None:
-        sizes = {name: getattr(config, name) for name in _SIZES}
+        sizes = {name: getattr(config, name) for name in ENCODER_SIZES}
         return {"model": sizes, "data": {"mean": config.mean, "std": config.std}}
     dim, in_chans, patch_size, _ = tensors["patch_embed.proj.weight"].shape
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})

@@ -135,7 +135,7 @@ def read_target_file(path: Path) -> TargetFile:
     return found
 
 
-def target_of_run(recipe: Recipe, folder: RunFolder) -> TargetFile | None:
+def run_target_file(recipe: Recipe, folder: RunFolder) -> TargetFile | None:
     """Reads the target file of a run: the recipe's file, or the copy in the folder of a resumed run; None for pixels.
 
     Raises:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from maelstream.jobs.recipe import Recipe, RecipeError
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.jobs.weights.target_file import TargetFile, read_target_file, target_of_run, tokenizer_file
+from maelstream.jobs.weights.target_file import TargetFile, read_target_file, run_target_file, tokenizer_file
 from maelstream.model.config import MAEConfig
 from maelstream.model.targets import PCATarget, TokenTarget
 from maelstream.model.tokenizer import Decoder, Encoder, TokenizerConfig, initialise
@@ -128,7 +128,7 @@ def test_the_error_for_a_missing_file_names_the_command_that_writes_one(tmp_path
     for file, words in (("", "needs a target_file"), ("no.safetensors", "no.safetensors is missing")):
         recipe = Recipe(model=PCA, target_file=file)
         with pytest.raises(RecipeError, match=rf"{words}; `maelstream fit-pca data/imagenet-train --recipe") as caught:
-            target_of_run(recipe, RunFolder(tmp_path))
+            run_target_file(recipe, RunFolder(tmp_path))
         assert "\n" not in str(caught.value)
     with pytest.raises(RecipeError, match="the target normalised_pixel uses none"):
-        target_of_run(Recipe(target_file="pca.safetensors"), RunFolder(tmp_path))
+        run_target_file(Recipe(target_file="pca.safetensors"), RunFolder(tmp_path))
