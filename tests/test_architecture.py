@@ -1,4 +1,4 @@
-"""The house keeps its shape: an import runs downwards only (docs/design.md)."""
+"""Imports run downwards only, between the four rooms and between the sub-rooms of jobs/ (docs/design.md)."""
 
 import ast
 from pathlib import Path
@@ -12,32 +12,81 @@ MAY_IMPORT = {
     "pipeline": {"shards"},
     "jobs": {"shards", "pipeline", "model"},
 }
+JOBS = (
+    *("arguments", "recipe_schema", "recipe", "hardware", "format"),  # modules that every part of jobs/ may import
+    *("distributed", "checkpointing", "run_folder", "training", "weights", "evaluation", "reporting", "profiling"),
+    *("sweeps", "command"),  # command.py dispatches; only commands import it
+)
+"""From the ground up: each imports only itself and what comes before it. All other modules of jobs/ are commands."""
 MODULES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))
+COMMANDS = sorted(path for path in (ROOT / "jobs").glob("*.py") if path.stem not in (*JOBS, "__init__"))
 
 
-def imported_rooms(source: str) -> set[str]:
+def imported_modules(source: str) -> set[tuple[str, ...]]:
+    """The modules of maelstream, tests and benchmarks that a source file imports: ("jobs", "training", "step")."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add("." * node.level + (node.module or ""))
-    assert not any(name.startswith(".") for name in names), "imports are absolute"
-    return {name.split(".")[0] for name in names} & (MAY_IMPORT.keys() | {"tests", "benchmarks"})
+            assert not node.level, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    parts = (tuple(name.split(".")) for name in names)
+    return {name[1:] if name[0] == "maelstream" else name for name in parts if name[0] in OWN}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+OWN = ("maelstream", "tests", "benchmarks", *MAY_IMPORT)
+
+
+def imports_upwards(path: Path, source: str) -> list[str]:
+    """Imports of a module of jobs/ that go to a command or to a later sub-room."""
+    own = path.relative_to(ROOT / "jobs").parts[0].removesuffix(".py")
+    level = JOBS.index(own) if own in JOBS else len(JOBS)
+    wrong = []
+    for name in imported_modules(source):
+        if name[0] == "jobs" and len(name) > 1 and name[1] != own:
+            target = JOBS.index(name[1]) if name[1] in JOBS else len(JOBS)
+            if target >= level:
+                wrong.append(".".join(name))
+    return wrong
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids)
 def test_a_room_imports_only_the_rooms_below_it(path: Path) -> None:
     room = path.relative_to(ROOT).parts[0]
-    assert imported_rooms(path.read_text()) <= MAY_IMPORT[room] | {room}
+    source = path.read_text()
+    assert {name[0] for name in imported_modules(source)} <= MAY_IMPORT[room] | {room}
+    tops = {alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names}
+    modules = {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)}
+    own_names = {str(name).split(".")[0] for name in tops | modules} & set(MAY_IMPORT)
+    assert not own_names, "a user's own model.py or jobs.py would be imported; import maelstream.<room>"
 
 
-def test_an_upward_import_would_be_found() -> None:
-    assert imported_rooms("def f():\n    from maelstream.jobs.training.engine import build_engine\n") == {"jobs"}
+@pytest.mark.parametrize("path", [path for path in MODULES if path.is_relative_to(ROOT / "jobs")], ids=ids)
+def test_a_part_of_jobs_imports_only_the_parts_below_it_and_no_command(path: Path) -> None:
+    assert imports_upwards(path, path.read_text()) == []
+
+
+def test_every_sub_room_is_in_the_order() -> None:
+    assert {path.name for path in (ROOT / "jobs").iterdir() if (path / "__init__.py").exists()} <= set(JOBS)
+
+
+def test_upward_imports_are_found() -> None:
+    source = "def f():\n    from maelstream.jobs.training.engine import build_engine\n"
+    assert imported_modules(source) == {("jobs", "training", "engine", "build_engine")}
+    assert imports_upwards(ROOT / "jobs/weights/reading.py", source) == []
+    assert imports_upwards(ROOT / "jobs/distributed/ranks.py", source) == ["jobs.training.engine.build_engine"]
+    command = "from maelstream.jobs.pretrain import main\n"
+    assert imports_upwards(ROOT / "jobs/profile.py", command) == ["jobs.pretrain.main"]
+    assert imports_upwards(ROOT / "jobs/recipe.py", command) == ["jobs.pretrain.main"]
 
 
 @pytest.mark.parametrize("room", ["shards", "model"])
-def test_bytes_know_no_tensors_and_tensors_know_no_files(room: str) -> None:
+def test_shards_import_no_tensor_library_and_the_model_no_file_library(room: str) -> None:
     foreign = {"shards": {"torch", "timm", "nvidia"}, "model": {"pyarrow", "webdataset", "nvidia", "deepspeed"}}[room]
     for path in (ROOT / room).rglob("*.py"):
         tree = ast.parse(path.read_text())

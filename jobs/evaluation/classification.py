@@ -6,6 +6,7 @@ a resumed run takes exactly the same steps.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 

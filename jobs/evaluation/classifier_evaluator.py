@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,7 @@ class ClassifierEvaluator:
             recipe.model.image_size,
             recipe.data.crop.margin,
             2 * recipe.engine.micro_batch_size,  # there are no gradients
-            recipe.loader.threads or self._ranks.threads,
-            recipe.loader.prefetch,
-            recipe.loader.decode,
+            replace(recipe.loader, threads=recipe.loader.threads or self._ranks.threads),
         )
         classify = classify_with(self._model, recipe.data.mean, recipe.data.std)
 

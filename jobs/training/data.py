@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from maelstream.jobs.recipe import AnyRecipe, DataConfig, Recipe
 from maelstream.pipeline.augment_params import AugmentSampler
@@ -24,7 +25,7 @@ def open_data(config: DataConfig, seed: int) -> tuple[Dataset | Mix | Stream, Sa
     if config.stream.urls:
         stream = Stream(config.stream.urls, config.stream.samples, config.stream.shuffle_buffer)
         if config.shuffle == "block":
-            raise MaelstreamError("a stream cannot be shuffled by blocks; it shuffles its shards and a buffer of samples")
+            raise MaelstreamError("a stream cannot be shuffled by blocks; it shuffles shards and a buffer")
         return stream, SampleOrder(len(stream.shards), seed, config.shuffle)
     if config.mix:
         mix = Mix.open(config.mix)
@@ -49,17 +50,12 @@ def loader_of(
     on_bad: Callable[[BadSample], None] = lambda _: None,
 ) -> ImageLoader:
     """Builds the loader with the augmentation and settings of a recipe."""
-    size = recipe.model.image_size
     return ImageLoader(
         dataset,
         order,
-        AugmentSampler(recipe.seed, recipe.data.crop, size),
-        size,
+        AugmentSampler(recipe.seed, recipe.data.crop, recipe.model.image_size),
         batch_split,
         rank,
-        threads,
-        recipe.loader.prefetch,
-        decode=recipe.loader.decode,
-        max_bad_share=recipe.loader.max_bad_share,
+        replace(recipe.loader, threads=threads),
         on_bad=on_bad,
     )

@@ -22,12 +22,12 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
     assert digest_of(tmp_path / "f") == digest
 
 
-def test_tensors_of_other_sizes_than_promised_are_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tensors of 8 bytes for shapes of 12"):
+def test_tensors_whose_sizes_differ_from_their_shapes_raise(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tensors have 8 bytes, their shapes 12"):
         write_tensors(tmp_path / "f", {"a": (3,)}, [torch.zeros(2)])
 
 
-def test_fragments_of_many_files_are_read_across_their_borders(tmp_path: Path) -> None:
+def test_fragments_of_many_files_are_read_across_their_boundaries(tmp_path: Path) -> None:
     whole = torch.randn(10)
     for number, (start, end) in enumerate([(0, 4), (4, 5), (5, 10)]):
         write_tensors(tmp_path / str(number), {fragment("m", "w", start): (end - start,)}, [whole[start:end]])
