@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.gpu_part import CannotRun, Row, Setting, last_words
 from maelstream.jobs.distributed.ranks import process_group, ranks_from_environment
-from maelstream.jobs.profiling.stage_profiler import profile_recipe, shown_size
+from maelstream.jobs.format import format_decimal_bytes
+from maelstream.jobs.profiling.stage_profiler import profile_recipe
 from maelstream.jobs.recipe import Recipe, RecipeError, load_recipe
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.shards.dataset import Dataset
@@ -127,7 +128,15 @@ def trace(setting: Setting) -> list[Row]:
     file.unlink(missing_ok=True)
     profiled(setting, TRACED, file)
     size = file.stat().st_size
-    return [Row(f"three steps of {TRACED}", "written", f"{file.name}, {shown_size(size)}", size > 0, {"bytes": size})]
+    return [
+        Row(
+            f"three steps of {TRACED}",
+            "written",
+            f"{file.name}, {format_decimal_bytes(size)}",
+            size > 0,
+            {"bytes": size},
+        )
+    ]
 
 
 def profiled(setting: Setting, name: str, trace: Path | None) -> dict[str, Any]:
@@ -151,7 +160,7 @@ def rows_of_figures(name: str, figures: dict[str, Any]) -> list[Row]:
     least, share = IMAGES_PER_S.get(name) if on_h100 else None, whole["engine_share"]
     most = ENGINE_SHARE.get(name)
     waits = f"{wait:.2%}; p99 {1e3 * whole['data_wait_p99_s']:.2f} of {1e3 * whole['step_s']:,.1f} ms"
-    memory = "none: a CPU" if whole["gpu_bytes"] is None else shown_size(whole["gpu_bytes"])
+    memory = "none: a CPU" if whole["gpu_bytes"] is None else format_decimal_bytes(whole["gpu_bytes"])
     return [
         Row("step alone", "", f"{alone:,.0f} images/s, MFU {step_mfu:.1%}", True, {"profile": figures}),
         Row(

@@ -1,8 +1,5 @@
-"""`maelstream info DST`: what a packed dataset holds."""
+"""`maelstream info DST`: shows what a packed dataset contains."""
 
-import itertools
-import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,68 +10,31 @@ from rich.console import Console
 from rich.table import Table
 
 from maelstream.jobs.arguments import parsed
-from maelstream.shards.dataset import QUARANTINE_NAME, Dataset
+from maelstream.jobs.reporting.dataset_facts import facts, left_out, short_sides
+from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
-
-_EDGES = (0, 64, 128, 256, 384, 512, 768, 1024, 2048, 2**32)  # short sides, in pixels
-_REASONS = 8  # shown
 
 
 @dataclass(frozen=True)
 class Info:
-    """Counts, classes, sizes, formats and resolutions of a packed dataset."""
+    """Show counts, classes, sizes, formats and resolutions of a packed dataset."""
 
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """A packed dataset; a folder, or a URI such as s3://bucket/folder."""
     plot: Path | None = None
-    """Write a picture of the distributions, too: FILE.png (or .pdf, .svg)."""
-
-
-def facts(dataset: Dataset) -> dict[str, str]:
-    """What the manifest and the index tell."""
-    manifest = dataset.manifest
-    shard_bytes = [shard["bytes"] for shard in manifest["shards"]]
-    kept = "as they were" if manifest["options"]["resize"] is None else f"short side {manifest['options']['resize']} px"
-    return {
-        "samples": f"{len(dataset):,}",
-        "quarantined": f"{manifest['quarantined']:,}",
-        "classes": _classes(dataset),
-        "shards": f"{len(shard_bytes):,}, {sum(shard_bytes) / 2**20:,.1f} MiB in all",
-        "formats": ", ".join(f"{extension} {count:,}" for extension, count in sorted(manifest["formats"].items())),
-        "images": "adopted where they lay" if manifest["adopted"] else kept,
-        "bytes a sample": f"{dataset.size.min():,} to {dataset.size.max():,}, median {np.median(dataset.size):,.0f}",
-        "width": f"{dataset.width.min():,} to {dataset.width.max():,} px, median {np.median(dataset.width):,.0f}",
-        "height": f"{dataset.height.min():,} to {dataset.height.max():,} px, median {np.median(dataset.height):,.0f}",
-    }
+    """Also plot the distributions to this file: FILE.png, .pdf or .svg."""
 
 
 def summary(dataset: Dataset) -> Table:
-    """A row a fact."""
+    """One row per fact."""
     table = Table(title=f"{dataset.manifest['name']} / {dataset.manifest['split']}", show_header=False)
     for name, value in facts(dataset).items():
         table.add_row(name, value)
     return table
 
 
-def _classes(dataset: Dataset) -> str:
-    if not dataset.classes:
-        return "none: no labels"
-    per_class = np.bincount(dataset.label, minlength=len(dataset.classes))
-    return f"{len(dataset.classes):,}, {per_class.min():,} to {per_class.max():,} samples each"
-
-
-def short_sides(dataset: Dataset) -> dict[str, int]:
-    """Samples by the length of their short side, in a few steps of it; those that there are."""
-    counts, _ = np.histogram(np.minimum(dataset.width, dataset.height), bins=_EDGES)
-    names = [
-        f"{low:,} px and more" if high == _EDGES[-1] else f"{low:,} to {high - 1:,} px"
-        for low, high in itertools.pairwise(_EDGES)
-    ]
-    return {name: int(count) for name, count in zip(names, counts, strict=True) if count}
-
-
 def resolutions(dataset: Dataset) -> Table:
-    """Histogram of short sides."""
+    """Histogram of the images' short sides."""
     counts = short_sides(dataset)
     table = Table("short side", "samples", "", title="resolutions")
     for side, count in counts.items():
@@ -82,26 +42,9 @@ def resolutions(dataset: Dataset) -> Table:
     return table
 
 
-def left_out(dataset: Dataset) -> list[tuple[str, str, str]]:
-    """What did not enter, by reason: number of files, reason, the first of them."""
-    lines = dataset.storage.read(QUARANTINE_NAME).decode().splitlines()
-    rows = []
-    firsts: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    for line in map(json.loads, lines):
-        firsts.setdefault(line["reason"], line["source"])
-        counts[line["reason"]] += 1
-    for reason, count in counts.most_common(_REASONS):
-        rows.append((f"{count:,}", reason, firsts[reason]))
-    if len(counts) > _REASONS:
-        rest = sum(counts.values()) - sum(count for _, count in counts.most_common(_REASONS))
-        rows.append((f"{rest:,}", "other reasons", ""))
-    return rows
-
-
 def plot(dataset: Dataset, file: Path) -> None:
-    """Writes distributions of resolution, shape, bytes and class sizes; the format is the suffix's."""
-    from matplotlib.figure import Figure  # takes a second to import, and no screen to draw on
+    """Plots the distributions of resolution, shape, bytes and class sizes; the suffix selects the file format."""
+    from matplotlib.figure import Figure  # takes a second to import; Figure needs no display
 
     short, long = np.minimum(dataset.width, dataset.height), np.maximum(dataset.width, dataset.height)
     ratio, kib = long / short, dataset.size / 2**10
@@ -110,7 +53,7 @@ def plot(dataset: Dataset, file: Path) -> None:
     panels = [
         ("short side", "pixels", short, np.geomspace(short.min(), short.max() * 1.001, 50), "log"),
         ("long side : short side", "ratio", ratio, np.linspace(1, max(2, np.quantile(ratio, 0.995)), 50), "linear"),
-        ("bytes a sample", "KiB", kib, np.geomspace(kib.min(), kib.max() * 1.001, 50), "log"),
+        ("bytes per sample", "KiB", kib, np.geomspace(kib.min(), kib.max() * 1.001, 50), "log"),
     ]
     for axis, (title, unit, values, bins, scale) in zip(axes, panels, strict=False):
         axis.hist(values, bins=bins, color="#3b6ea5")
@@ -120,7 +63,7 @@ def plot(dataset: Dataset, file: Path) -> None:
     if dataset.classes:
         per_class = np.sort(np.bincount(dataset.label, minlength=len(dataset.classes)))[::-1]
         axes[3].stairs(per_class, fill=True, color="#3b6ea5")
-        axes[3].set(title="samples by class", xlabel="class, the largest first", ylabel="samples", ylim=(0, None))
+        axes[3].set(title="samples per class", xlabel="class, largest first", ylabel="samples", ylim=(0, None))
     else:
         axes[3].axis("off")
     for axis in axes:
@@ -133,14 +76,14 @@ def plot(dataset: Dataset, file: Path) -> None:
 
 
 def main(args: list[str]) -> int:
-    """`maelstream info`."""
+    """Entry point of `maelstream info`."""
     command = parsed(Info, args, "info")
     dataset = Dataset.open(command.dst)
     console = Console()
     console.print(summary(dataset))
     console.print(resolutions(dataset))
     if dataset.manifest["quarantined"]:
-        table = Table("files", "reason", "the first", title="left out")
+        table = Table("files", "reason", "first file", title="not packed")
         for row in left_out(dataset):
             table.add_row(*row)
         console.print(table)

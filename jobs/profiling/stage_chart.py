@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from maelstream.jobs.format import format_rate
 from maelstream.shards.errors import MaelstreamError
 
 _LIMIT, _ALONE, _BOTTLENECK, _RUN = "#d9dee5", "#3b6ea5", "#c0504d", "#333333"
@@ -31,10 +32,10 @@ def draw_stage_chart(figures: dict[str, Any], file: Path) -> None:
         colour = _BOTTLENECK if name == figures["verdict"]["limit"] else _ALONE
         axis.barh(row, alone - least, left=least, height=0.4, color=colour)
         background = {"fc": "white", "ec": "none", "pad": 1}
-        axis.text(alone * 1.06, row, shown_rate(alone), va="center", fontsize=9, bbox=background)
+        axis.text(alone * 1.06, row, format_rate(alone), va="center", fontsize=9, bbox=background)
     if run_rate:
         axis.axvline(run_rate, color=_RUN, linewidth=1.5, linestyle="--")
-        axis.text(run_rate, -0.75, f" end to end: {shown_rate(run_rate)}", color=_RUN, fontsize=9, va="bottom")
+        axis.text(run_rate, -0.75, f" end to end: {format_rate(run_rate)}", color=_RUN, fontsize=9, va="bottom")
     axis.set_xscale("log")
     axis.set(xlim=(least, 4 * max([*rates, *limits])), xlabel="images/s", ylim=(len(stages) - 0.4, -0.8))
     axis.set_yticks(range(len(stages)), list(stages))
@@ -47,10 +48,3 @@ def draw_stage_chart(figures: dict[str, Any], file: Path) -> None:
         figure.savefig(file, dpi=120)
     except (OSError, ValueError) as error:
         raise MaelstreamError(f"--out {file} cannot be written ({error})") from None
-
-
-def shown_rate(rate: float | None) -> str:
-    """A rate with at least three digits; "n/a" for a stage that does not apply."""
-    if rate is None:
-        return "n/a"
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"

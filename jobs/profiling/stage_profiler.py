@@ -7,12 +7,14 @@ import gc
 import math
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from maelstream.jobs.distributed.ranks import ControlGroup, Ranks
+from maelstream.jobs.format import format_decimal_bytes
 from maelstream.jobs.hardware import copy_bytes_per_s, datasheet_flops_per_s, matrix_flops_per_s, memory_bytes_per_s
 from maelstream.jobs.profiling.bottleneck import RunSetup, find_bottleneck
 from maelstream.jobs.profiling.data_stages import DataPath, fits_in_page_cache, sequential_read_rate
@@ -36,6 +38,7 @@ from maelstream.model.memory import update_bytes
 from maelstream.model.targets import PCATarget, TokenTarget
 from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
+from maelstream.pipeline.decode import decode_device
 from maelstream.pipeline.mix import Mix
 from maelstream.pipeline.tracing import STAGES
 from maelstream.shards.dataset import Dataset
@@ -89,9 +92,7 @@ def data_path_of(recipe: Recipe, ranks: Ranks, micro_batches: int | None = None)
         AugmentSampler(recipe.seed, recipe.data.crop, recipe.model.image_size),
         batch_split,
         ranks.rank,
-        recipe.loader.threads or ranks.threads,
-        recipe.loader.prefetch,
-        recipe.loader.decode,
+        replace(recipe.loader, threads=recipe.loader.threads or ranks.threads),
     )
 
 
@@ -103,7 +104,8 @@ class StageProfiler:
     ):
         self.recipe, self.target, self.seconds, self.control_group = recipe, target, seconds, control_group
         self.data_path = data_path_of(recipe, control_group.ranks)
-        self.decode_device = self.data_path.decode.device  # first of all, because it raises where there is no GPU
+        # First of all, because it raises where there is no GPU.
+        self.decode_device = decode_device(self.data_path.loader_config.decode)
         gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         with torch.device("meta"):
@@ -141,8 +143,8 @@ class StageProfiler:
         first = dataset if isinstance(dataset, Dataset) else dataset.datasets[0]
         cold, warm = sequential_read_rate(first)
         cached = fits_in_page_cache(first)
-        why = f"sequential reads: {shown_size(cold)}/s"
-        why += f", {shown_size(warm)}/s from the page cache, where the shards fit" if cached else ""
+        why = f"sequential reads: {format_decimal_bytes(cold)}/s"
+        why += f", {format_decimal_bytes(warm)}/s from the page cache, where the shards fit" if cached else ""
         limit = (warm if cached else cold) / data_path.bytes_per_image
         return Stage(rate, rate * data_path.bytes_per_image, limit, why)
 
@@ -296,7 +298,7 @@ def _setup_of(profiler: StageProfiler, data_path: DataPath) -> RunSetup:
     return RunSetup(
         on_gpu=profiler.device.type == "cuda",
         decodes_on_gpu=profiler.decode_device.type == "cuda",
-        threads=data_path.threads,
+        threads=data_path.loader_config.threads,
         cores=ranks.threads,
         world_size=ranks.world_size,
         local=isinstance(dataset, Dataset) and dataset.storage.local,
@@ -320,8 +322,3 @@ def _summed(stage: Stage, control_group: ControlGroup) -> Stage:
     sums = control_group.sums([value or 0.0 for value in values])
     rate, size, limit = (None if value is None else total for value, total in zip(values, sums, strict=True))
     return Stage(rate, size, limit, stage.why)
-
-
-def shown_size(count: float) -> str:
-    """A number of bytes with its unit, MB or GB."""
-    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -4,8 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from maelstream.jobs.profiling.stage_chart import shown_rate
-from maelstream.jobs.profiling.stage_profiler import shown_size
+from maelstream.jobs.format import format_decimal_bytes, format_rate
 
 
 def stage_table(figures: dict[str, Any]) -> Table:
@@ -21,8 +20,8 @@ def stage_table(figures: dict[str, Any]) -> Table:
         alone, limit = stage["images_per_s"], stage["limit_images_per_s"]
         result.add_row(
             name,
-            shown_rate(alone),
-            shown_size(stage["bytes_per_s"]) if stage["bytes_per_s"] else "",
+            format_rate(alone),
+            format_decimal_bytes(stage["bytes_per_s"]) if stage["bytes_per_s"] else "",
             f"{alone / limit:.0%}" if alone and limit else "",
             f"{run_rate / alone:.1%}" if alone and run_rate else "",
             stage["why"],
@@ -35,8 +34,8 @@ def stage_table(figures: dict[str, Any]) -> Table:
             why = f"computed: one update per {counts['recipe']} micro-batches instead of {counts['measured']}"
             rates["end to end, recipe's batch"] = run["images_per_s_with_the_recipe_s_batch"], why
         for name, (rate, why) in rates.items():
-            size = shown_size(rate * figures["bytes_an_image"])
-            result.add_row(name, shown_rate(rate), size, "", "", why, style="bold")
+            size = format_decimal_bytes(rate * figures["bytes_an_image"])
+            result.add_row(name, format_rate(rate), size, "", "", why, style="bold")
     return result
 
 
@@ -46,19 +45,20 @@ def summary(figures: dict[str, Any]) -> list[str]:
     products = f"{machine['matrix_flops_per_s'] / 1e12:,.3g} TFLOP/s of {machine['matrix_dtype']} matrix products"
     sheet = machine["datasheet_flops_per_s"]
     products += f" (data sheet: {sheet / 1e12:,.0f})" if sheet else ""
-    lines = [f"the machine: {products}, memory {shown_size(machine['memory_bytes_per_s'])}/s"]
+    lines = [f"the machine: {products}, memory {format_decimal_bytes(machine['memory_bytes_per_s'])}/s"]
     if run is not None:
         counts = figures["micro_batches"]
         sheet = f", {run['mfu_datasheet']:.1%} of the data sheet's" if run["mfu_datasheet"] else ""
         gpu = f", GPU busy {run['gpu_utilisation']:.0%}" if run["gpu_utilisation"] is not None else ""
-        gpu_memory = f", {shown_size(run['gpu_bytes'])} on the GPU" if run["gpu_bytes"] is not None else ""
+        gpu_memory = f", {format_decimal_bytes(run['gpu_bytes'])} on the GPU" if run["gpu_bytes"] is not None else ""
         lines += [
             f"end to end: {run['steps']} steps of {counts['measured']} micro-batches (recipe: {counts['recipe']})"
-            f" of {figures['micro_batch_size']} images per rank, {shown_rate(run['images_per_s'])} images/s, "
+            f" of {figures['micro_batch_size']} images per rank, {format_rate(run['images_per_s'])} images/s, "
             f"MFU {run['mfu_measured']:.1%} of the measured rate{sheet}",
             f"data wait {run['data_wait']:.2%}; of a step of {run['step_s'] * 1e3:,.1f} ms: p50 "
             f"{run['data_wait_p50_s'] * 1e3:.2f} ms, p99 {run['data_wait_p99_s'] * 1e3:.2f} ms",
-            f"cores busy {run['cpu_utilisation']:.0%}{gpu}; memory {shown_size(run['rss_bytes'])}{gpu_memory}",
+            f"cores busy {run['cpu_utilisation']:.0%}{gpu}; "
+            f"memory {format_decimal_bytes(run['rss_bytes'])}{gpu_memory}",
             f"DeepSpeed's engine: {run['engine_share']:.1%} of the time of forward and backward",
         ]
     return [*lines, figures["verdict"]["words"]]

@@ -9,13 +9,13 @@ from typing import Any
 
 from maelstream.jobs.checkpointing.store import MANIFEST
 from maelstream.jobs.evaluation.results import Evaluation, read_evaluations
-from maelstream.jobs.info import facts, left_out, short_sides
+from maelstream.jobs.format import format_ago, format_bytes, format_duration
 from maelstream.jobs.recipe import LabelledData, flat_values
 from maelstream.jobs.reporting.curves import Metrics
+from maelstream.jobs.reporting.dataset_facts import facts, left_out, short_sides
 from maelstream.jobs.run_folder.environment import Start, read_starts
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.jobs.run_folder.status import read_status
-from maelstream.jobs.runs import ago, state_of
+from maelstream.jobs.run_folder.status import read_status, state_of
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
 
@@ -40,9 +40,9 @@ def run_summary(folder: RunFolder, metrics: Metrics) -> dict[str, Any]:
     }
     if state == "running" and last["images_per_s"]:
         batch_size = folder.any_recipe().optim.batch_size
-        figures["time left"] = f"about {_hours((total - step) * batch_size / last['images_per_s'])}"
+        figures["time left"] = f"about {format_duration((total - step) * batch_size / last['images_per_s'])}"
     ranks = "1 rank" if status and status.ranks == 1 else f"{status.ranks} ranks" if status else ""
-    updated = f"on {ranks}, last update {ago(time.time() - status.updated)}" if status else ""
+    updated = f"on {ranks}, last update {format_ago(time.time() - status.updated)}" if status else ""
     return {
         "name": str(folder.path),
         "state": state,
@@ -129,7 +129,7 @@ def checkpoint_rows(folder: RunFolder, epochs_per_step: float, verify: bool) -> 
         size = sum(path.stat().st_size for path in store.at(step).iterdir() if path.name != MANIFEST)
         fault = store.fault(step) if verify else store.size_fault(step)
         intact = "every byte is intact" if verify else "sizes match; --verify reads every byte"
-        row = {"step": f"{step:,}", "epoch": f"{step * epochs_per_step:.4g}", "size": _bytes(size)}
+        row = {"step": f"{step:,}", "epoch": f"{step * epochs_per_step:.4g}", "size": format_bytes(size)}
         rows.append(row | {"state": fault or intact, "bad": bool(fault), "verified": verify})
     for bad in sorted(store.folder.glob("step-*.bad")):
         rows.append(
@@ -205,15 +205,3 @@ def _settings(settings: dict[str, Any]) -> Iterator[str]:
             yield from [f"{len(value)} images undecodable"] if value else []
         elif not (name == "best" and len(heads) < 2) and not (name == "blocks" and value < 0):
             yield f"{name.replace('_', ' ')} {shown_value(value)}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.1f} {unit}" if unit != "B" else f"{count:,.0f} B"
-        count /= 1024
-    return f"{count:,.1f} TiB"
-
-
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"

@@ -1,1 +1,1 @@
-"""A run's folder: its files, status and environment."""
+"""The folder of a run: its files, its status and the environment of its starts."""

@@ -1,4 +1,4 @@
-"""`environment.json` of a run: on what machine and with which versions each of its starts was carried out."""
+"""`environment.json` of a run: the machine and the package versions of each start."""
 
 import json
 import os
@@ -9,14 +9,16 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import TypeAdapter
 
-from maelstream.jobs.distributed.ranks import Ranks
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.shards.durable import written_whole
 from maelstream.shards.errors import MaelstreamError
+
+if TYPE_CHECKING:
+    from maelstream.jobs.distributed.ranks import Ranks
 
 # fmt: off
 _PACKAGES = ("maelstream", "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "deepspeed", "timm",
@@ -29,30 +31,32 @@ class Start:
     """One start of a run."""
 
     step: int
-    """Steps that the run had taken before."""
+    """Steps that the run had taken before this start."""
     began: float
     """Seconds since 1970."""
     command: str
-    """As it was typed, of rank 0."""
+    """The command line of rank 0."""
     host: str
     system: str
     python: str
     processor: str
     cores: int
-    """That rank 0 may use."""
+    """Cores that rank 0 may use."""
     memory_gib: float
     devices: tuple[str, ...]
-    """GPUs of rank 0's machine; none on a CPU."""
+    """Names of the GPUs of rank 0's machine; empty on a CPU."""
     cuda: str
-    """Version that torch was built for, "" where no GPU is used."""
+    """CUDA version that torch was built for; empty if no GPU is used."""
     ranks: int
     ranks_a_host: int
     packages: dict[str, str]
-    """Versions, of what is installed."""
+    """Versions of the installed packages."""
 
 
-def start_of(step: int, ranks: Ranks) -> Start:
-    """What this process sees."""
+def start_of(step: int, ranks: "Ranks") -> Start:
+    """The environment of this process, which starts after `step` steps."""
+    import torch
+
     gpus = range(torch.cuda.device_count())
     return Start(
         step=step,
@@ -72,25 +76,29 @@ def start_of(step: int, ranks: Ranks) -> Start:
     )
 
 
-def record_start(folder: RunFolder, step: int, ranks: Ranks) -> None:
-    """Adds this start, after `step` steps, to those of the run."""
+def record_start(folder: RunFolder, step: int, ranks: "Ranks") -> None:
+    """Appends this start, after `step` steps, to `environment.json`; one rank calls it."""
     starts = [*read_starts(folder), start_of(step, ranks)]
     with written_whole(folder.environment) as file:
         file.write(json.dumps([asdict(start) for start in starts], indent=1).encode() + b"\n")
 
 
 def read_starts(folder: RunFolder) -> list[Start]:
-    """Oldest first; none of a run older than the file. MaelstreamError for another file under its name."""
+    """All recorded starts, oldest first; empty if the run has no `environment.json`.
+
+    Raises:
+        MaelstreamError: the file has another format.
+    """
     if not folder.environment.exists():
         return []
     try:
         return TypeAdapter(list[Start]).validate_json(folder.environment.read_bytes())
     except ValueError:
-        raise MaelstreamError(f"{folder.environment} is damaged, or of another version; remove it") from None
+        raise MaelstreamError(f"{folder.environment} is damaged or from another version; remove it") from None
 
 
 def version(package: str) -> str:
-    """Of an installed package, "" where it is not installed."""
+    """Version of an installed package; empty if it is not installed."""
     try:
         return installed(package)
     except PackageNotFoundError:
@@ -98,6 +106,6 @@ def version(package: str) -> str:
 
 
 def _processor() -> str:
-    """The kernel's name of it, the architecture where it tells none."""
+    """The kernel's name of the processor; the architecture if the kernel gives no name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,13 +1,21 @@
-"""A run's folder: what was asked (`config.yaml`), what was seen (`metrics.jsonl`), what was kept (`checkpoints/`).
+"""The files in a run's folder. Reading them needs no torch.
 
-Beside them: `status.json` and `run.lock` (maelstream.jobs.run_folder.status), `ranks/` (maelstream.jobs.distributed.health), `environment.json`, `tensorboard/`,
-`quarantine.jsonl`, `reconstructions/` (maelstream.jobs.reporting.reconstruction_files).
+config.yaml            the recipe
+metrics.jsonl          one line per logged step
+checkpoints/           jobs/checkpointing/store.py
+status.json, run.lock  jobs/run_folder/status.py
+environment.json       jobs/run_folder/environment.py
+ranks/                 jobs/distributed/health.py
+quarantine.jsonl       one line per replaced sample
+target.safetensors     the file that the targets "pca" and "token" need
+reconstructions/       jobs/reporting/reconstruction_files.py
+tensorboard/
 """
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maelstream.jobs.checkpointing.store import CheckpointStore
 from maelstream.jobs.recipe import (
@@ -19,13 +27,17 @@ from maelstream.jobs.recipe import (
     load_any_recipe,
     may_change,
 )
-from maelstream.pipeline.loader import BadSample
 from maelstream.shards.durable import written_whole
 from maelstream.shards.errors import MaelstreamError
+
+if TYPE_CHECKING:
+    from maelstream.pipeline.sample_source import BadSample
 
 
 @dataclass(frozen=True)
 class RunFolder:
+    """The folder of one run; creating this object reads and writes nothing."""
+
     path: Path
 
     @property
@@ -38,7 +50,7 @@ class RunFolder:
 
     @property
     def target_file(self) -> Path:
-        """The run's own copy of what the targets "pca" and "token" compare with."""
+        """The run's own copy of the file that the targets "pca" and "token" need."""
         return self.path / "target.safetensors"
 
     @property
@@ -55,22 +67,22 @@ class RunFolder:
 
     @property
     def ranks(self) -> Path:
-        """A file a rank of the start that is going on."""
+        """Folder with one heartbeat file per rank of the current start."""
         return self.path / "ranks"
 
     @property
     def environment(self) -> Path:
-        """What each start was carried out with (maelstream.jobs.run_folder.environment)."""
+        """Machine and package versions of each start."""
         return self.path / "environment.json"
 
     @property
     def quarantined(self) -> Path:
-        """A line a sample that was replaced."""
+        """One line per sample that was replaced."""
         return self.path / "quarantine.jsonl"
 
     @property
     def reconstructions(self) -> Path:
-        """Pictures, a folder for each set of weights and images (maelstream.jobs.reporting.reconstruction_files)."""
+        """Pictures, in one folder per set of weights and images."""
         return self.path / "reconstructions"
 
     @property
@@ -78,46 +90,55 @@ class RunFolder:
         return CheckpointStore(self.path / "checkpoints")
 
     def recipe(self) -> Recipe:
-        """The recipe that a pre-training was last started with; MaelstreamError when the folder holds none."""
+        """The recipe of the newest start of a pre-training run.
+
+        Raises:
+            MaelstreamError: the folder is not a run, or it is a run that was trained on labels.
+        """
         found = self.any_recipe()
         if not isinstance(found, Recipe):
             raise MaelstreamError(
-                f"{self.path} is a run of {found.job}; give one of `maelstream pretrain`, or measure it by "
+                f"{self.path} is a run of {found.job}; give a run of `maelstream pretrain`, or evaluate this one with "
                 f"`maelstream evaluate {self.path} VAL`"
             )
         return found
 
     def any_recipe(self) -> AnyRecipe:
-        """The recipe that the run was last started with; MaelstreamError when the folder is not a run's."""
+        """The recipe of the newest start, of pre-training or of training on labels.
+
+        Raises:
+            MaelstreamError: the folder is not a run.
+        """
         if not self.config.exists():
             raise MaelstreamError(f"{self.path} is not a run: it has no config.yaml; `maelstream pretrain` makes one")
         return load_any_recipe(self.config)
 
     def last_step(self) -> int:
-        """Step of the newest checkpoint; MaelstreamError when there is none."""
+        """Step of the newest checkpoint; raises MaelstreamError if there is none."""
         if not (steps := self.checkpoints.steps()):
-            raise MaelstreamError(f"{self.path} has no checkpoint yet; let the run reach its first one")
+            raise MaelstreamError(f"{self.path} has no checkpoint yet; wait until the run has written its first one")
         return steps[-1]
 
     def check_same_experiment(self, recipe: AnyRecipe, allowed: tuple[str, ...]) -> None:
-        """RecipeError when the folder holds a run of another experiment, `allowed` keys left out."""
-        if forever := [name for name in allowed if not may_change(name)]:
-            raise RecipeError(
-                f"--allow {' '.join(forever)}: a run keeps it for life; start a new one with another --run"
-            )
+        """Checks that the folder is empty or holds a run of the same experiment; `allowed` keys may differ.
+
+        Raises:
+            RecipeError: another key differs, or `allowed` has a key that can never change.
+        """
+        if fixed := [name for name in allowed if not may_change(name)]:
+            raise RecipeError(f"--allow {' '.join(fixed)}: a run keeps it for life; start a new one with another --run")
         if not self.config.exists():
             return
         old = self.any_recipe()
         if differences := {name: values for name, values in differing_keys(old, recipe).items() if name not in allowed}:
             listed = ", ".join(f"{name} ({was!r}, now {now!r})" for name, (was, now) in differences.items())
-            harmless = [name for name in differences if may_change(name)]
-            hint = f", --allow {' '.join(harmless)}" if len(harmless) == len(differences) else ""
+            hint = f", --allow {' '.join(differences)}" if all(map(may_change, differences)) else ""
             raise RecipeError(
                 f"{self.path} holds a run with another {listed}; give the old values again{hint}, or another --run"
             )
 
     def start(self, recipe: AnyRecipe, step: int) -> None:
-        """Makes the folder ready to go on after `step` steps: later lines of the metrics were never checkpointed."""
+        """Writes the recipe, and removes the metrics after `step`, because no checkpoint has those steps."""
         self.path.mkdir(parents=True, exist_ok=True)
         with written_whole(self.config) as file:
             file.write(dump_recipe(recipe).encode())
@@ -125,15 +146,15 @@ class RunFolder:
         with written_whole(self.metrics) as file:
             file.write("".join(lines).encode())
 
-    def quarantine(self, bad: BadSample) -> None:
-        """Notes a sample that was replaced, a line of quarantine.jsonl; every rank adds those that it meets."""
+    def quarantine(self, bad: "BadSample") -> None:
+        """Appends a sample that was replaced to quarantine.jsonl; every rank appends those that it finds."""
         self.path.mkdir(parents=True, exist_ok=True)
         with self.quarantined.open("a") as file:
             file.write(json.dumps(asdict(bad)) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """A dict a log step, ascending; a last line that a crash cut short is left out."""
+        """One dict per logged step, ascending; a last line that a crash cut short is skipped."""
         if not self.metrics.exists():
             return []
-        whole = self.metrics.read_text().rpartition("\n")[0]
-        return [json.loads(line) for line in whole.splitlines()]
+        complete = self.metrics.read_text().rpartition("\n")[0]
+        return [json.loads(line) for line in complete.splitlines()]

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from maelstream.jobs.command import run
+from maelstream.jobs.format import format_ago
 from maelstream.jobs.recipe import Recipe
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.jobs.run_folder.status import Status
-from maelstream.jobs.runs import ago, state_of
+from maelstream.jobs.run_folder.status import Status, state_of
 from maelstream.jobs.watch import curve
 
 
@@ -57,4 +57,10 @@ def test_watch_shows_a_run_from_its_files(folder: RunFolder, capsys: pytest.Capt
 def test_curves_and_times_are_short() -> None:
     assert curve([0.0, 1.0, 0.5], 10) == "▁█▅" and len(curve([float(n) for n in range(1000)], 40)) == 40
     assert curve([2.0, 2.0], 10) == "▁▁"
-    assert [ago(seconds) for seconds in (5, 300, 7200, 200_000)] == ["5 s ago", "5 min ago", "2 h ago", "2 d ago"]
+    times = [format_ago(seconds) for seconds in (5, 300, 7200, 200_000)]
+    assert times == [
+        "5 s ago",
+        "5 min ago",
+        "2 h ago",
+        "2 d ago",
+    ]
