@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.gpu_part import Row, Setting
 from maelstream.jobs.profiling.data_stages import DataPath, measure_rate
-from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
-from maelstream.pipeline.decode import DecodeConfig
+from maelstream.pipeline.config import CropConfig, DecodeConfig, LoaderConfig
 from maelstream.pipeline.loader import Batch
 from maelstream.pipeline.order import SampleOrder
 from maelstream.shards.dataset import Dataset
@@ -29,8 +29,8 @@ def streamed(setting: Setting, decode: DecodeConfig, batch_size: int) -> DataPat
     """The dataset of the setting, as pre-training's loader takes it."""
     dataset = Dataset.open(setting.dataset)
     draws, batch_split = AugmentSampler(0, CropConfig(), SIZE), BatchSplit(min(batch_size, len(dataset)), 1, 1)
-    threads = max(1, torch.get_num_threads())
-    return DataPath(dataset, SampleOrder(len(dataset), 0), draws, batch_split, 0, threads, 4, decode)
+    config = LoaderConfig(max(1, torch.get_num_threads()), decode=decode)
+    return DataPath(dataset, SampleOrder(len(dataset), 0), draws, batch_split, 0, config)
 
 
 def config_of(setting: Setting, form: str) -> DecodeConfig:

@@ -32,11 +32,12 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
-from maelstream.pipeline.decode import Output
+from maelstream.pipeline.config import CropConfig, LoaderConfig
 from maelstream.pipeline.loader import ImageLoader
 from maelstream.pipeline.order import SampleOrder
+from maelstream.pipeline.output import Output
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.executors import Local
 from maelstream.shards.pack import pack
@@ -81,11 +82,9 @@ def augmentation() -> transforms.Compose:
 @contextmanager
 def maelstream(data: Data, output: Output) -> Iterator[Iterator[object]]:
     """This project's loader."""
-    order, draws = SampleOrder(len(data.dataset), 0), AugmentSampler(0, CropConfig(), SIZE)
-    batch_split = BatchSplit(BATCH, 1, 1)
-    with ImageLoader(
-        data.dataset, order, draws, SIZE, batch_split, 0, data.threads, prefetch=4, output=output
-    ) as loader:
+    order, sampler = SampleOrder(len(data.dataset), 0), AugmentSampler(0, CropConfig(), SIZE)
+    batch_split, config = BatchSplit(BATCH, 1, 1), LoaderConfig(data.threads)
+    with ImageLoader(data.dataset, order, sampler, batch_split, config=config, output=output) as loader:
         yield iter(loader)
 
 

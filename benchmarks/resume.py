@@ -23,8 +23,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
+from maelstream.pipeline.config import CropConfig, LoaderConfig
 from maelstream.pipeline.loader import ImageLoader
 from maelstream.pipeline.order import SampleOrder
 from maelstream.shards.dataset import Dataset
@@ -56,7 +57,7 @@ def first_batch(dataset: Dataset, position: int, threads: int) -> float:
     """Seconds to the first batch from `position`."""
     began = time.perf_counter()
     order, draws = SampleOrder(len(dataset), 0), AugmentSampler(0, CropConfig(), SIZE)
-    with ImageLoader(dataset, order, draws, SIZE, BatchSplit(BATCH, 1, 1), 0, threads, prefetch=4) as loader:
+    with ImageLoader(dataset, order, draws, BatchSplit(BATCH, 1, 1), config=LoaderConfig(threads)) as loader:
         loader.load_state_dict({"epoch": 0, "position": position})
         next(iter(loader))
         return time.perf_counter() - began

@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.loaders import BATCH, rate
-from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
+from maelstream.pipeline.config import CropConfig, DecodeConfig, LoaderConfig
 from maelstream.pipeline.dct_scaling import reduction
-from maelstream.pipeline.decode import CpuDecoder, DecodeConfig, EncodedBatch
+from maelstream.pipeline.decode import CpuDecoder, EncodedBatch
 from maelstream.pipeline.loader import ImageLoader
 from maelstream.pipeline.order import SampleOrder
 from maelstream.shards.dataset import Dataset
@@ -80,26 +81,19 @@ def main() -> None:
         pack(str(data), f"{folder}/shards", PackOptions("b", "train", 2**24, 0), Local(options.threads), lambda _: None)
         dataset = Dataset.open(f"{folder}/shards")
         for side in options.sizes:
-            draws = AugmentSampler(0, CropConfig(), (side, side))
+            sampler = AugmentSampler(0, CropConfig(), (side, side))
             samples = np.arange(min(256, len(dataset)))
             sizes = dataset.width[samples], dataset.height[samples]
             batch = EncodedBatch.of(
-                ShardReader(dataset, check_crc=True).read(samples), draws.at(np.zeros_like(samples), samples, *sizes)
+                ShardReader(dataset, check_crc=True).read(samples), sampler.at(np.zeros_like(samples), samples, *sizes)
             )
             rates: dict[bool, list[float]] = {False: [], True: []}
             for _ in range(options.rounds):
                 for scaling, found in rates.items():
-                    with ImageLoader(
-                        dataset,
-                        SampleOrder(len(dataset), 0),
-                        draws,
-                        (side, side),
-                        BatchSplit(BATCH, 1, 1),
-                        0,
-                        options.threads,
-                        prefetch=4,
-                        decode=DecodeConfig(on="cpu", dct_scaling=scaling),
-                    ) as loader:
+                    order, batch_split = SampleOrder(len(dataset), 0), BatchSplit(BATCH, 1, 1)
+                    decode = DecodeConfig(on="cpu", dct_scaling=scaling)
+                    config = LoaderConfig(options.threads, decode=decode)
+                    with ImageLoader(dataset, order, sampler, batch_split, config=config) as loader:
                         found.append(rate(iter(loader), options.batches))
             off = {
                 scaling: difference(

@@ -19,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.loaders import rate
-from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
+from maelstream.pipeline.config import CropConfig, LoaderConfig, Shuffle
 from maelstream.pipeline.loader import ImageLoader
-from maelstream.pipeline.order import SampleOrder, Shuffle
+from maelstream.pipeline.order import SampleOrder
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.executors import Local
 from maelstream.shards.pack import pack
@@ -104,7 +105,8 @@ def main() -> None:
             for name, (dataset, shuffle) in candidates.items():
                 order, draws = SampleOrder(len(dataset), 0, shuffle), AugmentSampler(0, CropConfig(), SIZE)
                 batch_split = BatchSplit(BATCH, 1, 1)
-                with ImageLoader(dataset, order, draws, SIZE, batch_split, 0, options.threads, prefetch=4) as loader:
+                config = LoaderConfig(options.threads)
+                with ImageLoader(dataset, order, draws, batch_split, config=config) as loader:
                     rates[name].append(rate(iter(loader), 80))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     table = Table("", "images/s", "of the local disk's", title=f"{len(disk):,} images, {options.delay_s * 1e3:.0f} ms")

@@ -16,6 +16,7 @@ from maelstream.jobs.training.image_stream import image_stream, recipe_with
 from maelstream.jobs.weights.target_file import TargetFile
 from maelstream.model.patches import patchify
 from maelstream.model.pca import PatchMoments, PrincipalComponents, principal_components
+from maelstream.pipeline.decode import decode_device
 from maelstream.shards.dataset import Dataset
 
 _BATCH = 64  # nothing depends on it
@@ -55,7 +56,7 @@ def fit(command: FitPca) -> tuple[TargetFile, PrincipalComponents]:
         image_size=None if side is None else (side, side),
     )
     config, count, batch = recipe.model, min(command.images, len(dataset)), min(_BATCH, len(dataset))
-    moments = PatchMoments(config.patch_dim, recipe.loader.decode.device)
+    moments = PatchMoments(config.patch_dim, decode_device(recipe.loader.decode))
     with image_stream(dataset, recipe, batch, command.threads) as batches:
         for start in track(range(0, count, batch), "patches", console=Console(stderr=True)):
             moments.add(patchify(next(batches)[: count - start], config.patch_size))

@@ -23,7 +23,8 @@ from maelstream.jobs.recipe import RecipeError
 from maelstream.jobs.training.image_stream import image_stream, recipe_with
 from maelstream.jobs.weights.target_file import tokenizer_file
 from maelstream.model.optimise import lr_at
-from maelstream.model.tokenizer import Decoder, Encoder, TokenizerConfig, fitted, initialise, loss_of
+from maelstream.model.tokenizer import Decoder, Encoder, TokenizerConfig, initialise, resize_to_grid, vae_loss
+from maelstream.pipeline.decode import decode_device
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
 
@@ -110,7 +111,9 @@ def train(
                 total_steps=command.steps,
             )
         batch: UInt8[Tensor, "b 3 h w"] = next(images)
-        loss = loss_of(encoder, decoder, fitted(batch.float() / 255, grid), *anneal(step, command.steps), generator)
+        loss = vae_loss(
+            encoder, decoder, resize_to_grid(batch.float() / 255, grid), *anneal(step, command.steps), generator
+        )
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
@@ -132,7 +135,7 @@ def main(args: list[str]) -> int:
     if command.out.suffix != ".safetensors":
         raise RecipeError(f"--out {command.out}: the file's name ends in .safetensors")
     dataset, recipe = Dataset.open(command.dst), recipe_with(command.recipe, target="token", codes=command.codes)
-    config, device = recipe.model, recipe.loader.decode.device
+    config, device = recipe.model, decode_device(recipe.loader.decode)
     try:
         shape = TokenizerConfig(config.codes, command.hidden, config.in_chans)
     except ValueError as error:

@@ -19,7 +19,8 @@ from maelstream.jobs.recipe import Recipe, RecipeError, StreamConfig, load_recip
 from maelstream.jobs.training.data import open_data
 from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
-from maelstream.pipeline.decode import DecodeConfig
+from maelstream.pipeline.config import DecodeConfig, LoaderConfig
+from maelstream.pipeline.decode import decode_device
 from maelstream.shards.errors import MaelstreamError
 
 
@@ -59,7 +60,9 @@ def data_path_of(command: Loader) -> DataPath:
     dataset, order = open_data(data, recipe.seed)
     sampler = AugmentSampler(recipe.seed, data.crop, size)
     batch_split = BatchSplit(min(command.batch_size, len(dataset)), 1, 1)
-    return DataPath(dataset, order, sampler, batch_split, 0, command.threads, command.prefetch, command.decode)
+    return DataPath(
+        dataset, order, sampler, batch_split, 0, LoaderConfig(command.threads, command.prefetch, command.decode)
+    )
 
 
 def image_grid(images: torch.Tensor, columns: int) -> np.ndarray:
@@ -87,8 +90,8 @@ def measure_stages(data_path: DataPath, seconds: float) -> dict[str, Any]:
     return {
         "images_per_s": figures,
         "mb_per_s": figures["whole"] * data_path.bytes_per_image / 1e6,
-        "threads": data_path.threads,
-        "device": str(data_path.decode.device),
+        "threads": data_path.loader_config.threads,
+        "device": str(decode_device(data_path.loader_config.decode)),
         "limit": min(figures.keys() - {"whole"}, key=lambda name: figures[name]),
     }
 

@@ -1,81 +1,44 @@
-"""Augmentation draws: crop window, flip and changes of the pixels of each sample, for a whole batch at once.
+"""Augmentation parameters: crop window, flip and pixel augmentation of each sample, drawn for a whole batch at once.
 
-The paper's four (Table 1): none (the centre), a crop of fixed size, one of random size, and that with colour jitter.
-The random size is torchvision's RandomResizedCrop (appendix A.1, table 8), up to ten tries at an area and an aspect
-ratio, then the largest centred window of an allowed ratio; or the one draw that the reference takes for linear probing.
-Its window is drawn in pixels of the stored image, so nothing else need be decoded; for the other two the whole image is
-resized first, as torchvision's Resize and CenterCrop do for evaluation.
+The paper compares four kinds (Table 1): none (the centre crop), fixed size, random size, and random size with colour
+jitter. The random size is torchvision's RandomResizedCrop (appendix A.1, table 8): up to ten tries at an area and an
+aspect ratio, then the largest centred window of an allowed ratio. Linear probing uses the reference's single try.
+Random-size windows are drawn in pixels of the stored image, so only the window is decoded. For the other two, the whole
+image is resized first, as torchvision's Resize and CenterCrop do for evaluation.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 
+from maelstream.pipeline.config import CropConfig
 from maelstream.pipeline.hashing import sample_keys, seed_word, uniforms
 from maelstream.pipeline.pixel_augment import OPERATIONS, PixelAugment
 
 _TRIES = 10
-_LAYERS, _SPREAD = 2, 0.5  # of RandAugment
-
-
-@dataclass(frozen=True)
-class CropConfig:
-    """What may be drawn."""
-
-    kind: Literal["random_size", "fixed_size", "none"] = "random_size"
-    """Of random area and ratio; of the model's size from the resized image, anywhere or in the centre ("none", and no
-    flip: evaluation)."""
-    sampler: Literal["ten_tries", "one_draw"] = "ten_tries"
-    """For a random size: torchvision's, or one draw, clamped to the image (the reference's linear probing)."""
-    scale: tuple[float, float] = (0.2, 1.0)
-    """Least and largest share of the image's area that a window of random size takes."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Least and largest width / height of a window of random size."""
-    margin: float = 256 / 224
-    """Size of the resized image over that of the crop: 256 / 224 is "resize the short side to 256, crop 224"."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    jitter: float = 0.0
-    """Brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter, in any order."""
-    rand_augment: float = 0.0
-    """Magnitude of RandAugment's two operations, 0 (none) to 10; fine-tuning takes 9."""
-    erase: float = 0.0
-    """Probability that a box is erased; fine-tuning takes 0.25."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale {self.scale} is not within 0..1")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio {self.ratio} is no pair of widths over heights")
-        if self.margin < 1:
-            raise ValueError(f"margin {self.margin}: a crop larger than the image; it must be at least 1")
-        if not 0 <= self.flip <= 1 or not 0 <= self.jitter < 1:
-            raise ValueError(f"flip {self.flip} must be in 0..1, jitter {self.jitter} in 0..1 without 1")
-        if not 0 <= self.rand_augment <= 10 or not 0 <= self.erase <= 1:
-            raise ValueError(f"rand_augment {self.rand_augment} must be in 0..10, erase {self.erase} in 0..1")
+_LAYERS, _MAGNITUDE_STD = 2, 0.5  # of RandAugment
 
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """The draws of one batch."""
+    """Augmentation parameters of one batch."""
 
-    windows: Int32[np.ndarray, "b 4"]  # to decode: left, top, width, height in pixels of the stored image
-    resizes: Int32[np.ndarray, "b 4"]  # of the window: height, width; then to crop from it: top, left
+    windows: Int32[np.ndarray, "b 4"]  # left, top, width, height of the crop in pixels of the stored image
+    resizes: Int32[np.ndarray, "b 4"]  # height and width to resize it to; top and left of the final crop from that
     flips: Bool[np.ndarray, "b"]
-    keys: Int64[np.ndarray, "b"]  # what the masks are hashed from, on the device
-    changes: PixelAugment | None
+    keys: Int64[np.ndarray, "b"]  # hashed into masks on the device
+    pixel_augment: PixelAugment | None
 
 
 @dataclass(frozen=True)
 class AugmentSampler:
-    """Every draw is a pure function of (seed, epoch, sample)."""
+    """Draws augmentation parameters as a pure function of (seed, epoch, sample)."""
 
     seed: int
     crop: CropConfig
     image_size: tuple[int, int]
-    """Of the model, (height, width)."""
+    """Height and width of the model's input in pixels."""
 
     def at(
         self,
@@ -84,7 +47,7 @@ class AugmentSampler:
         widths: Int64[np.ndarray, "b"],
         heights: Int64[np.ndarray, "b"],
     ) -> AugmentParams:
-        """Windows, flips, jitter and mask keys of `samples` (their stored sizes in pixels) in `epochs`."""
+        """Parameters for `samples` in `epochs`; `widths` and `heights` are those of the stored images in pixels."""
         crop, count = self.crop, len(samples)
         numbers = uniforms(sample_keys(seed_word(self.seed, "augment"), epochs, samples), 4 * _TRIES + 1)
         tries = numbers[:, :-1].reshape(-1, _TRIES, 4)
@@ -96,15 +59,16 @@ class AugmentSampler:
             windows = np.stack([0 * widths, 0 * heights, widths, heights], axis=1).astype(np.int32)
             at = tries[:, 0, 2:] if crop.kind == "fixed_size" else None
             resizes = resized_crop(at, widths, heights, self.image_size, crop.margin)
+        augments_pixels = crop.jitter or crop.rand_augment or crop.erase
         return AugmentParams(
             windows=windows,
             resizes=resizes,
             flips=(numbers[:, -1] < crop.flip) & (crop.kind != "none"),
             keys=sample_keys(seed_word(self.seed, "mask"), epochs, samples).view(np.int64),
-            changes=self._changes(epochs, samples) if crop.jitter or crop.rand_augment or crop.erase else None,
+            pixel_augment=self._pixel_augment(epochs, samples) if augments_pixels else None,
         )
 
-    def _changes(self, epochs: np.ndarray, samples: np.ndarray) -> PixelAugment:
+    def _pixel_augment(self, epochs: np.ndarray, samples: np.ndarray) -> PixelAugment:
         crop = self.crop
         factors = orders = operations = magnitudes = boxes = None
 
@@ -118,8 +82,8 @@ class AugmentSampler:
             drawn = numbers("randaug", 5 * _LAYERS).reshape(-1, _LAYERS, 5)
             which = np.floor(drawn[..., 0] * OPERATIONS).astype(np.int64)
             operations = np.where(drawn[..., 1] < 0.5, which, -1)
-            normal = np.sqrt(-2 * np.log1p(-drawn[..., 2])) * np.cos(2 * np.pi * drawn[..., 3])  # Box and Muller
-            size = np.clip(crop.rand_augment + _SPREAD * normal, 0, 10)
+            normal = np.sqrt(-2 * np.log1p(-drawn[..., 2])) * np.cos(2 * np.pi * drawn[..., 3])  # Box-Muller
+            size = np.clip(crop.rand_augment + _MAGNITUDE_STD * normal, 0, 10)
             magnitudes = np.where(drawn[..., 4] < 0.5, size, -size)
         if crop.erase:
             drawn = numbers("erase", 1 + 4 * _TRIES)
@@ -130,8 +94,10 @@ class AugmentSampler:
 
 
 def erased_boxes(numbers: Float64[np.ndarray, "b tries 4"], image_size: tuple[int, int]) -> Int32[np.ndarray, "b 4"]:
-    """Boxes (left, top, width, height) of 2 % to a third of the image (Zhong et al., arXiv 1708.04896), height over
-    width 0.3 to 1 / 0.3; no width where no try fits."""
+    """Boxes to erase (left, top, width, height): the first try that fits into the image; width 0 if none does.
+
+    Each covers 2 % to a third of the image, with height / width of 0.3 to 1 / 0.3 (Zhong et al., arXiv 1708.04896).
+    """
     image_height, image_width = image_size
     area = image_height * image_width * (0.02 + numbers[..., 0] * (1 / 3 - 0.02))  # (B, tries)
     aspect = np.exp(np.log(0.3) * (1 - 2 * numbers[..., 1]))
@@ -154,14 +120,14 @@ def resized_crop(
     image_size: tuple[int, int],
     margin: float,
 ) -> Int32[np.ndarray, "b 4"]:
-    """Size to resize whole images to, and where to crop `image_size` out of it: (height, width, top, left).
+    """Height and width to resize whole images to, and top and left of the crop of `image_size`.
 
-    The resized image is the least that holds `margin` times `image_size`, in the rounding of torchvision's Resize; the
-    crop is in its centre, in the rounding of CenterCrop, or `at` uniform numbers in [0, 1), left and top.
+    The resized image is the smallest that contains `margin` times `image_size`, rounded as torchvision's Resize does.
+    The crop is its centre, rounded as CenterCrop does; or `at` gives its left and top as uniform numbers in [0, 1).
     """
     sides = np.stack([heights, widths], axis=1).astype(np.int64)  # (B, 2)
     goals = np.rint(np.array(image_size) * margin).astype(np.int64)  # (2,)
-    binding = np.argmax(goals / sides, axis=1)[:, None]  # the side that is the shorter, measured by the goal
+    binding = np.argmax(goals / sides, axis=1)[:, None]  # the side that is shorter relative to its goal
     goal, side = goals[binding], np.take_along_axis(sides, binding, axis=1)  # (B, 1)
     resized = np.where(np.arange(2) == binding, goal, goal * sides // side)  # (B, 2)
     resized = np.maximum(resized, image_size)
@@ -173,7 +139,7 @@ def resized_crop(
 def one_draw_crop(
     numbers: np.ndarray, widths: np.ndarray, heights: np.ndarray, crop: CropConfig
 ) -> Int32[np.ndarray, "b 4"]:
-    """As `random_resized_crop`, from the first of the tries alone, its width and height clamped to the image's."""
+    """As `random_resized_crop`, but only from the first try, with its width and height clamped to the image."""
     widths, heights = widths.astype(np.int64), heights.astype(np.int64)
     width, height = (side[:, 0] for side in _drawn_sides(numbers[:, :1], widths, heights, crop))
     width, height = np.minimum(width, widths).clip(1), np.minimum(height, heights).clip(1)
@@ -185,7 +151,7 @@ def one_draw_crop(
 def _drawn_sides(
     numbers: np.ndarray, widths: np.ndarray, heights: np.ndarray, crop: CropConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Width and height of each try, (b, tries), whether or not they fit."""
+    """Width and height of each try, (b, tries), whether or not they fit into the image."""
     area = (widths * heights)[:, None] * (crop.scale[0] + numbers[..., 0] * (crop.scale[1] - crop.scale[0]))
     log_low, log_high = np.log(crop.ratio)
     ratio = np.exp(log_low + numbers[..., 1] * (log_high - log_low))  # (B, tries)
@@ -206,7 +172,7 @@ def random_resized_crop(
     left = np.floor(left_number * (widths - width + 1)).astype(np.int64)
     top = np.floor(top_number * (heights - height + 1)).astype(np.int64)
 
-    # No try fits an image far longer than the allowed ratios: the largest centred window of an allowed ratio.
+    # No try fits an image that is much longer than the allowed ratios: use the largest centred window of one.
     centre_width = np.minimum(widths, np.rint(heights * crop.ratio[1]).astype(np.int64)).clip(1)
     centre_height = np.minimum(heights, np.rint(widths / crop.ratio[0]).astype(np.int64)).clip(1)
     drawn = np.stack([left, top, width, height], axis=1)

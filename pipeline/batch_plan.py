@@ -1,11 +1,12 @@
-"""The endless line of samples, and how ranks cut it: what every batch holds, known before a byte is read.
+"""What every batch contains, known before a byte is read: the endless sequence of samples, split among ranks.
 
-Epochs follow one another, each in an order of its own; a global batch is the next `batch_size` of the line, so every
-batch is full, a batch may span two epochs, and each sample comes exactly once an epoch. A batch is cut into
-`world_size * micro_batches` slices by position alone: the same samples, crops and masks on any number of ranks.
+Epochs follow one another, each in its own order. A global batch is the next `batch_size` samples of this sequence, so
+every batch is full, a batch may contain samples of two epochs, and each sample comes exactly once per epoch. A batch is
+split into `world_size * micro_batches` slices by position alone, so samples, crops and masks are the same on any number
+of ranks.
 
-A bad sample's place is taken by a good one that is drawn from (seed, epoch, position) alone, so every rank, and every
-resumed run, puts the same one there.
+A good sample replaces a bad one. It is drawn from (seed, epoch, position) alone, so every rank and every resumed run
+chooses the same one.
 """
 
 from collections.abc import Container
@@ -24,13 +25,13 @@ from maelstream.shards.errors import MaelstreamError
 _TRIES = 64
 
 SampleId = tuple[int, int]
-"""An epoch and a sample. A damaged image may be good in an epoch whose window passes the damage by, so whether a sample
-is bad is told for an epoch: it then follows from the bytes alone, whatever was met before."""
+"""Epoch and sample number. A sample is bad or good per epoch, because the damage may lie outside of one epoch's crop
+window. Whether it is bad then follows from its bytes alone, and not from what was decoded before."""
 
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How a global batch is cut: slice `rank * micro_batches + m` is micro-batch `m` of `rank`."""
+    """How a global batch is split: slice `rank * micro_batches + m` is micro-batch `m` of `rank`."""
 
     batch_size: int
     world_size: int
@@ -50,56 +51,61 @@ class BatchSplit:
 
     @property
     def largest(self) -> int:
+        """Samples in the largest micro-batch."""
         return -(-self.batch_size // (self.world_size * self.micro_batches))
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a micro-batch holds."""
+    """Samples of one micro-batch, with their labels and augmentation parameters."""
 
     samples: Int64[np.ndarray, "b"]
     epochs: Int64[np.ndarray, "b"]
     positions: Int64[np.ndarray, "b"]
-    """In the epoch."""
+    """Positions within their epochs."""
     labels: Int32[np.ndarray, "b"]
-    draws: AugmentParams
+    augment_params: AugmentParams
 
-    def places(self) -> list[SampleId]:
-        """Of each sample."""
+    def sample_ids(self) -> list[SampleId]:
+        """(epoch, sample) of each sample."""
         return list(zip(self.epochs.tolist(), self.samples.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The line of `dataset` as one rank sees it."""
+    """The micro-batches of one rank."""
 
     dataset: Dataset | Mix
     order: SampleOrder | MixOrder
-    draws: AugmentSampler
+    augment_sampler: AugmentSampler
     batch_split: BatchSplit
     rank: int
 
-    def at(self, start: int, number: int, bad: Container[SampleId]) -> MicroBatch:
-        """Micro-batch `number` of this rank, counted from where `start` samples of the line had been consumed, without
-        those that are `bad`."""
+    def micro_batch(self, start: int, number: int, bad: Container[SampleId]) -> MicroBatch:
+        """Micro-batch `number` of this rank, counted from global position `start`, without samples that are `bad`.
+
+        Raises:
+            MaelstreamError: no good sample was found to replace a bad one.
+        """
         step, micro_batch = divmod(number, self.batch_split.micro_batches)
         first, end = self.batch_split.bounds(self.rank, micro_batch)
-        line = start + step * self.batch_split.batch_size + np.arange(first, end)
-        epochs, positions, samples = self.order.of_line(line)
-        for place, found in enumerate(zip(epochs.tolist(), samples.tolist(), strict=True)):
-            if found in bad:
-                samples[place] = self._replacement(*found, int(positions[place]), bad)
+        global_positions = start + step * self.batch_split.batch_size + np.arange(first, end)
+        epochs, positions, samples = self.order.lookup(global_positions)
+        for index, sample_id in enumerate(zip(epochs.tolist(), samples.tolist(), strict=True)):
+            if sample_id in bad:
+                samples[index] = self._replacement(*sample_id, int(positions[index]), bad)
         widths, heights = self.dataset.width[samples], self.dataset.height[samples]
-        draws = self.draws.at(epochs, samples, widths, heights)
-        return MicroBatch(samples, epochs, positions, self.dataset.label[samples], draws)
+        augment_params = self.augment_sampler.at(epochs, samples, widths, heights)
+        return MicroBatch(samples, epochs, positions, self.dataset.label[samples], augment_params)
 
-    def mine(self, start: int, line: Int64[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
-        """Which places of the line this rank gets, where `start` samples had been consumed."""
+    def owns(self, start: int, global_positions: Int64[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+        """Whether this rank, starting at global position `start`, gets the sample at each of these positions."""
         batch_split = self.batch_split
         count = batch_split.world_size * batch_split.micro_batches
         edges = batch_split.batch_size * np.arange(1, count + 1) // count
-        rank = np.searchsorted(edges, (line - start) % batch_split.batch_size, "right") // batch_split.micro_batches
-        return (rank == self.rank) & (line >= start)
+        in_batch = (global_positions - start) % batch_split.batch_size
+        rank = np.searchsorted(edges, in_batch, "right") // batch_split.micro_batches
+        return (rank == self.rank) & (global_positions >= start)
 
     def _replacement(self, epoch: int, sample: int, position: int, bad: Container[SampleId]) -> int:
         first, end = self.dataset.siblings(sample)
@@ -107,4 +113,4 @@ class BatchPlan:
         for other in (first + uniforms(key, _TRIES)[0] * (end - first)).astype(np.int64).tolist():
             if (epoch, other) not in bad:
                 return other
-        raise MaelstreamError(f"{self.dataset.folder}: of {_TRIES} samples drawn, all were bad; restore the dataset")
+        raise MaelstreamError(f"{self.dataset.folder}: {_TRIES} samples drawn, and all are bad; restore the dataset")

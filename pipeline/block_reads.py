@@ -1,8 +1,9 @@
-"""Long reads for a block shuffle: this rank's share of a window of the order is fetched at once, one window ahead.
+"""Long reads for a block shuffle: this rank's share of a superblock is fetched at once, one superblock ahead.
 
-Samples of a window lie in a few blocks of consecutive samples, so that fetching its share takes a few long requests,
-however its samples are shuffled. At most `_KEPT` windows of a dataset are held, or those that a large micro-batch spans
-and one more: of ImageNet 225 MB each, over the number of ranks. The datasets of a mix have windows of their own.
+The samples of a superblock lie in a few blocks of consecutive samples. Fetching a rank's share takes a few long
+requests, in whichever order the samples come. At most `_KEPT` superblocks per dataset stay in memory, or one more than
+a large micro-batch spans. One superblock of ImageNet has 225 MB, divided by the number of ranks. Each dataset of a mix
+has its own superblocks.
 """
 
 import threading
@@ -21,89 +22,95 @@ from maelstream.shards.reader import ShardReader
 
 _KEPT = 3
 
-Window = tuple[int, int]
-"""Epoch and number."""
+SuperblockId = tuple[int, int]
+"""Epoch and number of the superblock in it."""
 
 
 class BlockReads:
-    """Reads micro-batches of a line whose order is a block shuffle; call `close` at the end."""
+    """Reads the micro-batches of a plan whose order is a block shuffle; call `close` at the end."""
 
-    def __init__(self, line: BatchPlan, start: int):
-        """`start` samples of the line have been consumed, and will not be asked for."""
-        dataset, order = line.dataset, line.order
+    def __init__(self, plan: BatchPlan, start: int):
+        """`start` is the first global position; `read` never needs samples before it."""
+        dataset, order = plan.dataset, plan.order
         if isinstance(order, MixOrder):
             self._split = order.mix.split
             self._parts = [
-                _Windows(order.of(number), part, partial(_mine_of_mix, line, order, start, number))
+                _DatasetReads(order.dataset_order(number), part, partial(_owns_in_mix, plan, order, start, number))
                 for number, part in enumerate(order.mix.datasets)
             ]
         else:
             assert isinstance(dataset, Dataset)
             self._split = lambda samples: [(np.arange(len(samples)), samples)]
-            self._parts = [_Windows(order, dataset, partial(line.mine, start))]
+            self._parts = [_DatasetReads(order, dataset, partial(plan.owns, start))]
 
-    def read(self, planned: MicroBatch) -> list[np.ndarray]:
+    def read(self, micro_batch: MicroBatch) -> list[np.ndarray]:
         """Encoded bytes of each sample, uint8."""
-        found: list[np.ndarray] = [np.empty(0, np.uint8)] * len(planned.samples)
-        for part, (places, samples) in zip(self._parts, self._split(planned.samples), strict=True):
-            if len(places):
-                data = part.read(planned.epochs[places], planned.positions[places], samples)
-                for place, item in zip(places.tolist(), data, strict=True):
-                    found[place] = item
+        found: list[np.ndarray] = [np.empty(0, np.uint8)] * len(micro_batch.samples)
+        for part, (indices, samples) in zip(self._parts, self._split(micro_batch.samples), strict=True):
+            if len(indices):
+                encoded = part.read(micro_batch.epochs[indices], micro_batch.positions[indices], samples)
+                for index, data in zip(indices.tolist(), encoded, strict=True):
+                    found[index] = data
         return found
 
     def close(self) -> None:
+        """Stops the threads that fetch."""
         for part in self._parts:
             part.close()
 
 
-def _mine_of_mix(line: BatchPlan, order: MixOrder, start: int, number: int, own: np.ndarray) -> Bool[np.ndarray, "n"]:
-    return line.mine(start, order.line_of(number, own))
+def _owns_in_mix(
+    plan: BatchPlan, order: MixOrder, start: int, number: int, dataset_positions: np.ndarray
+) -> Bool[np.ndarray, "n"]:
+    return plan.owns(start, order.mix_positions(number, dataset_positions))
 
 
-class _Windows:
-    """Those of one dataset."""
+class _DatasetReads:
+    """Fetches and keeps the superblocks of one dataset."""
 
     def __init__(
         self,
         order: SampleOrder,
         dataset: Dataset,
-        mine: Callable[[Int64[np.ndarray, "n"]], Bool[np.ndarray, "n"]],
+        owns: Callable[[Int64[np.ndarray, "n"]], Bool[np.ndarray, "n"]],
     ):
-        """`mine` tells which places of the dataset's own line of epochs this rank will ask for."""
-        self._order, self._reader, self._mine = order, ShardReader(dataset, check_crc=False), mine
-        self._held: dict[Window, Future[dict[int, np.ndarray]]] = {}
+        """`owns` says which global positions of the dataset this rank will read."""
+        self._order, self._reader, self._owns = order, ShardReader(dataset, check_crc=False), owns
+        self._kept: dict[SuperblockId, Future[dict[int, np.ndarray]]] = {}
         self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(2, "windows")
+        self._threads = ThreadPoolExecutor(2, "superblocks")
 
     def read(self, epochs: np.ndarray, positions: np.ndarray, samples: np.ndarray) -> list[np.ndarray]:
-        numbers = self._order.windows(epochs, positions)
-        places = list(zip(epochs.tolist(), numbers.tolist(), strict=True))
-        windows = sorted(set(places))
+        numbers = self._order.superblocks(epochs, positions)
+        superblock_of_each = list(zip(epochs.tolist(), numbers.tolist(), strict=True))
+        superblocks = sorted(set(superblock_of_each))
         with self._lock:
-            held = {window: self._future(window) for window in windows}
-            self._future(self._after(windows[-1]))
-            while len(self._held) > max(_KEPT, len(windows) + 1):
-                del self._held[min(self._held)]
-        found = [held[place].result().get(sample) for place, sample in zip(places, samples.tolist(), strict=True)]
-        # a bad sample's replacement comes from anywhere
+            futures = {superblock: self._future(superblock) for superblock in superblocks}
+            self._future(self._next(superblocks[-1]))
+            while len(self._kept) > max(_KEPT, len(superblocks) + 1):
+                del self._kept[min(self._kept)]
+        found = [
+            futures[superblock].result().get(sample)
+            for superblock, sample in zip(superblock_of_each, samples.tolist(), strict=True)
+        ]
+        # A sample that replaces a bad one may be in any superblock, so it is read by itself.
         return [self._reader.read(samples[n : n + 1])[0] if data is None else data for n, data in enumerate(found)]
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def _future(self, window: Window) -> Future[dict[int, np.ndarray]]:
-        if window not in self._held:
-            self._held[window] = self._threads.submit(self._fetch, *window)
-        return self._held[window]
+    def _future(self, superblock: SuperblockId) -> Future[dict[int, np.ndarray]]:
+        if superblock not in self._kept:
+            self._kept[superblock] = self._threads.submit(self._fetch, *superblock)
+        return self._kept[superblock]
 
-    def _after(self, window: Window) -> Window:
-        epoch, number = window
-        first, end = self._order.window(epoch, number + 1)
+    def _next(self, superblock: SuperblockId) -> SuperblockId:
+        epoch, number = superblock
+        first, end = self._order.superblock_bounds(epoch, number + 1)
         return (epoch, number + 1) if first < end else (epoch + 1, 0)
 
     def _fetch(self, epoch: int, number: int) -> dict[int, np.ndarray]:
-        positions = np.arange(*self._order.window(epoch, number))
-        positions = positions[self._mine(epoch * self._order.size + positions)]
+        positions = np.arange(*self._order.superblock_bounds(epoch, number))
+        positions = positions[self._owns(epoch * self._order.size + positions)]
         samples = np.sort(self._order.at(np.full_like(positions, epoch), positions))
         return dict(zip(samples.tolist(), self._reader.read(samples), strict=True))

@@ -1,20 +1,20 @@
-"""One epoch in order: every image of a dataset exactly once over all ranks, with the crop of evaluation.
+"""One pass in order: every image of a dataset exactly once over all ranks, with the evaluation crop.
 
-It is the loader's line, unshuffled and cut as in training, so every rank gets as many micro-batches, all of one size:
-with shared-out weights no forward pass may be missing on any rank. What reaches beyond the end of the epoch, and what
-stands in for an image that cannot be decoded, is marked as not to be counted.
+It uses the training loader without a shuffle, so every rank gets equally many micro-batches of one size: with sharded
+weights (ZeRO-3), no forward pass may be missing on any rank. Images beyond the end of the epoch, and images that
+replace one that cannot be decoded, are marked as not counted.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
-from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
-from maelstream.pipeline.decode import DecodeConfig
+from maelstream.pipeline.config import CropConfig, LoaderConfig
 from maelstream.pipeline.loader import ImageLoader
 from maelstream.pipeline.order import SampleOrder
 from maelstream.pipeline.sample_source import BadSample
@@ -23,43 +23,41 @@ from maelstream.shards.errors import MaelstreamError
 
 
 def evaluation_margin(image_size: tuple[int, int]) -> float:
-    """Of the resized image over the crop: 256 / 224 up to 224 px, none beyond (as the reference evaluates)."""
+    """Size of the resized image divided by the crop's: 256 / 224 up to 224 px, 1 above, as the reference evaluates."""
     return 256 / 224 if max(image_size) <= 224 else 1.0
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How images are read in order."""
+    """How an evaluation reads images."""
 
     image_size: tuple[int, int]
     """Height and width of the crop in pixels."""
     margin: float
-    """As `CropConfig.margin`."""
+    """See `CropConfig.margin`."""
     micro_batch_size: int
-    """Images that a rank gets at once."""
-    threads: int
-    """As the loader's; likewise the two below."""
-    prefetch: int = 4
-    decode: DecodeConfig = DecodeConfig()
+    """Images per rank and forward pass."""
+    loader: LoaderConfig = LoaderConfig()
+    """`max_bad_share` has no effect: an evaluation reports all bad images."""
 
 
 @dataclass(frozen=True)
-class Portion:
+class EvalBatch:
     """A micro-batch of one rank."""
 
-    images: UInt8[Tensor, "b 3 h w"]  # where they were decoded
+    images: UInt8[Tensor, "b 3 h w"]  # on the device that decoded them
     samples: Int64[np.ndarray, "b"]
-    counts: Bool[np.ndarray, "b"]
-    """Whether the image is that of the sample, and comes for the first time."""
+    counted: Bool[np.ndarray, "b"]
+    """False for a repeated image, and for the replacement of one that cannot be decoded."""
 
 
 def every_image(
     dataset: Dataset, reading: Reading, rank: int, world_size: int, on_bad: Callable[[BadSample], None]
-) -> Iterator[Portion]:
-    """The portions of `rank`, as many as every other rank's; `on_bad` is told of what cannot be decoded.
+) -> Iterator[EvalBatch]:
+    """Yields the batches of `rank`, as many as on every other rank; calls `on_bad` once per image that fails.
 
     Raises:
-        MaelstreamError: fewer images than ranks, or a dataset that cannot be read.
+        MaelstreamError: there are fewer images than ranks, or the dataset cannot be read.
     """
     size = len(dataset)
     if size < world_size:
@@ -69,19 +67,16 @@ def every_image(
         dataset,
         SampleOrder(size, 0, "none"),
         AugmentSampler(0, CropConfig(kind="none", margin=reading.margin), reading.image_size),
-        reading.image_size,
         batch_split,
         rank,
-        reading.threads,
-        reading.prefetch,
-        decode=reading.decode,
-        max_bad_share=1.0,  # all of them are told
+        replace(reading.loader, max_bad_share=1.0),
         on_bad=on_bad,
     )
     with loader:
         batches = iter(loader)
         first, end = batch_split.bounds(rank, 0)
         for start in range(0, size, batch_split.batch_size):
-            line = start + np.arange(first, end)
+            positions = start + np.arange(first, end)
             batch = next(batches)
-            yield Portion(batch.images, line % size, (line < size) & (batch.samples == line % size))
+            samples = positions % size
+            yield EvalBatch(batch.images, samples, (positions < size) & (batch.samples == samples))

@@ -1,17 +1,17 @@
-"""The loader of pre-training: read-ahead, decoding, bad samples, and the whole state of the data path in one number.
+"""The image loader: read-ahead, decoding and replacement of bad samples; its whole state is one number.
 
-What a batch holds is `maelstream.pipeline.batch_plan`'s; this is how it gets there: threads read ahead, DALI decodes, a queue hands
-over. A sample that cannot be decoded is found, named and replaced, and the decoder, which DALI gives up for lost, is
-made anew.
+`pipeline/batch_plan.py` decides what a batch contains. Here, threads read ahead, DALI decodes, and a queue delivers
+batches. A sample that cannot be decoded is found, reported and replaced. DALI's pipeline is unusable after such a
+failure, so the loader builds a new decoder.
 """
 
 import contextlib
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from queue import Full, Queue
 from typing import TypedDict
 
@@ -22,21 +22,24 @@ from torch import Tensor
 
 from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchPlan, BatchSplit, MicroBatch, SampleId
-from maelstream.pipeline.decode import DECODERS, DecodeConfig, EncodedBatch, Output
+from maelstream.pipeline.config import LoaderConfig
+from maelstream.pipeline.decode import DECODERS, EncodedBatch, decode_device
 from maelstream.pipeline.mix import Mix, MixOrder
 from maelstream.pipeline.order import SampleOrder
+from maelstream.pipeline.output import Output
 from maelstream.pipeline.sample_source import BadSample, BadSamples, PlannedSource, SampleSource
-from maelstream.pipeline.stream import Stream, StreamSource
-from maelstream.pipeline.tracing import stage
+from maelstream.pipeline.stream import Stream
+from maelstream.pipeline.stream_source import StreamSource
+from maelstream.pipeline.tracing import trace_range
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
 from maelstream.shards.inspect import Unfit, inspect
 
-_POLL_S = 0.1  # how often a thread that waits on a queue looks whether the loader was closed
+_POLL_S = 0.1  # how often a thread that waits for a queue checks whether the loader was closed
 
 
 class LoaderState(TypedDict):
-    """Where the line of samples stands: `position` samples of `epoch` have been consumed."""
+    """How far training has come: `position` samples of `epoch` have been consumed."""
 
     epoch: int
     position: int
@@ -46,72 +49,78 @@ class LoaderState(TypedDict):
 class Batch:
     """One micro-batch of one rank."""
 
-    images: Shaped[Tensor, "b 3 h w"]  # uint8, or normalised; see `maelstream.pipeline.decode.Output`
-    keys: Int64[Tensor, "b"]  # masks are hashed from these; on the CPU, the model's device takes them
+    images: Shaped[Tensor, "b 3 h w"]  # uint8, or normalised as `Output` says
+    keys: Int64[Tensor, "b"]  # hashed into masks; on the CPU, and the model moves them to its device
     samples: Int64[np.ndarray, "b"]
     epochs: Int64[np.ndarray, "b"]
     labels: Int32[np.ndarray, "b"]
     weight: float
-    """This slice's size over the mean slice's: mean losses times weights average to the global batch's mean loss."""
+    """Size of this slice divided by the mean size of slices: the average over slices of weight times mean loss is the
+    mean loss of the global batch."""
 
 
 class ImageLoader:
-    """Iterates over the micro-batches of one rank without end; use it as a context manager, which stops its threads.
+    """Iterates without end over the micro-batches of one rank; as a context manager, it stops its threads at the end.
 
-    `state_dict()` tells the line's state after the last *whole* global batch that was handed out.
+    `state_dict()` is the state after the last *whole* global batch that was delivered.
     """
 
     def __init__(
         self,
         dataset: Dataset | Mix | Stream,
         order: SampleOrder | MixOrder,
-        draws: AugmentSampler,
-        image_size: tuple[int, int],
+        augment_sampler: AugmentSampler,
         batch_split: BatchSplit,
-        rank: int,
-        threads: int,
-        prefetch: int,
+        rank: int = 0,
+        config: LoaderConfig = LoaderConfig(),
         output: Output = Output(),
-        decode: DecodeConfig = DecodeConfig(),
-        max_bad_share: float = 0.001,
         on_bad: Callable[[BadSample], None] = lambda _: None,
     ):
-        """`order` is that of the samples; of a stream, that of its shards.
+        """Checks the arguments; iterating opens files and starts threads.
 
-        `threads` decode and, on the CPU, as many resize; `prefetch` micro-batches are read, and decoded, ahead.
+        Args:
+            order: order of the samples, or of the shards of a stream.
+            augment_sampler: draws crops and masks, and has the size of the images.
+            config: with `threads` 0, this process uses all its cores; set `threads` if ranks share a machine.
+            output: dtype, layout and normalisation of the images. Our models take the default, bytes.
+            on_bad: called once for each sample that cannot be decoded and is replaced. When this rank has found more
+                of them than `config.max_bad_share` of the dataset, iterating raises a DatasetError that lists them.
 
-        `output` says what images are handed over as; our models take the default's bytes and normalise them.
-        `on_bad` is told of each sample that cannot be decoded and is replaced; when this rank has met more of them than
-        `max_bad_share` of the dataset, iterating raises a DatasetError that lists them.
+        Raises:
+            MaelstreamError: the dataset is smaller than a global batch.
         """
         if batch_split.batch_size > len(dataset):
             raise MaelstreamError(
                 f"batch_size {batch_split.batch_size} is larger than the dataset: {dataset.folder} holds "
                 f"{len(dataset)} samples; use a smaller batch_size"
             )
-        self._dataset, self._slices = dataset, batch_split
-        self._image_size, self._threads, self._prefetch = image_size, threads, prefetch
-        self._output, self._config = output, decode
-        bad = BadSamples(max_bad_share, len(dataset), on_bad)
-        self._feed = partial(sample_source_of, dataset, order, draws, batch_split, rank, prefetch, bad)
+        self.dataset, self._order, self._augment_sampler = dataset, order, augment_sampler
+        self._batch_split, self._rank = batch_split, rank
+        self._config, self._output = config, output
+        self._threads = config.threads or len(os.sched_getaffinity(0))
+        self._bad = BadSamples(config.max_bad_share, len(dataset), on_bad)
         self._consumed = 0
         self._stop = threading.Event()
         self._producer: threading.Thread | None = None
 
     def state_dict(self) -> LoaderState:
-        epoch, position = divmod(self._consumed, len(self._dataset))
+        epoch, position = divmod(self._consumed, len(self.dataset))
         return {"epoch": epoch, "position": position}
 
     def load_state_dict(self, state: LoaderState) -> None:
-        """Goes on from `state`, in O(1); before the first batch is taken. MaelstreamError for one of other data."""
+        """Resumes from `state`, in O(1); call it before the first batch is taken.
+
+        Raises:
+            MaelstreamError: the state is that of another dataset.
+        """
         if self._producer is not None:
-            raise RuntimeError("the loader runs already")
-        if state["epoch"] < 0 or not 0 <= state["position"] < len(self._dataset):
+            raise RuntimeError("load_state_dict must be called before the loader is iterated")
+        if state["epoch"] < 0 or not 0 <= state["position"] < len(self.dataset):
             raise MaelstreamError(
-                f"epoch {state['epoch']}, position {state['position']}: {self._dataset.folder} has positions 0 to "
-                f"{len(self._dataset) - 1:,}; the state is another dataset's"
+                f"epoch {state['epoch']}, position {state['position']}: {self.dataset.folder} has positions 0 to "
+                f"{len(self.dataset) - 1:,}; the state is another dataset's"
             )
-        self._consumed = state["epoch"] * len(self._dataset) + state["position"]
+        self._consumed = state["epoch"] * len(self.dataset) + state["position"]
 
     def __enter__(self) -> "ImageLoader":
         return self
@@ -122,85 +131,92 @@ class ImageLoader:
             self._producer.join()
 
     def __iter__(self) -> Iterator[Batch]:
-        self._device = self._config.device  # not sooner: a launcher chooses a rank's GPU after the loader is made
-        batches: Queue[Batch | Exception] = Queue(self._prefetch)
+        # Not earlier: the launcher chooses the rank's GPU after the loader is constructed.
+        self._device = decode_device(self._config.decode)
+        batches: Queue[Batch | Exception] = Queue(self._config.prefetch)
         self._producer = threading.Thread(target=self._produce, args=(self._consumed, batches), name="loader")
         self._producer.start()
         while True:
-            for _ in range(self._slices.micro_batches - 1):
+            for _ in range(self._batch_split.micro_batches - 1):
                 yield _take(batches)
             batch = _take(batches)
-            self._consumed += self._slices.batch_size
+            self._consumed += self._batch_split.batch_size
             yield batch
 
     def _produce(self, start: int, batches: "Queue[Batch | Exception]") -> None:
-        """Body of the producer thread: hands batches, or what went wrong, to the consumer."""
-        handed_over, feed = 0, self._feed(start)
+        """Body of the producer thread: delivers batches, or the exception that ended it, to the consumer."""
+        delivered, prefetch = 0, self._config.prefetch
+        source = open_sample_source(
+            self.dataset, self._order, self._augment_sampler, self._batch_split, self._rank, prefetch, self._bad, start
+        )
         try:
             while not self._stop.is_set():
-                with ReadAhead(feed.read, handed_over, self._prefetch) as ahead:
-                    handed_over += self._decode(feed, ahead, batches)
+                with ReadAhead(source.read, delivered, prefetch) as ahead:
+                    delivered += self._decode(source, ahead, batches)
         except Exception as error:
             self._offer(batches, error)
         finally:
-            feed.close()
+            source.close()
 
-    def _decode(self, feed: SampleSource, ahead: "ReadAhead", batches: "Queue[Batch | Exception]") -> int:
-        """Decodes until the loader is closed, or an image fails and is known for bad; how many were handed over."""
+    def _decode(self, source: SampleSource, ahead: "ReadAhead", batches: "Queue[Batch | Exception]") -> int:
+        """Decodes until the loader is closed or a bad image has been replaced; returns the number of batches."""
+        image_size, decode = self._augment_sampler.image_size, self._config.decode
         decoder = DECODERS[self._device.type](
-            ahead, self._slices.largest, self._image_size, self._threads, self._device, self._output, self._config
+            ahead, self._batch_split.largest, image_size, self._threads, self._device, self._output, decode
         )
-        handed_over = 0
+        delivered = 0
         while not self._stop.is_set():
             try:
                 images = decoder.run()
-            except RuntimeError as error:  # DALI's, which does not say which image it was
+            except RuntimeError as error:  # DALI's, which does not say which image failed
                 bad = self._undecodable(ahead.decoding)
                 if not bad:
                     raise error
-                feed.replace(bad)
+                source.replace(bad)
                 break
             self._offer(batches, self._batch(ahead.decoding.popleft()[0], images))
-            handed_over += 1
-        return handed_over
+            delivered += 1
+        return delivered
 
     def _undecodable(self, decoding: Iterable[tuple[MicroBatch, EncodedBatch]]) -> dict[SampleId, str]:
-        """Where in these micro-batches stands what DALI cannot decode, and why."""
+        """Samples of these micro-batches that DALI cannot decode, with the reasons."""
         reasons: dict[SampleId, str] = {}
         suspects: dict[SampleId, EncodedBatch] = {}
-        for planned, batch in decoding:
-            for number, place in enumerate(planned.places()):
-                one = slice(number, number + 1)
-                suspects[place] = EncodedBatch(
+        for micro_batch, batch in decoding:
+            for index, sample_id in enumerate(micro_batch.sample_ids()):
+                one = slice(index, index + 1)
+                suspects[sample_id] = EncodedBatch(
                     batch.encoded[one], batch.windows[one], batch.resizes[one], batch.flips[one], None
                 )
                 try:
-                    inspect(batch.encoded[number].tobytes())
+                    inspect(batch.encoded[index].tobytes())
                 except Unfit as reason:
-                    reasons[place] = str(reason)
+                    reasons[sample_id] = str(reason)
 
-        def fails(place: SampleId) -> bool:
+        image_size, decode = self._augment_sampler.image_size, self._config.decode
+
+        def fails(sample_id: SampleId) -> bool:
             try:
                 DECODERS[self._device.type](
-                    lambda _: suspects[place], 1, self._image_size, 1, self._device, config=self._config
+                    lambda _: suspects[sample_id], 1, image_size, 1, self._device, config=decode
                 ).run()
             except RuntimeError:
                 return True
             return False
 
-        # A decoder for each takes time, so those first that are damaged at all.
-        found = {place: reasons[place] for place in reasons if fails(place)}
-        return found or {place: "DALI cannot decode it" for place in suspects if fails(place)}
+        # One decoder per suspect is slow, so images that are visibly damaged are tried first.
+        found = {sample_id: reasons[sample_id] for sample_id in reasons if fails(sample_id)}
+        return found or {sample_id: "DALI cannot decode it" for sample_id in suspects if fails(sample_id)}
 
-    def _batch(self, planned: MicroBatch, images: Tensor) -> Batch:
-        batch_split = self._slices
+    def _batch(self, micro_batch: MicroBatch, images: Tensor) -> Batch:
+        split = self._batch_split
         return Batch(
             images=images,
-            keys=torch.from_numpy(planned.draws.keys),
-            samples=planned.samples,
-            epochs=planned.epochs,
-            labels=planned.labels,
-            weight=len(planned.samples) * batch_split.world_size * batch_split.micro_batches / batch_split.batch_size,
+            keys=torch.from_numpy(micro_batch.augment_params.keys),
+            samples=micro_batch.samples,
+            epochs=micro_batch.epochs,
+            labels=micro_batch.labels,
+            weight=len(micro_batch.samples) * split.world_size * split.micro_batches / split.batch_size,
         )
 
     def _offer(self, batches: "Queue[Batch | Exception]", item: Batch | Exception) -> None:
@@ -210,21 +226,21 @@ class ImageLoader:
                 break
 
 
-def sample_source_of(
+def open_sample_source(
     dataset: Dataset | Mix | Stream,
     order: SampleOrder | MixOrder,
-    draws: AugmentSampler,
+    augment_sampler: AugmentSampler,
     batch_split: BatchSplit,
     rank: int,
     prefetch: int,
     bad: BadSamples,
     start: int,
 ) -> SampleSource:
-    """What a rank reads where `start` samples have been consumed."""
+    """The source of a rank's micro-batches from global position `start`."""
     if not isinstance(dataset, Stream):
-        return PlannedSource(BatchPlan(dataset, order, draws, batch_split, rank), start, bad)
+        return PlannedSource(BatchPlan(dataset, order, augment_sampler, batch_split, rank), start, bad)
     assert isinstance(order, SampleOrder)
-    return StreamSource(dataset, order, draws, batch_split, rank, start, prefetch, bad)
+    return StreamSource(dataset, order, augment_sampler, batch_split, rank, start, prefetch, bad)
 
 
 def _take(batches: "Queue[Batch | Exception]") -> Batch:
@@ -235,15 +251,15 @@ def _take(batches: "Queue[Batch | Exception]") -> Batch:
 
 
 class ReadAhead:
-    """What a decoder asks for, read ahead by threads; use it as a context manager, which stops them."""
+    """Reads micro-batches ahead in threads, for a decoder to pull; as a context manager, it stops them at the end."""
 
     def __init__(self, read: Callable[[int], tuple[MicroBatch, EncodedBatch]], first: int, prefetch: int):
-        """`read` gives a micro-batch by number; iteration 0 of the decoder is number `first`."""
+        """`read` returns a micro-batch by number; iteration 0 of the decoder is number `first`."""
         self._read, self._first, self._prefetch = read, first, prefetch
         self._readers = ThreadPoolExecutor(2, "read-ahead")
         self._ahead: deque[Future[tuple[MicroBatch, EncodedBatch]]] = deque()
         self.decoding: deque[tuple[MicroBatch, EncodedBatch]] = deque()
-        """Taken by the decoder, not yet handed out."""
+        """Pulled by the decoder, not yet delivered."""
 
     def __enter__(self) -> "ReadAhead":
         return self
@@ -259,5 +275,5 @@ class ReadAhead:
         return self.decoding[-1][1]
 
     def _read_one(self, number: int) -> tuple[MicroBatch, EncodedBatch]:
-        with stage("read"):
+        with trace_range("read"):
             return self._read(number)

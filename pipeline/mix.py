@@ -1,8 +1,8 @@
-"""Several datasets in one stream, each with its weight: which one a place of the stream gets follows from the place.
+"""A mix of datasets: several datasets in one sequence of samples, each with a weight.
 
-Places are dealt out evenly: of any first p places a dataset has its share of p to within the number of datasets. Each
-dataset is gone through in an order and in epochs of its own, so the stream is as deterministic, and as quickly resumed,
-as that of one.
+The global position alone decides which dataset provides the sample. Datasets alternate evenly: among the first p
+positions, each dataset has its share of p to within the number of datasets. Each dataset has its own order and its own
+epochs, so a mix is as deterministic as a single dataset and resumes as quickly.
 """
 
 import hashlib
@@ -13,17 +13,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from maelstream.pipeline.order import SampleOrder, Shuffle
+from maelstream.pipeline.config import Shuffle
+from maelstream.pipeline.order import SampleOrder
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
 from maelstream.shards.reader import ShardReader
 
-_PARTS = 1_000_000  # that weights are rounded to
+_PARTS = 1_000_000  # weights are rounded to whole parts of this many
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Several datasets, whose samples are numbered through: those of the second follow the last of the first."""
+    """Several datasets with consecutive sample numbers: the second dataset's follow those of the first."""
 
     datasets: tuple[Dataset, ...]
     weights: tuple[float, ...]
@@ -31,13 +32,13 @@ class Mix:
     def __post_init__(self) -> None:
         if min(self.weights) <= 0 or min(self.parts) < 1:
             raise MaelstreamError(
-                f"the weights of a mix are {', '.join(map(str, self.weights))}; each must be positive, and at least a "
-                "millionth of them all"
+                f"the weights of a mix are {', '.join(map(str, self.weights))}; each must be positive and at least a "
+                "millionth of their sum"
             )
 
     @classmethod
     def open(cls, weights: dict[str, float]) -> "Mix":
-        """The datasets in these folders or URIs. DatasetError as `Dataset.open`."""
+        """Opens datasets by folder or URI, the keys of `weights`. Raises what `Dataset.open` raises."""
         return cls(tuple(map(Dataset.open, weights)), tuple(weights.values()))
 
     @cached_property
@@ -48,7 +49,7 @@ class Mix:
 
     @cached_property
     def starts(self) -> Int64[np.ndarray, "datasets"]:
-        """Number of each dataset's first sample, and at the end the number of all."""
+        """Number of each dataset's first sample, followed by the total number of samples."""
         return np.cumsum([0, *map(len, self.datasets)])
 
     def __len__(self) -> int:
@@ -76,13 +77,13 @@ class Mix:
         return _Column(self, "label")
 
     def split(self, samples: Int64[np.ndarray, "b"]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each dataset, which places of `samples` are its own, and their numbers in it."""
+        """For each dataset: indices into `samples` of the samples it provides, and their numbers in that dataset."""
         owners = np.searchsorted(self.starts, samples, "right") - 1
-        places = [np.flatnonzero(owners == number) for number in range(len(self.datasets))]
-        return [(mine, samples[mine] - self.starts[number]) for number, mine in enumerate(places)]
+        indices = [np.flatnonzero(owners == number) for number in range(len(self.datasets))]
+        return [(own, samples[own] - self.starts[number]) for number, own in enumerate(indices)]
 
     def siblings(self, sample: int) -> tuple[int, int]:
-        """First sample of the dataset that `sample` is in, and the one after its last."""
+        """First sample of the dataset that contains `sample`, and the one after its last."""
         owner = int(np.searchsorted(self.starts, sample, "right")) - 1
         return int(self.starts[owner]), int(self.starts[owner + 1])
 
@@ -93,30 +94,30 @@ class Mix:
 
 
 class _Column:
-    """A column of a mix's index, to be looked up by sample."""
+    """A column of a mix's index, looked up by sample number."""
 
     def __init__(self, mix: Mix, name: str):
         self._mix, self._columns = mix, [getattr(dataset, name) for dataset in mix.datasets]
 
     def __getitem__(self, samples: Int64[np.ndarray, "b"]) -> np.ndarray:
         found = np.empty(len(samples), self._columns[0].dtype)
-        for column, (places, numbers) in zip(self._columns, self._mix.split(samples), strict=True):
-            found[places] = column[numbers]
+        for column, (indices, numbers) in zip(self._columns, self._mix.split(samples), strict=True):
+            found[indices] = column[numbers]
         return found
 
 
 class MixReader:
-    """Reads samples of a mix."""
+    """Reads encoded samples of a mix."""
 
     def __init__(self, mix: Mix, check_crc: bool):
         self._mix, self._readers = mix, [ShardReader(dataset, check_crc) for dataset in mix.datasets]
 
     def read(self, samples: Int64[np.ndarray, "b"]) -> list[np.ndarray]:
-        """As `ShardReader.read`."""
+        """Encoded bytes of each sample, as `ShardReader.read` returns them."""
         found: list[Any] = [None] * len(samples)
-        for reader, (places, numbers) in zip(self._readers, self._mix.split(samples), strict=True):
-            for place, data in zip(places.tolist(), reader.read(numbers), strict=True):
-                found[place] = data
+        for reader, (indices, numbers) in zip(self._readers, self._mix.split(samples), strict=True):
+            for index, data in zip(indices.tolist(), reader.read(numbers), strict=True):
+                found[index] = data
         return found
 
 
@@ -128,29 +129,34 @@ class MixOrder:
     seed: int
     shuffle: Shuffle = "global"
 
-    def of(self, number: int) -> SampleOrder:
-        """The order of dataset `number` by itself."""
+    def dataset_order(self, number: int) -> SampleOrder:
+        """The order of dataset `number` on its own."""
         return SampleOrder(len(self.mix.datasets[number]), self.seed + number, self.shuffle)
 
-    def of_line(self, line: Int64[np.ndarray, "b"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Epoch, position in it and sample for places of the endless line; epochs are each dataset's own."""
-        epochs, positions, samples = (np.empty(len(line), np.int64) for _ in range(3))
-        left, rest, parts_left = np.arange(len(line)), line.astype(np.int64), _PARTS
+    def lookup(self, global_positions: Int64[np.ndarray, "b"]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Epochs, positions in them, and samples at global positions of the mix; three int64 arrays (b,).
+
+        Epochs and positions are those of the dataset that provides the sample.
+        """
+        epochs, positions, samples = (np.empty(len(global_positions), np.int64) for _ in range(3))
+        # Positions that no dataset has filled yet: their indices in the result, and their numbers among themselves.
+        left, rest, parts_left = np.arange(len(global_positions)), global_positions.astype(np.int64), _PARTS
         for number, part in enumerate(self.mix.parts):
-            before = rest * part // parts_left  # how many of the first `rest` places this dataset has
-            mine = (rest + 1) * part // parts_left > before
-            places = left[mine]
-            epochs[places], positions[places], samples[places] = self.of(number).of_line(before[mine])
-            samples[places] += self.mix.starts[number]
-            left, rest, parts_left = left[~mine], (rest - before)[~mine], parts_left - part
+            before = rest * part // parts_left  # how many of the first `rest` positions this dataset fills
+            own = (rest + 1) * part // parts_left > before
+            indices = left[own]
+            epochs[indices], positions[indices], samples[indices] = self.dataset_order(number).lookup(before[own])
+            samples[indices] += self.mix.starts[number]
+            left, rest, parts_left = left[~own], (rest - before)[~own], parts_left - part
         return epochs, positions, samples
 
-    def line_of(self, number: int, own: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
-        """Places of the mix's line at which stand these places of dataset `number`'s own line: `of_line` reversed."""
+    def mix_positions(self, number: int, dataset_positions: Int64[np.ndarray, "n"]) -> Int64[np.ndarray, "n"]:
+        """Global positions of the mix for global positions of dataset `number` alone; the inverse of `lookup`."""
         parts = self.mix.parts
         parts_left = _PARTS - sum(parts[:number])
-        line = -(-(own + 1) * parts_left // parts[number]) - 1  # the first place by which it has had `own` + 1
-        for part in reversed(parts[:number]):  # those before it in the mix had taken their places out
-            line = line * (parts_left + part) // parts_left
+        # The first position by which the dataset has provided `dataset_positions` + 1 samples.
+        found = -(-(dataset_positions + 1) * parts_left // parts[number]) - 1
+        for part in reversed(parts[:number]):  # the datasets before it in the mix have filled their positions
+            found = found * (parts_left + part) // parts_left
             parts_left += part
-        return line
+        return found

@@ -1,8 +1,8 @@
-"""What is done to pixels after the crop: colour jitter, RandAugment and random erasing, from numbers drawn beforehand.
+"""Pixel augmentation after the crop: colour jitter, RandAugment and random erasing, from parameters drawn beforehand.
 
-RandAugment is the variant that MAE fine-tunes with (recipes.md: magnitude 9, spread 0.5; "increasing" operations, two
-an image, each left out half the time), erasing that of its paper with noise in the box. Both follow timm's documented
-behaviour, by torchvision's tensor operations, so that a GPU does the same as a CPU.
+RandAugment is the variant of MAE's fine-tuning (magnitude 9, standard deviation 0.5; "increasing"
+operations, two per image, each skipped half the time). Erasing is that of its paper, with noise in the box. Both follow
+timm's documented behaviour with torchvision's tensor operations, so a GPU does the same as a CPU.
 """
 
 import math
@@ -17,40 +17,41 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 OPERATIONS = 15
+"""Number of RandAugment's operations."""
 
 
 @dataclass(frozen=True)
 class PixelAugment:
-    """Of one batch; parts that are None are not made."""
+    """Parameters of one batch's pixel augmentation; parts that are None are skipped."""
 
-    jitter_factors: Float64[np.ndarray, "b 3"] | None  # of brightness, contrast, saturation
-    jitter_orders: Int64[np.ndarray, "b 3"] | None  # which comes first, second, third
-    operations: Int64[np.ndarray, "b layers"] | None  # of RandAugment; -1 where none is applied
-    magnitudes: Float64[np.ndarray, "b layers"] | None  # 0 to 10, negative where the sense is turned round
-    boxes: Int32[np.ndarray, "b 4"] | None  # to erase: left, top, width, height; no width where none is
+    jitter_factors: Float64[np.ndarray, "b 3"] | None  # for brightness, contrast, saturation
+    jitter_orders: Int64[np.ndarray, "b 3"] | None  # which of them is applied first, second, third
+    operations: Int64[np.ndarray, "b layers"] | None  # of RandAugment; -1: none
+    magnitudes: Float64[np.ndarray, "b layers"] | None  # 0 to 10; negative: in the opposite direction
+    boxes: Int32[np.ndarray, "b 4"] | None  # to erase: left, top, width, height; width 0: none
     noise_keys: Int64[np.ndarray, "b"]
 
 
-def changed(
+def augment_pixels(
     image: UInt8[Tensor, "3 h w"],
-    changes: PixelAugment | None,
-    number: int,
+    params: PixelAugment | None,
+    index: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> UInt8[Tensor, "3 h w"]:
-    """Image `number` of a batch with its changes made; `mean` and `std` are those of the erased box's noise."""
-    if changes is None:
+    """Applies pixel augmentation to image `index` of a batch; an erased box gets noise of `mean` and `std` (0 to 1)."""
+    if params is None:
         return image
-    if changes.jitter_factors is not None and changes.jitter_orders is not None:
-        for which in changes.jitter_orders[number]:
-            image = _JITTER[which](image, float(changes.jitter_factors[number, which]))
-    if changes.operations is not None and changes.magnitudes is not None:
-        for operation, magnitude in zip(changes.operations[number], changes.magnitudes[number], strict=True):
+    if params.jitter_factors is not None and params.jitter_orders is not None:
+        for which in params.jitter_orders[index]:
+            image = _JITTER[which](image, float(params.jitter_factors[index, which]))
+    if params.operations is not None and params.magnitudes is not None:
+        for operation, magnitude in zip(params.operations[index], params.magnitudes[index], strict=True):
             if operation >= 0:
                 image = rand_augment(image, int(operation), float(magnitude), mean)
-    if changes.boxes is not None and changes.boxes[number, 2]:
-        left, top, width, height = changes.boxes[number].tolist()
-        generator = torch.Generator().manual_seed(int(changes.noise_keys[number]))
+    if params.boxes is not None and params.boxes[index, 2]:
+        left, top, width, height = params.boxes[index].tolist()
+        generator = torch.Generator().manual_seed(int(params.noise_keys[index]))
         noise = torch.randn(3, height, width, generator=generator)
         levels = 255 * (noise * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None])
         image = image.clone()
@@ -66,14 +67,14 @@ _JITTER: tuple[Callable[[Tensor, float], Tensor], ...] = (
 
 
 def rand_augment(image: UInt8[Tensor, "3 h w"], operation: int, magnitude: float, mean: tuple[float, ...]) -> Tensor:
-    """One operation at a magnitude of -10 to 10; `mean` (0 to 1) fills what geometry uncovers."""
+    """Applies one operation at a magnitude of -10 to 10; `mean` (0 to 1) fills pixels from outside the image."""
     level, fill = magnitude / 10, [round(255 * value) for value in mean]
     strength, enhancement = abs(level), max(0.1, 1 + 0.9 * level)
 
     def moved(angle: float = 0.0, right: float = 0.0, down: float = 0.0, shear: tuple[float, float] = (0, 0)) -> Tensor:
         height, width = image.shape[1:]
         degrees = [math.degrees(math.atan(factor)) for factor in shear]
-        # PIL shears about the corner, and rotates about the centre
+        # PIL shears around the corner and rotates around the centre.
         centre = [0.0, 0.0] if any(shear) else None
         shift = [round(right * width), round(down * height)]
         return v2.affine(
@@ -87,7 +88,7 @@ def rand_augment(image: UInt8[Tensor, "3 h w"], operation: int, magnitude: float
             centre,
         )
 
-    made: tuple[Callable[[], Tensor], ...] = (
+    operations: tuple[Callable[[], Tensor], ...] = (
         lambda: v2.autocontrast(image),
         lambda: v2.equalize(image),
         lambda: v2.invert(image),
@@ -104,4 +105,4 @@ def rand_augment(image: UInt8[Tensor, "3 h w"], operation: int, magnitude: float
         lambda: moved(right=-0.45 * level),
         lambda: moved(down=-0.45 * level),
     )
-    return made[operation]()
+    return operations[operation]()

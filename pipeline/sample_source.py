@@ -1,6 +1,7 @@
-"""Micro-batches with their bytes, such as may be handed to DALI; what cannot be decoded is named and replaced.
+"""Sources of encoded micro-batches; they report samples that cannot be decoded and replace them.
 
-`PlannedSource` serves what can be read by number; `maelstream.pipeline.stream` what can only be read through.
+`PlannedSource` reads datasets whose samples can be read by number. `pipeline/stream_source.py` reads shards that can
+only be read from start to end.
 """
 
 import math
@@ -15,17 +16,17 @@ from maelstream.pipeline.batch_plan import BatchPlan, MicroBatch, SampleId
 from maelstream.pipeline.block_reads import BlockReads
 from maelstream.pipeline.decode import EncodedBatch
 from maelstream.pipeline.mix import Mix, MixReader
-from maelstream.pipeline.tracing import stage
+from maelstream.pipeline.tracing import trace_range
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.inspect import refusal
 from maelstream.shards.reader import ShardReader
 
-_LISTED = 10  # bad samples in an error
+_LISTED = 10  # bad samples in an error message
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """One that was replaced."""
+    """A sample that cannot be decoded and was replaced."""
 
     sample: int
     shard: str
@@ -38,79 +39,92 @@ class BadSample:
 
 
 class BadSamples:
-    """Those that were met; safe to call from several threads."""
+    """Collects the bad samples that a loader finds; any thread may call it."""
 
     def __init__(self, max_share: float, size: int, on_bad: Callable[[BadSample], None]):
-        """More than `max_share` of `size` samples are too many; `on_bad` is told of each once."""
+        """Allows `max_share` of `size` samples to be bad; calls `on_bad` once for each."""
         self._most, self._on_bad = math.ceil(max_share * size), on_bad
-        self._met: dict[int, BadSample] = {}
+        self._found: dict[int, BadSample] = {}
         self._lock = threading.Lock()
 
     def add(self, bad: BadSample) -> None:
-        """DatasetError, which lists them, when that is one too many."""
+        """Records a bad sample.
+
+        Raises:
+            DatasetError: more are bad than allowed; the message lists them.
+        """
         with self._lock:
-            if bad.sample in self._met:
+            if bad.sample in self._found:
                 return
-            self._met[bad.sample] = bad
+            self._found[bad.sample] = bad
             self._on_bad(bad)
-            if len(self._met) > self._most:
-                listed = "; ".join(map(str, list(self._met.values())[:_LISTED]))
+            if len(self._found) > self._most:
+                listed = "; ".join(map(str, list(self._found.values())[:_LISTED]))
                 raise DatasetError(
-                    f"{len(self._met)} bad samples, max_bad_share allows {self._most}: {listed}; "
-                    "`maelstream verify` tells what else is damaged"
+                    f"{len(self._found)} bad samples, max_bad_share allows {self._most}: {listed}; "
+                    "run `maelstream verify` to find all damage"
                 )
 
 
 class SampleSource(Protocol):
-    """The micro-batches of one rank, from where its loader begins."""
+    """Reads the micro-batches of one rank, counted from where its loader starts."""
 
     def read(self, number: int) -> tuple[MicroBatch, EncodedBatch]:
-        """Micro-batch `number`, whose bytes may be handed to DALI; called from several threads, and again for those
-        that were not handed out when one failed."""
+        """Micro-batch `number`, whose bytes are safe to pass to DALI.
+
+        Several threads call it. It is called again for micro-batches that were read but not delivered before `replace`.
+        """
 
     def replace(self, reasons: dict[SampleId, str]) -> None:
-        """From now on others stand in these places. DatasetError when that would be too many samples."""
+        """Replaces these samples from now on, and reports them with their reasons.
+
+        Raises:
+            DatasetError: more samples are bad than allowed.
+        """
 
     def close(self) -> None:
-        """Stops what runs."""
+        """Stops background threads."""
 
 
 class PlannedSource:
-    """The feed of a line."""
+    """Reads the micro-batches of a plan by sample number."""
 
-    def __init__(self, line: BatchPlan, start: int, bad: BadSamples):
-        """`start` samples of the line have been consumed."""
-        self._line, self._start, self._bad = line, start, bad
-        self._bad_places: set[SampleId] = set()
+    def __init__(self, plan: BatchPlan, start: int, bad: BadSamples):
+        """`start` is the first global position."""
+        self._plan, self._start, self._bad = plan, start, bad
+        self._bad_ids: set[SampleId] = set()
         self._reader: ShardReader | MixReader
-        dataset = line.dataset
+        dataset = plan.dataset
         self._reader = MixReader(dataset, False) if isinstance(dataset, Mix) else ShardReader(dataset, False)
-        self._windows = BlockReads(line, start) if line.order.shuffle == "block" else None
+        self._block_reads = BlockReads(plan, start) if plan.order.shuffle == "block" else None
 
     def read(self, number: int) -> tuple[MicroBatch, EncodedBatch]:
-        """As `SampleSource.read`."""
-        dataset = self._line.dataset
+        """See `SampleSource.read`."""
+        dataset = self._plan.dataset
         while True:
-            planned = self._line.at(self._start, number, self._bad_places)
-            with stage("storage"):
-                encoded = self.stored(planned)
-            sizes = (column[planned.samples].tolist() for column in (dataset.width, dataset.height))
-            refusals = [refusal(memoryview(data), *size) for data, *size in zip(encoded, *sizes, strict=True)]
-            if not any(refusals):
-                return planned, EncodedBatch.of(encoded, planned.draws)
-            self.replace({place: reason for place, reason in zip(planned.places(), refusals, strict=True) if reason})
+            micro_batch = self._plan.micro_batch(self._start, number, self._bad_ids)
+            with trace_range("storage"):
+                encoded = self.read_encoded(micro_batch)
+            sizes = (column[micro_batch.samples].tolist() for column in (dataset.width, dataset.height))
+            reasons = [refusal(memoryview(data), *size) for data, *size in zip(encoded, *sizes, strict=True)]
+            if not any(reasons):
+                return micro_batch, EncodedBatch.of(encoded, micro_batch.augment_params)
+            ids = micro_batch.sample_ids()
+            self.replace({sample_id: reason for sample_id, reason in zip(ids, reasons, strict=True) if reason})
 
-    def stored(self, planned: MicroBatch) -> list[np.ndarray]:
+    def read_encoded(self, micro_batch: MicroBatch) -> list[np.ndarray]:
         """Encoded bytes of each sample, uint8, unchecked."""
-        return self._reader.read(planned.samples) if self._windows is None else self._windows.read(planned)
+        if self._block_reads is None:
+            return self._reader.read(micro_batch.samples)
+        return self._block_reads.read(micro_batch)
 
     def replace(self, reasons: dict[SampleId, str]) -> None:
-        """As `SampleSource.replace`."""
-        self._bad_places |= reasons.keys()
+        """See `SampleSource.replace`."""
+        self._bad_ids |= reasons.keys()
         for (_, sample), reason in reasons.items():
-            self._bad.add(BadSample(sample, *self._line.dataset.path_and_key(sample), reason))
+            self._bad.add(BadSample(sample, *self._plan.dataset.path_and_key(sample), reason))
 
     def close(self) -> None:
-        """As `SampleSource.close`."""
-        if self._windows is not None:
-            self._windows.close()
+        """See `SampleSource.close`."""
+        if self._block_reads is not None:
+            self._block_reads.close()

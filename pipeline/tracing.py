@@ -1,7 +1,7 @@
-"""Named ranges around the stages of the data path and of the training step, for whoever looks at them.
+"""Named ranges around the stages of the data path and of the training step, for profilers.
 
-Where there is a GPU they are NVTX ranges, which Nsight shows; inside `observed` they are the observer's, such as
-torch.profiler's. Otherwise entering one does nothing.
+With a GPU they are NVTX ranges, which Nsight shows. Inside `traced_with` they are the ranges of another profiler, such
+as torch.profiler. Otherwise a range does nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,31 +10,32 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 
 STAGES = ("storage", "read", "decode", "augment", "copy", "step", "optimizer", "comm")
-"""In the order in which an image meets them."""
+"""In the order in which an image passes through them."""
 
-Observer = Callable[[str], AbstractContextManager[object]]
+RangeFactory = Callable[[str], AbstractContextManager[object]]
+"""Makes a profiler's range of a name, as `torch.profiler.record_function` does."""
 
-_NOTHING = nullcontext()
-
-
-def _unobserved(name: str) -> AbstractContextManager[object]:
-    return _NOTHING
+_NO_RANGE = nullcontext()
 
 
-_observer: Observer = torch.cuda.nvtx.range if torch.cuda.is_available() else _unobserved
+def _no_range(name: str) -> AbstractContextManager[object]:
+    return _NO_RANGE
 
 
-def stage(name: str) -> AbstractContextManager[object]:
-    """The range of a stage, to be entered around its work; from any thread."""
-    return _observer(name)
+_make_range: RangeFactory = torch.cuda.nvtx.range if torch.cuda.is_available() else _no_range
+
+
+def trace_range(name: str) -> AbstractContextManager[object]:
+    """The profiler's range of a stage: enter it around the stage's work, in any thread."""
+    return _make_range(name)
 
 
 @contextmanager
-def observed(observer: Observer) -> Iterator[None]:
-    """Inside, ranges are the observer's, in all threads."""
-    global _observer
-    before, _observer = _observer, observer
+def traced_with(make_range: RangeFactory) -> Iterator[None]:
+    """Makes the ranges of all threads with `make_range` until the block ends."""
+    global _make_range
+    before, _make_range = _make_range, make_range
     try:
         yield
     finally:
-        _observer = before
+        _make_range = before

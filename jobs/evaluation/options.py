@@ -5,7 +5,7 @@ from pathlib import Path
 
 from maelstream.jobs.distributed.ranks import Ranks
 from maelstream.jobs.recipe import RecipeError
-from maelstream.pipeline.decode import DecodeConfig
+from maelstream.pipeline.config import DecodeConfig, LoaderConfig
 from maelstream.pipeline.eval_pass import Reading, evaluation_margin
 
 
@@ -36,7 +36,8 @@ class EvaluationOptions:
     def reading(self, image_size: tuple[int, int], margin: float | None, ranks: Ranks) -> Reading:
         """How to read images of the model's `image_size`; `margin` is the run's own, or None for a file."""
         margin = self.margin or margin or evaluation_margin(image_size)
-        return Reading(image_size, margin, self.micro_batch_size, self.threads or ranks.threads, decode=self.decode)
+        loader = LoaderConfig(self.threads or ranks.threads, decode=self.decode)
+        return Reading(image_size, margin, self.micro_batch_size, loader)
 
     def result_folder(self, weights: Path, step: int | None, name: str) -> Path:
         """The folder of the result: inside the run `weights` if there is a `step`, below runs/ for a file."""

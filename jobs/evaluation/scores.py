@@ -36,7 +36,7 @@ def scores(classify: Classify, dataset: Dataset, reading: Reading, control_group
     for portion in every_image(dataset, reading, control_group.ranks.rank, control_group.ranks.world_size, bad.append):
         logits = classify(portion.images)  # (heads, B, classes)
         labels = torch.from_numpy(dataset.label[portion.samples]).long().to(logits.device)
-        counted = torch.from_numpy(portion.counts).to(logits.device)
+        counted = torch.from_numpy(portion.counted).to(logits.device)
         correct = hits(logits, labels) & counted[:, None]  # (heads, B, 2)
         counts = counts.to(logits.device) + correct.sum(1)  # stays on the device, to avoid a synchronisation per batch
     sums = control_group.sums([float(count) for count in counts.flatten().tolist()])

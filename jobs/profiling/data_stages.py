@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -12,12 +12,13 @@ import numpy as np
 
 from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchPlan, BatchSplit, MicroBatch
-from maelstream.pipeline.decode import DECODERS, DecodeConfig, EncodedBatch
-from maelstream.pipeline.loader import ImageLoader, ReadAhead, sample_source_of
+from maelstream.pipeline.config import LoaderConfig
+from maelstream.pipeline.decode import DECODERS, EncodedBatch, decode_device
+from maelstream.pipeline.loader import ImageLoader, ReadAhead, open_sample_source
 from maelstream.pipeline.mix import Mix, MixOrder
 from maelstream.pipeline.order import SampleOrder
 from maelstream.pipeline.sample_source import BadSamples, PlannedSource, SampleSource
-from maelstream.pipeline.stage_pipelines import augment_alone, decode_alone
+from maelstream.pipeline.stage_pipelines import augment_only, decode_only
 from maelstream.pipeline.stream import Stream
 from maelstream.shards.dataset import Dataset
 
@@ -60,9 +61,7 @@ class DataPath:
     sampler: AugmentSampler
     batch_split: BatchSplit
     rank: int
-    threads: int
-    prefetch: int
-    decode: DecodeConfig
+    loader_config: LoaderConfig
 
     def loader(self) -> ImageLoader:
         """The loader that pre-training would use, except that no share of bad samples stops it."""
@@ -70,21 +69,16 @@ class DataPath:
             self.dataset,
             self.order,
             self.sampler,
-            self.sampler.image_size,
             self.batch_split,
             self.rank,
-            self.threads,
-            self.prefetch,
-            decode=self.decode,
-            max_bad_share=1.0,
+            replace(self.loader_config, max_bad_share=1.0),
         )
 
     def sample_source(self) -> SampleSource:
         """Reads the encoded images for the loader."""
         bad = BadSamples(1, len(self.dataset), lambda _: None)
-        return sample_source_of(
-            self.dataset, self.order, self.sampler, self.batch_split, self.rank, self.prefetch, bad, 0
-        )
+        prefetch = self.loader_config.prefetch
+        return open_sample_source(self.dataset, self.order, self.sampler, self.batch_split, self.rank, prefetch, bad, 0)
 
     @cached_property
     def batch_plan(self) -> BatchPlan | None:
@@ -109,15 +103,15 @@ class DataPath:
 
     def plan_rate(self, plan: BatchPlan, seconds: float) -> float:
         """Images/s of planning alone: order, crops, flips."""
-        return measure_rate(lambda number: plan.at(0, number, ()), self.batch_split.largest, seconds)
+        return measure_rate(lambda number: plan.micro_batch(0, number, ()), self.batch_split.largest, seconds)
 
     def storage_rate(self, plan: BatchPlan, seconds: float) -> float:
         """Images/s of reading bytes alone, in the order of `plan`, with as many readers as the loader has."""
         source = PlannedSource(plan, 0, BadSamples(1, len(plan.dataset), lambda _: None))
 
         def read(number: int) -> tuple[MicroBatch, EncodedBatch]:
-            planned = plan.at(0, number, ())
-            return planned, EncodedBatch.of(source.stored(planned), planned.draws)
+            micro_batch = plan.micro_batch(0, number, ())
+            return micro_batch, EncodedBatch.of(source.read_encoded(micro_batch), micro_batch.augment_params)
 
         try:
             return self._read_ahead_rate(read, seconds)
@@ -134,36 +128,40 @@ class DataPath:
 
     def decode_rate(self, seconds: float) -> float:
         """Images/s of decoding crop windows from memory."""
-        image_size, device = self.sampler.image_size, self.decode.device
-        decode = decode_alone(self.cached_batches, image_size, self.threads, device, self.decode)
+        image_size, config = self.sampler.image_size, self.loader_config
+        device = decode_device(config.decode)
+        decode = decode_only(self.cached_batches, image_size, config.threads, device, config.decode)
         return measure_rate(lambda _: decode(), self.batch_split.largest, seconds)
 
     def augment_rate(self, seconds: float) -> tuple[float, float]:
         """Images/s of resizing, flipping and pixel augmentation; and the mean size of a crop window in bytes."""
-        image_size, device = self.sampler.image_size, self.decode.device
-        augment, size = augment_alone(self.cached_batches, image_size, self.threads, device, self.decode)
+        image_size, config = self.sampler.image_size, self.loader_config
+        device = decode_device(config.decode)
+        augment, size = augment_only(self.cached_batches, image_size, config.threads, device, config.decode)
         return measure_rate(lambda _: augment(), self.batch_split.largest, seconds), size
 
     def decoder_rate(self, seconds: float) -> float:
         """Images/s of the loader's own decoder, which reads from memory."""
-        decoder = DECODERS[self.decode.device.type](
+        config = self.loader_config
+        device = decode_device(config.decode)
+        decoder = DECODERS[device.type](
             lambda number: self.cached_batches[number % len(self.cached_batches)],
             self.batch_split.largest,
             self.sampler.image_size,
-            self.threads,
-            self.decode.device,
-            config=self.decode,
+            config.threads,
+            device,
+            config=config.decode,
         )
         return measure_rate(lambda _: decoder.run(), self.batch_split.largest, seconds)
 
     def _read_ahead_rate(self, read: Callable[[int], tuple[MicroBatch, EncodedBatch]], seconds: float) -> float:
-        with ReadAhead(read, 0, self.prefetch) as ahead:
+        with ReadAhead(read, 0, self.loader_config.prefetch) as ahead:
 
             def take(number: int) -> None:
                 ahead(number)
                 ahead.decoding.popleft()
 
-            return measure_rate(take, self.batch_split.largest, seconds, WARM_UP + self.prefetch)
+            return measure_rate(take, self.batch_split.largest, seconds, WARM_UP + self.loader_config.prefetch)
 
 
 def sequential_read_rate(dataset: Dataset) -> SequentialReadRate:

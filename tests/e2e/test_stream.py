@@ -23,7 +23,7 @@ def test_a_stream_is_trained_on_and_resumed(
     steps = folder.read_metrics()
     assert [line["step"] for line in steps] == list(range(1, 8)) and steps[-1]["epoch"] == pytest.approx(84 / 60)
     assert run("reconstruct", [str(folder.path)]) == 2
-    assert "read a stream" in capsys.readouterr().err
+    assert "reads a stream" in capsys.readouterr().err
     assert run("reconstruct", [str(folder.path), "--dataset", packed.folder, "--count", "2"]) == 0
 
 

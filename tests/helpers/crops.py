@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.augment_params import AugmentSampler
+from maelstream.pipeline.config import CropConfig
 from maelstream.pipeline.decode import CpuDecoder, EncodedBatch
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.reader import ShardReader

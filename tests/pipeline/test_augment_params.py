@@ -14,11 +14,11 @@ from torchvision.transforms.functional import _compute_resized_output_size
 
 from maelstream.pipeline.augment_params import (
     AugmentSampler,
-    CropConfig,
     one_draw_crop,
     random_resized_crop,
     resized_crop,
 )
+from maelstream.pipeline.config import CropConfig
 
 CROP = CropConfig()
 sides = st.integers(1, 5000)
@@ -163,38 +163,38 @@ def test_fixed_size_reaches_every_edge() -> None:
 def test_jitter_is_drawn_within_its_bounds_in_every_order() -> None:
     count = 5000
     columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 500), np.full(count, 375)
-    changes = AugmentSampler(0, CropConfig(jitter=0.4), (224, 224)).at(*columns).changes
-    assert AugmentSampler(0, CropConfig(), (224, 224)).at(*columns).changes is None
-    assert changes is not None and changes.jitter_factors is not None and changes.jitter_orders is not None
-    assert 0.6 <= changes.jitter_factors.min() < 0.61 and 1.39 < changes.jitter_factors.max() <= 1.4
-    assert len({tuple(order) for order in changes.jitter_orders.tolist()}) == 6
-    assert changes.operations is None and changes.boxes is None
+    params = AugmentSampler(0, CropConfig(jitter=0.4), (224, 224)).at(*columns).pixel_augment
+    assert AugmentSampler(0, CropConfig(), (224, 224)).at(*columns).pixel_augment is None
+    assert params is not None and params.jitter_factors is not None and params.jitter_orders is not None
+    assert 0.6 <= params.jitter_factors.min() < 0.61 and 1.39 < params.jitter_factors.max() <= 1.4
+    assert len({tuple(order) for order in params.jitter_orders.tolist()}) == 6
+    assert params.operations is None and params.boxes is None
 
 
 def test_rand_augment_is_drawn_as_timm_draws_it() -> None:
     """Two of 15 operations, each left out half the time, magnitude normal(9, 0.5) up to 10, either sense."""
     count = 20_000
     columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 500), np.full(count, 375)
-    changes = AugmentSampler(0, CropConfig(rand_augment=9.0), (224, 224)).at(*columns).changes
-    assert changes is not None and changes.operations is not None and changes.magnitudes is not None
-    assert abs((changes.operations < 0).mean() - 0.5) < 0.01
-    counts = np.bincount(changes.operations[changes.operations >= 0], minlength=15)
+    params = AugmentSampler(0, CropConfig(rand_augment=9.0), (224, 224)).at(*columns).pixel_augment
+    assert params is not None and params.operations is not None and params.magnitudes is not None
+    assert abs((params.operations < 0).mean() - 0.5) < 0.01
+    counts = np.bincount(params.operations[params.operations >= 0], minlength=15)
     assert len(counts) == 15 and abs(counts / counts.mean() - 1).max() < 0.1
-    sizes = np.abs(changes.magnitudes)
+    sizes = np.abs(params.magnitudes)
     expected = np.clip(np.random.default_rng(0).normal(9, 0.5, sizes.size), 0, 10)
     assert (
         np.abs(np.quantile(sizes, np.linspace(0.01, 1, 50)) - np.quantile(expected, np.linspace(0.01, 1, 50))).max()
         < 0.03
     )
-    assert abs((changes.magnitudes < 0).mean() - 0.5) < 0.01
+    assert abs((params.magnitudes < 0).mean() - 0.5) < 0.01
 
 
 def test_boxes_are_erased_as_often_and_as_large_as_asked() -> None:
     count = 20_000
     columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 500), np.full(count, 375)
-    changes = AugmentSampler(0, CropConfig(erase=0.25), (224, 224)).at(*columns).changes
-    assert changes is not None and changes.boxes is not None
-    left, top, width, height = changes.boxes[changes.boxes[:, 2] > 0].T
+    params = AugmentSampler(0, CropConfig(erase=0.25), (224, 224)).at(*columns).pixel_augment
+    assert params is not None and params.boxes is not None
+    left, top, width, height = params.boxes[params.boxes[:, 2] > 0].T
     assert abs(len(left) / count - 0.25) < 0.01
     assert (left >= 0).all() and (top >= 0).all() and (left + width <= 224).all() and (top + height <= 224).all()
     share = width * height / 224**2

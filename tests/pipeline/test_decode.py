@@ -13,17 +13,12 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
-from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.augment_params import AugmentSampler
+from maelstream.pipeline.config import CropConfig, DecodeConfig
+from maelstream.pipeline.dali_graph import resized_windows
 from maelstream.pipeline.dct_scaling import reduction
-from maelstream.pipeline.decode import (
-    DECODERS,
-    CpuDecoder,
-    DecodeConfig,
-    EncodedBatch,
-    Output,
-    dali_inputs,
-    resized_windows,
-)
+from maelstream.pipeline.decode import DECODERS, CpuDecoder, EncodedBatch, dali_inputs, decode_device
+from maelstream.pipeline.output import Output
 from maelstream.pipeline.pixel_augment import PixelAugment
 from maelstream.shards.errors import MaelstreamError
 from maelstream.shards.inspect import refusal
@@ -54,7 +49,7 @@ def drawn(data: list[np.ndarray]) -> EncodedBatch:
     sizes = np.array([Image.open(io.BytesIO(item.tobytes())).size for item in data])
     samples = np.arange(len(data))
     draws = AugmentSampler(0, CropConfig(), SIZE).at(np.zeros_like(samples), samples, sizes[:, 0], sizes[:, 1])
-    return EncodedBatch(data, draws.windows, draws.resizes, draws.flips, draws.changes)
+    return EncodedBatch.of(data, draws)
 
 
 def whole(
@@ -221,7 +216,7 @@ def test_the_centre_is_what_torchvision_s_evaluation_sees(imagenet_sample: Path,
     sides = np.array([Image.open(io.BytesIO(item.tobytes())).size for item in data])
     crop = CropConfig("none", margin=resized / size)
     draws = AugmentSampler(0, crop, (size, size)).at(np.zeros(64, int), np.arange(64), sides[:, 0], sides[:, 1])
-    batch = EncodedBatch(data, draws.windows, draws.resizes, draws.flips, draws.changes)
+    batch = EncodedBatch.of(data, draws)
     ours = CpuDecoder(lambda _: batch, 64, (size, size), 2, torch.device("cpu")).run().numpy().astype(int)
     theirs = [
         np.asarray(evaluation(Image.open(io.BytesIO(d.tobytes())).convert("RGB"))).transpose(2, 0, 1) for d in data
@@ -253,8 +248,8 @@ def test_jitter_is_torchvision_s() -> None:
     data, window = encoded(photograph(), "JPEG"), np.array([[0, 0, 300, 200]], np.int32)
     batch = whole([data], window, NONE)
     factors, order = np.array([[1.3, 0.7, 1.2]]), np.array([[2, 0, 1]])
-    changes = PixelAugment(factors, order, None, None, None, np.zeros(1, np.int64))
-    plain, changed = decode(batch), decode(replace(batch, changes=changes))
+    params = PixelAugment(factors, order, None, None, None, np.zeros(1, np.int64))
+    plain, changed = decode(batch), decode(replace(batch, pixel_augment=params))
     picture = Image.fromarray(plain[0].permute(1, 2, 0).numpy())
     for change, factor in ((adjust_saturation, 1.2), (adjust_brightness, 1.3), (adjust_contrast, 0.7)):
         picture = change(picture, factor)
@@ -300,8 +295,8 @@ def test_a_damaged_file_at_a_dct_scale_fails_as_with_dali() -> None:
         decoder.run()
 
 
-def test_a_gpu_that_is_asked_for_and_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_on_a_missing_gpu_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(MaelstreamError, match="decoding on a GPU was asked for, and torch finds none"):
-        _ = DecodeConfig(on="gpu").device
-    assert DecodeConfig().device == DecodeConfig(on="cpu").device == torch.device("cpu")
+    with pytest.raises(MaelstreamError, match=r"`decode\.on: gpu` needs a GPU, and torch finds none"):
+        decode_device(DecodeConfig(on="gpu"))
+    assert decode_device(DecodeConfig()) == decode_device(DecodeConfig(on="cpu")) == torch.device("cpu")

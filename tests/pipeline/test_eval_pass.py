@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from maelstream.pipeline.config import LoaderConfig
 from maelstream.pipeline.eval_pass import Reading, evaluation_margin, every_image
 from maelstream.pipeline.sample_source import BadSample
 from maelstream.shards.dataset import Dataset
@@ -19,10 +20,11 @@ from maelstream.shards.reader import ShardReader
 from tests.helpers.crops import central_images
 
 SIZE = (32, 32)
+ONE_THREAD = LoaderConfig(threads=1)
 
 
 def portions(dataset: Dataset, ranks: int, micro_batch_size: int, bad: list[BadSample]) -> list[list]:
-    reading = Reading(SIZE, 1.25, micro_batch_size, threads=1)
+    reading = Reading(SIZE, 1.25, micro_batch_size, ONE_THREAD)
     return [list(every_image(dataset, reading, rank, ranks, bad.append)) for rank in range(ranks)]
 
 
@@ -31,18 +33,18 @@ def test_every_image_once_for_any_ranks_and_equally_many_portions_a_rank(
     packed: Dataset, ranks: int, micro_batch_size: int
 ) -> None:
     found = portions(packed, ranks, micro_batch_size, [])
-    samples = np.concatenate([portion.samples[portion.counts] for rank in found for portion in rank])
+    samples = np.concatenate([portion.samples[portion.counted] for rank in found for portion in rank])
     assert sorted(samples.tolist()) == list(range(len(packed)))
     assert len({len(rank) for rank in found}) == 1
 
 
 def test_the_images_are_central_crops_of_their_samples(packed: Dataset) -> None:
-    for portion in every_image(packed, Reading(SIZE, 1.0, 16, threads=1), 1, 2, lambda bad: None):
+    for portion in every_image(packed, Reading(SIZE, 1.0, 16, ONE_THREAD), 1, 2, lambda bad: None):
         assert torch.equal(portion.images, central_images(packed, portion.samples, SIZE))
     margins = [evaluation_margin((side, side)) for side in (32, 224, 448)]
     assert margins == [256 / 224, 256 / 224, 1.0]
     theirs = transforms.Compose([transforms.Resize(37, InterpolationMode.BICUBIC), transforms.CenterCrop(32)])
-    for portion in every_image(packed, Reading(SIZE, margins[0], 60, threads=1), 0, 1, lambda bad: None):
+    for portion in every_image(packed, Reading(SIZE, margins[0], 60, ONE_THREAD), 0, 1, lambda bad: None):
         for image, data in zip(portion.images, ShardReader(packed, True).read(portion.samples), strict=True):
             expected = np.asarray(theirs(Image.open(io.BytesIO(data.tobytes())))).transpose(2, 0, 1)
             assert np.abs(image.numpy().astype(int) - expected).mean() < 0.5  # of 255 levels
@@ -62,11 +64,11 @@ def damaged(dataset: Dataset, folder: Path, samples: list[int]) -> Dataset:
 def test_what_cannot_be_decoded_is_told_and_not_counted(packed: Dataset, tmp_path: Path, ranks: int) -> None:
     dataset, bad = damaged(packed, tmp_path / "copy", [3, 59]), list[BadSample]()
     found = portions(dataset, ranks, 8, bad)
-    samples = np.concatenate([portion.samples[portion.counts] for rank in found for portion in rank])
+    samples = np.concatenate([portion.samples[portion.counted] for rank in found for portion in rank])
     assert sorted(samples.tolist()) == [sample for sample in range(60) if sample not in (3, 59)]
     assert {each.sample for each in bad} == {3, 59} and all(each.reason and each.key for each in bad)
 
 
 def test_more_ranks_than_images_are_one_line(packed: Dataset) -> None:
     with pytest.raises(MaelstreamError, match="holds 60 images for 61 ranks; start fewer"):
-        next(every_image(packed, Reading(SIZE, 1.0, 1, threads=1), 0, 61, lambda bad: None))
+        next(every_image(packed, Reading(SIZE, 1.0, 1, ONE_THREAD), 0, 61, lambda bad: None))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from maelstream.pipeline.hashing import mix, sample_keys, seed_word, uniforms
+from maelstream.pipeline.hashing import mix_bits, sample_keys, seed_word, uniforms
 
 
 def splitmix64(state: int) -> int:
@@ -12,16 +12,16 @@ def splitmix64(state: int) -> int:
     return state ^ (state >> 31)
 
 
-def test_mix_is_splitmix64() -> None:
+def test_mix_bits_is_splitmix64() -> None:
     values = [0, 1, 2**63, 2**64 - 1, 0x0123456789ABCDEF]
-    assert mix(np.array(values, np.uint64)).tolist() == [splitmix64(value) for value in values]
+    assert mix_bits(np.array(values, np.uint64)).tolist() == [splitmix64(value) for value in values]
 
 
 def test_first_numbers_of_splitmix64_are_the_published_ones() -> None:
     """Seed 1234567 in Vigna's splitmix64.c gives 6457827717110365317, 3203168211198807973, ..."""
     gamma = 0x9E3779B97F4A7C15
     states = np.array([(1234567 + k * gamma) % 2**64 for k in (1, 2)], np.uint64)
-    assert mix(states).tolist() == [6457827717110365317, 3203168211198807973]
+    assert mix_bits(states).tolist() == [6457827717110365317, 3203168211198807973]
 
 
 def test_no_two_samples_of_an_epoch_share_a_key() -> None:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from benchmarks.store import SlowStorage
 from maelstream.jobs.pack import main as pack
-from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
-from maelstream.pipeline.decode import DecodeConfig
+from maelstream.pipeline.config import CropConfig, DecodeConfig, LoaderConfig, Shuffle
 from maelstream.pipeline.loader import Batch, ImageLoader, LoaderState
-from maelstream.pipeline.order import SampleOrder, Shuffle
+from maelstream.pipeline.order import SampleOrder
 from maelstream.pipeline.sample_source import BadSample
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import DatasetError, MaelstreamError
@@ -36,10 +36,13 @@ def loader_of(
     prefetch: int = 2,
     threads: int = 1,
     shuffle: Shuffle = "global",
-    **options: Any,
+    decode: DecodeConfig = DecodeConfig(),
+    max_bad_share: float = 0.001,
+    on_bad: Callable[[BadSample], None] = lambda _: None,
 ) -> ImageLoader:
-    order, draws = SampleOrder(len(dataset), 5, shuffle), AugmentSampler(5, CropConfig(), (32, 32))
-    return ImageLoader(dataset, order, draws, (32, 32), batch_split, rank, threads, prefetch, **options)
+    order, sampler = SampleOrder(len(dataset), 5, shuffle), AugmentSampler(5, CropConfig(), (32, 32))
+    config = LoaderConfig(threads, prefetch, decode, max_bad_share)
+    return ImageLoader(dataset, order, sampler, batch_split, rank, config, on_bad=on_bad)
 
 
 def take(

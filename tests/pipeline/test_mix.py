@@ -1,6 +1,7 @@
 """Mixes: every dataset gets its share of any stretch of the stream, and the stream is exact like that of one."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.store import SlowStorage
-from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
+from maelstream.pipeline.config import CropConfig, LoaderConfig, Shuffle
 from maelstream.pipeline.loader import ImageLoader, LoaderState
 from maelstream.pipeline.mix import Mix, MixOrder, MixReader
-from maelstream.pipeline.order import Shuffle
 from maelstream.pipeline.sample_source import BadSample
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
@@ -37,10 +38,12 @@ def take(
     rank: int = 0,
     state: LoaderState | None = None,
     shuffle: Shuffle = "global",
-    **options: object,
+    max_bad_share: float = 0.001,
+    on_bad: Callable[[BadSample], None] = lambda _: None,
 ) -> list:
-    order, draws = MixOrder(mix, 5, shuffle), AugmentSampler(5, CropConfig(), (32, 32))
-    with ImageLoader(mix, order, draws, (32, 32), batch_split, rank, 1, 2, **options) as loader:  # type: ignore[arg-type]
+    order, sampler = MixOrder(mix, 5, shuffle), AugmentSampler(5, CropConfig(), (32, 32))
+    config = LoaderConfig(threads=1, prefetch=2, max_bad_share=max_bad_share)
+    with ImageLoader(mix, order, sampler, batch_split, rank, config, on_bad=on_bad) as loader:
         if state is not None:
             loader.load_state_dict(state)
         return content(islice(loader, count))
@@ -64,13 +67,13 @@ class Made:
 def test_every_dataset_has_its_share_of_any_stretch(weights: list[float], start: int, length: int) -> None:
     made = Mix(tuple(Made(100 + n) for n in range(len(weights))), tuple(weights))  # type: ignore[misc]
     line = np.arange(start, start + length)
-    _, _, samples = MixOrder(made, 1).of_line(line)
+    _, _, samples = MixOrder(made, 1).lookup(line)
     counts = np.bincount(np.searchsorted(made.starts, samples, "right") - 1, minlength=len(weights))
     assert (np.abs(counts - length * np.array(made.parts) / 1e6) <= len(weights)).all()
 
 
 def test_each_dataset_is_gone_through_in_whole_epochs(mix: Mix) -> None:
-    epochs, positions, samples = MixOrder(mix, 1).of_line(np.arange(480))  # 360 of the first, 120 of the second
+    epochs, positions, samples = MixOrder(mix, 1).lookup(np.arange(480))  # 360 of the first, 120 of the second
     for first, count in ((0, 6), (60, 2)):
         mine = (samples >= first) & (samples < first + 60)
         for epoch in range(count):
@@ -116,7 +119,7 @@ def test_a_mix_shuffled_by_blocks_hands_over_its_order(mix: Mix, world_size: int
     batch_split, order = BatchSplit(8, world_size, 1), MixOrder(mix, 5, "block")
     shares = [take(mix, batch_split, 15, rank, shuffle="block") for rank in range(world_size)]
     rows = sorted(row for share in shares for row in share)
-    epochs, _, samples = order.of_line(np.arange(120))
+    epochs, _, samples = order.lookup(np.arange(120))
     assert [row[:2] for row in rows] == sorted(zip(samples.tolist(), epochs.tolist(), strict=True))
     pictures = {row[:2]: row for row in take(mix, BatchSplit(8, 1, 1), 40)}
     assert all(pictures.get(row[:2], row) == row for row in rows) and len(pictures.keys() & {r[:2] for r in rows}) > 60
@@ -136,7 +139,7 @@ def test_a_block_shuffle_of_a_mix_of_stores_is_that_of_disks(packed: Dataset) ->
 def test_places_of_a_dataset_s_own_line_are_found_in_the_mix_s(weights: list[float], start: int) -> None:
     mix = Mix(tuple(Made(100 + n) for n in range(len(weights))), tuple(weights))  # type: ignore[misc]
     order, line = MixOrder(mix, 1), np.arange(start, start + 200)
-    epochs, positions, samples = order.of_line(line)
+    epochs, positions, samples = order.lookup(line)
     for number, (places, _) in enumerate(mix.split(samples)):
         own = epochs[places] * (100 + number) + positions[places]
-        assert np.array_equal(order.line_of(number, own), line[places])
+        assert np.array_equal(order.mix_positions(number, own), line[places])

@@ -6,7 +6,8 @@ import torch
 from timm.data.mixup import Mixup
 from torch import Tensor
 
-from maelstream.pipeline.mixup import MixupConfig, mixed
+from maelstream.pipeline.config import MixupConfig
+from maelstream.pipeline.mixup import apply_mixup
 
 LABELS = torch.tensor([0, 1, 2, 3, 4, 5])
 
@@ -18,7 +19,7 @@ def batch(size: int = 6) -> Tensor:
 @pytest.mark.parametrize("config", [MixupConfig(), MixupConfig(cutmix=0.0), MixupConfig(mixup=0.0, cutmix=2.0)])
 @pytest.mark.parametrize("key", [1, 2, 3, -5])
 def test_images_and_targets_are_those_of_timm(config: MixupConfig, key: int) -> None:
-    images, targets = mixed(batch(), LABELS, torch.tensor([key, 9, 9]), 10, config)
+    images, targets = apply_mixup(batch(), LABELS, torch.tensor([key, 9, 9]), 10, config)
     np.random.seed(key & 0xFFFFFFFF)
     theirs = Mixup(config.mixup, config.cutmix, num_classes=10, label_smoothing=0.1)(batch(), LABELS)
     assert torch.equal(images, theirs[0]) and torch.equal(targets, theirs[1])
@@ -30,20 +31,20 @@ def test_the_same_keys_mix_alike_and_numpy_s_generator_is_where_it_was() -> None
     np.random.seed(3)
     expected = np.random.rand()
     np.random.seed(3)
-    first = mixed(batch(), LABELS, torch.tensor([4]), 10, MixupConfig())
+    first = apply_mixup(batch(), LABELS, torch.tensor([4]), 10, MixupConfig())
     assert np.random.rand() == expected
-    again, other = (mixed(batch(), LABELS, torch.tensor([key]), 10, MixupConfig()) for key in (4, 5))
+    again, other = (apply_mixup(batch(), LABELS, torch.tensor([key]), 10, MixupConfig()) for key in (4, 5))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]) and not torch.equal(first[0], other[0])
 
 
 def test_an_odd_batch_s_middle_image_is_mixed_with_itself() -> None:
-    images, targets = mixed(batch(5), LABELS[:5], torch.tensor([1]), 10, MixupConfig(cutmix=0.0))
+    images, targets = apply_mixup(batch(5), LABELS[:5], torch.tensor([1]), 10, MixupConfig(cutmix=0.0))
     torch.testing.assert_close(images[2], batch(5)[2])
     assert targets[2].argmax() == 2 and targets[2].max() == pytest.approx(0.91)
 
 
 def test_nothing_is_mixed_when_nothing_is_asked_for() -> None:
-    images, targets = mixed(batch(), LABELS, torch.tensor([1]), 10, MixupConfig(0.0, 0.0, 0.0))
+    images, targets = apply_mixup(batch(), LABELS, torch.tensor([1]), 10, MixupConfig(0.0, 0.0, 0.0))
     assert torch.equal(images, batch()) and torch.equal(targets, torch.nn.functional.one_hot(LABELS, 10).float())
 
 

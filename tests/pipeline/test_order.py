@@ -73,13 +73,13 @@ def test_a_block_shuffle_gives_every_sample_once_and_a_window_holds_16_blocks(si
     order = SampleOrder(size, seed, "block")
     samples, epochs, positions = epoch_of(order, epoch), np.full(size, epoch), np.arange(size)
     assert np.array_equal(np.sort(samples), positions)
-    windows = order.windows(epochs, positions)
-    for number in range(windows.max() + 1):
-        first, end = order.window(epoch, number)
-        assert np.array_equal(np.flatnonzero(windows == number), np.arange(first, end))
+    superblocks = order.superblocks(epochs, positions)
+    for number in range(superblocks.max() + 1):
+        first, end = order.superblock_bounds(epoch, number)
+        assert np.array_equal(np.flatnonzero(superblocks == number), np.arange(first, end))
         blocks, counts = np.unique(samples[first:end] // 128, return_counts=True)
         assert len(blocks) <= 16 and np.array_equal(counts, np.minimum(size - blocks * 128, 128))
-    assert order.window(epoch, windows.max() + 1) == (size, size)
+    assert order.superblock_bounds(epoch, superblocks.max() + 1) == (size, size)
 
 
 def test_a_block_shuffle_leaves_nothing_where_it_was() -> None:

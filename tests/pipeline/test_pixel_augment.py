@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 
-from maelstream.pipeline.pixel_augment import OPERATIONS, PixelAugment, changed, rand_augment
+from maelstream.pipeline.pixel_augment import OPERATIONS, PixelAugment, augment_pixels, rand_augment
 from tests.conftest import photograph
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -36,26 +36,26 @@ def test_each_operation_gives_timm_s_picture(monkeypatch: pytest.MonkeyPatch, op
     assert difference.mean() < 2.5 and (difference > 8).float().mean() < 0.03, name
 
 
-def changes_of(**parts: object) -> PixelAugment:
+def params_of(**parts: object) -> PixelAugment:
     none = dict.fromkeys(("jitter_factors", "jitter_orders", "operations", "magnitudes", "boxes"))
     return PixelAugment(**(none | {"noise_keys": np.array([5])} | parts))
 
 
 def test_an_erased_box_holds_normal_noise_and_the_rest_is_untouched() -> None:
     image = tensor_of(photograph(224, 224))
-    box = changes_of(boxes=np.array([[20, 30, 150, 120]], np.int32))
-    erased = changed(image, box, 0, MEAN, STD)
+    box = params_of(boxes=np.array([[20, 30, 150, 120]], np.int32))
+    erased = augment_pixels(image, box, 0, MEAN, STD)
     inside = erased[:, 30:150, 20:170].float() / 255
     for channel, mean, std in zip(inside, MEAN, STD, strict=True):
         assert abs(float(channel.mean()) - mean) < 0.02 and abs(float(channel.std()) - std) < 0.02
     untouched = erased.clone()
     untouched[:, 30:150, 20:170] = image[:, 30:150, 20:170]
     assert torch.equal(untouched, image)
-    assert torch.equal(erased, changed(image, box, 0, MEAN, STD))
+    assert torch.equal(erased, augment_pixels(image, box, 0, MEAN, STD))
 
 
 def test_no_change_is_no_change() -> None:
     image = tensor_of(photograph(64, 64))
-    nothing = changes_of(operations=np.array([[-1, -1]]), magnitudes=np.zeros((1, 2)), boxes=np.zeros((1, 4), np.int32))
-    assert torch.equal(changed(image, nothing, 0, MEAN, STD), image)
-    assert changed(image, None, 0, MEAN, STD) is image
+    nothing = params_of(operations=np.array([[-1, -1]]), magnitudes=np.zeros((1, 2)), boxes=np.zeros((1, 4), np.int32))
+    assert torch.equal(augment_pixels(image, nothing, 0, MEAN, STD), image)
+    assert augment_pixels(image, None, 0, MEAN, STD) is image

@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
-from maelstream.pipeline.decode import CpuDecoder, DecodeConfig, Decoded, EncodedBatch
-from maelstream.pipeline.stage_pipelines import augment_alone, decode_alone
+from maelstream.pipeline.config import DecodeConfig
+from maelstream.pipeline.decode import CpuDecoder, Decoded, EncodedBatch
+from maelstream.pipeline.stage_pipelines import augment_only, decode_only
 from tests.conftest import encoded, photograph
 
 SIZE, CPU = (32, 48), torch.device("cpu")
@@ -29,11 +30,11 @@ def test_windows_come_in_turn_and_become_the_decoder_s_images() -> None:
     data = batches()
     decoder = CpuDecoder(lambda number: data[number % 2], 2, SIZE, 1, CPU)
     expected = [decoder.run() for _ in range(3)]
-    decode = decode_alone(data, SIZE, 1, CPU, DecodeConfig())
+    decode = decode_only(data, SIZE, 1, CPU, DecodeConfig())
     decoded = decode()
     assert isinstance(decoded, Decoded)
     assert [np.asarray(decoded.windows[k]).shape for k in range(2)] == [(80, 100, 3), (200, 300, 3)]
-    augment, window_bytes = augment_alone(data, SIZE, 1, CPU, DecodeConfig())
+    augment, window_bytes = augment_only(data, SIZE, 1, CPU, DecodeConfig())
     for images in expected:
         made = augment()
         assert isinstance(made, torch.Tensor) and torch.equal(made, images)

@@ -5,7 +5,7 @@ import json
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from maelstream.jobs.command import run
-from maelstream.pipeline.augment_params import AugmentSampler, CropConfig
+from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
+from maelstream.pipeline.config import CropConfig, LoaderConfig, Shuffle
 from maelstream.pipeline.loader import Batch, ImageLoader, LoaderState
-from maelstream.pipeline.order import SampleOrder, Shuffle
+from maelstream.pipeline.order import SampleOrder
 from maelstream.pipeline.sample_source import BadSample
 from maelstream.pipeline.stream import Stream
 from maelstream.shards.dataset import Dataset
@@ -84,10 +85,12 @@ def take(
     rank: int = 0,
     state: LoaderState | None = None,
     shuffle: Shuffle = "global",
-    **options: Any,
+    max_bad_share: float = 0.001,
+    on_bad: Callable[[BadSample], None] = lambda _: None,
 ) -> list[Batch]:
-    order, draws = SampleOrder(len(stream.shards), 5, shuffle), AugmentSampler(5, CropConfig(), (32, 32))
-    with ImageLoader(stream, order, draws, (32, 32), batch_split, rank, 1, 2, **options) as loader:
+    order, sampler = SampleOrder(len(stream.shards), 5, shuffle), AugmentSampler(5, CropConfig(), (32, 32))
+    config = LoaderConfig(threads=1, prefetch=2, max_bad_share=max_bad_share)
+    with ImageLoader(stream, order, sampler, batch_split, rank, config, on_bad=on_bad) as loader:
         if state is not None:
             loader.load_state_dict(state)
         return list(islice(loader, count))
@@ -124,7 +127,7 @@ def test_images_are_those_of_the_indexed_dataset(packed: Dataset) -> None:
     stream = Stream(f"{packed.folder}/{pattern(packed)}", 60, shuffle_buffer=1)
     found = []
     for data, order in ((stream, SampleOrder(len(stream.shards), 5)), (packed, SampleOrder(60, 5))):
-        with ImageLoader(data, order, centre, (32, 32), BatchSplit(60, 1, 1), 0, 1, 2) as loader:
+        with ImageLoader(data, order, centre, BatchSplit(60, 1, 1), config=LoaderConfig(1, 2)) as loader:
             found.append(sorted((image, label) for _, _, image, _, label in content(islice(loader, 1))))
     assert found[0] == found[1]
 
@@ -156,7 +159,7 @@ def test_a_resumed_stream_begins_with_the_shard_where_it_stood(packed: Dataset) 
 def test_what_breaks_off_is_fetched_again_and_nothing_comes_twice(
     packed: Dataset, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("maelstream.pipeline.stream._PAUSES_S", (0.001,) * 4)
+    monkeypatch.setattr("maelstream.pipeline.stream_source._PAUSES_S", (0.001,) * 4)
     urls = f"{serve(packed.folder, failures=2)}/{pattern(packed)}"
     whole = Stream(f"{packed.folder}/{pattern(packed)}", 60)
     assert content(take(Stream(urls, 60), BatchSplit(8, 1, 1), 9)) == content(take(whole, BatchSplit(8, 1, 1), 9))
@@ -164,7 +167,7 @@ def test_what_breaks_off_is_fetched_again_and_nothing_comes_twice(
 
 @pytest.mark.parametrize("failures", [0, 9])
 def test_what_never_comes_is_named(packed: Dataset, serve: Any, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
-    monkeypatch.setattr("maelstream.pipeline.stream._PAUSES_S", (0.001,) * 4)
+    monkeypatch.setattr("maelstream.pipeline.stream_source._PAUSES_S", (0.001,) * 4)
     url = f"{serve(packed.folder, failures)}/{'nowhere.tar' if not failures else packed.shard_names[0]}"
     with pytest.raises(StorageError, match=rf"{url} cannot be read \(.+\); asked 5 times"):
         take(Stream(url, 60), BatchSplit(8, 1, 1), 1)

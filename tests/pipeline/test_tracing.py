@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from maelstream.pipeline.tracing import observed, stage
+from maelstream.pipeline.tracing import trace_range, traced_with
 
 
 def test_an_observer_sees_the_ranges_of_all_threads_while_it_looks() -> None:
@@ -19,11 +19,11 @@ def test_an_observer_sees_the_ranges_of_all_threads_while_it_looks() -> None:
         seen.append(("out", name))
 
     def decode() -> None:
-        with stage("decode"):
+        with trace_range("decode"):
             pass
 
-    with observed(observer):
-        with stage("read"):
+    with traced_with(observer):
+        with trace_range("read"):
             pass
         thread = threading.Thread(target=decode)
         thread.start()
@@ -34,4 +34,4 @@ def test_an_observer_sees_the_ranges_of_all_threads_while_it_looks() -> None:
 
 def test_where_nobody_looks_and_no_gpu_is_every_range_is_the_same_nothing() -> None:
     if not torch.cuda.is_available():
-        assert stage("read") is stage("step")
+        assert trace_range("read") is trace_range("step")
