@@ -1,7 +1,7 @@
 """ViT classifiers for fine-tuning and linear probing (paper, section 4.1 and appendix A), on timm's VisionTransformer.
 
-Fine-tuning takes the mean of the patch tokens and a fresh LayerNorm, so the pre-trained final norm is dropped, or the
-class token behind that norm. Linear probing freezes everything but a BatchNorm without affine and a linear layer.
+Fine-tuning classifies the mean of the patch tokens after a new LayerNorm, which replaces the pre-trained final norm, or
+the class token after the pre-trained norm. Linear probing trains only a linear layer after a BatchNorm without affine.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,20 +11,20 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from maelstream.model.config import ClassifierConfig
-from maelstream.model.formats import encoder_of
+from maelstream.model.formats import without_decoder
 from maelstream.model.position import interpolate_table
 from maelstream.model.transformer import initialise, layer_norm
 
 
 def build_classifier(config: ClassifierConfig, seed: int = 0) -> VisionTransformer:
-    """timm's ViT, freshly drawn: normalised float images (B, C, H, W) in, logits (B, classes) out.
+    """timm's ViT with new weights: normalised float images (B, C, H, W) in, logits (B, classes) out.
 
-    Its position table is a parameter and is trained. The weights are a function of `seed` and their names, as MAE's:
-    normal with deviation 0.02 (cut at +-2, as the reference's truncated normal is), the head's 2e-5, so that the first
-    logits are nearly equal; biases 0, LayerNorm scales 1.
+    The position table is a trained parameter. Weights depend on `seed` and their names, as in `MAE`. They are normal
+    with standard deviation 0.02 (truncated at +-2, as in the reference). For the head it is 2e-5, so that the first
+    logits are nearly equal. Biases are 0, LayerNorm scales are 1.
     """
     device = torch.get_default_device()
-    with torch.device("meta"):  # timm's own initialisation neither costs time nor moves torch's generator
+    with torch.device("meta"):  # so timm's initialisation costs no time and does not advance torch's random generator
         model = VisionTransformer(
             img_size=config.image_size,
             patch_size=config.patch_size,
@@ -45,67 +45,67 @@ def build_classifier(config: ClassifierConfig, seed: int = 0) -> VisionTransform
 
 
 def encoder_weights(mae: Mapping[str, Tensor], config: ClassifierConfig, grid: tuple[int, int]) -> dict[str, Tensor]:
-    """What a classifier starts from: the encoder of MAE weights under the reference's names, trained on `grid`.
+    """Initial weights of a classifier: the encoder of MAE weights (reference names) that were trained on `grid`.
 
-    The position table is interpolated to the classifier's grid, and with the mean as pool the final norm is dropped.
+    The position table is interpolated to the classifier's grid. With `pool="mean"` the final norm is dropped.
 
     Raises:
-        ValueError: a position table that is not of `grid`.
+        ValueError: the position table does not have the size of `grid`.
     """
-    weights = encoder_of(mae)
+    weights = without_decoder(mae)
     if config.pool == "mean":
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("norm.")}
     return weights | {"pos_embed": interpolate_table(weights["pos_embed"], grid, config.grid)}
 
 
 def fresh_parameters(config: ClassifierConfig) -> set[str]:
-    """Names of the parameters that MAE weights do not hold: the head's, and those of the norm behind the mean."""
+    """Names of the parameters that MAE weights lack: the head and, with `pool="mean"`, the norm after the mean."""
     fresh = {"head.weight", "head.bias"}
     return fresh | {"fc_norm.weight", "fc_norm.bias"} if config.pool == "mean" else fresh
 
 
 class FeatureNorm(nn.BatchNorm1d):
-    """BatchNorm without affine over the batch of all ranks, in float32 whatever the features are.
+    """BatchNorm without affine over the batch of all ranks, always computed in float32.
 
-    torch's own synchronised one runs on GPUs alone. `summed` adds a tensor up over ranks, the same on each.
+    torch's SyncBatchNorm runs on GPUs only. `sum_over_ranks` returns the sum of a tensor over all ranks, on each rank.
     """
 
     def __init__(self, dim: int, device: torch.device) -> None:
         super().__init__(dim, eps=1e-6, affine=False, device=device)
-        self.summed: Callable[[Tensor], Tensor] | None = None
+        self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D) in any float dtype, without gradient, to (B, D) in the same."""
+        """Normalise features (B, D) of any float dtype; the result has the same dtype and no gradient."""
         values = features.float()
-        if not self.training or self.summed is None:
+        if not self.training or self.sum_over_ranks is None:
             return super().forward(values).to(features.dtype)
         count = values.new_tensor([len(values)])
-        total = self.summed(torch.cat([values.sum(0), count]))
+        total = self.sum_over_ranks(torch.cat([values.sum(0), count]))
         mean, count = total[:-1] / total[-1], total[-1]
-        variance = self.summed((values - mean).square().sum(0)) / count
+        variance = self.sum_over_ranks((values - mean).square().sum(0)) / count
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
         return ((values - mean) / (variance + self.eps).sqrt()).to(features.dtype)
 
 
-class SideBySide(nn.ModuleList):
-    """Linear layers on the same features: (B, D) to (layers, B, classes)."""
+class ParallelLinear(nn.ModuleList):
+    """Linear layers that share their input: (B, D) to (layers, B, classes)."""
 
     def forward(self, features: Tensor) -> Tensor:
         return torch.stack([layer(features) for layer in self])
 
 
 def make_linear_probe(model: VisionTransformer, seed: int = 0, heads: int = 1) -> None:
-    """Freeze all of a classifier but a fresh head: BatchNorm without affine (eps 1e-6), then linear (normal 0.01).
+    """Freeze a classifier and give it a new head: BatchNorm without affine (eps 1e-6), then linear (normal, std 0.01).
 
-    Several `heads` behind the one BatchNorm begin alike, and make the logits (heads, B, classes).
+    Several `heads` share the BatchNorm and start from equal weights; the logits are then (heads, B, classes).
 
     Raises:
-        ValueError: a classifier with stochastic depth, which would blur the features that are probed.
+        ValueError: the classifier has stochastic depth, which would add noise to the probed features.
     """
     if rate := drop_path_rates(model)[-1]:
-        raise ValueError(f"a linear probe reads exact features: build the classifier with drop_path 0, not {rate}")
+        raise ValueError(f"a linear probe needs exact features: build the classifier with drop_path 0, not {rate}")
     model.requires_grad_(False)
     device = model.head.weight.device
     start = torch.empty(model.head.weight.shape, device="cpu")
@@ -116,21 +116,21 @@ def make_linear_probe(model: VisionTransformer, seed: int = 0, heads: int = 1) -
         with torch.no_grad():
             layers[-1].weight.copy_(start)
             layers[-1].bias.zero_()
-    head = layers[0] if heads == 1 else SideBySide(layers)
+    head = layers[0] if heads == 1 else ParallelLinear(layers)
     model.head = nn.Sequential(FeatureNorm(layers[0].in_features, device), head)
 
 
 def train_last_blocks(model: VisionTransformer, count: float) -> None:
-    """Freeze all but the last `count` blocks, the norm behind them and the head (paper, figure 9).
+    """Freeze all but the last `count` blocks, the norm after them and the head (paper, figure 9).
 
-    0.5 is the MLP of the last block with its norm; 0 the head alone.
+    0.5 means the MLP of the last block and its norm; 0 means the head alone.
 
     Raises:
-        ValueError: more blocks than there are, or a part of one other than half the last.
+        ValueError: `count` is neither 0.5 nor a whole number up to the number of blocks.
     """
     depth = len(model.blocks)
     if count != 0.5 and (count % 1 or not 0 <= count <= depth):
-        raise ValueError(f"{count:g} blocks: it must be 0, 0.5 or a whole number up to {depth}")
+        raise ValueError(f"cannot train the last {count:g} blocks; use 0, 0.5 or a whole number up to {depth}")
     model.requires_grad_(False)
     model.head.requires_grad_(True)
     if count == 0.5:
@@ -144,7 +144,7 @@ def train_last_blocks(model: VisionTransformer, count: float) -> None:
 
 
 def drop_path_rates(model: VisionTransformer) -> list[float]:
-    """Probability that each block's residual branches are dropped in training."""
+    """Probability, for each block, that its residual branches are dropped in training."""
     return [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
 
 

@@ -1,6 +1,6 @@
-"""Configuration of the models: plain dataclasses that a recipe holds and that are checked when they are made.
+"""Configuration of the models: frozen dataclasses that check their values, as a recipe holds them.
 
-This module imports neither torch nor timm, so that a command can read a recipe without loading them.
+This module imports neither torch nor timm, so that commands can read a recipe without loading them.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class MAEConfig:
     """Shape of a masked autoencoder; the defaults are the paper's ViT-B/16.
 
     Raises:
-        ValueError: values that do not go together.
+        ValueError: a value is out of range, or values contradict each other.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -34,21 +34,21 @@ class MAEConfig:
     decoder_depth: int = 8
     decoder_heads: int = 16
     mask_ratio: float = 0.75
-    """Share of patches that is removed; 0 is an autoencoder without a loss, for `MAE.encode` alone."""
+    """Share of patches that are removed; with 0 there is no loss, only `MAE.encode`."""
     mask: MaskKind = "random"
-    """`block` removes BEiT's blocks, `grid` keeps one patch of each 2 x 2 (paper, table 1f)."""
+    """`block` removes blocks as BEiT does; `grid` keeps one patch of each 2 x 2 cell (paper, table 1f)."""
     encoder_mask_tokens: bool = False
-    """The encoder sees every place, with a mask token of its own where a patch was removed; the decoder then gets the
-    encoder's output of every place and adds no tokens (paper, table 1c)."""
+    """The encoder sees all positions, with its own mask token at each removed patch; the decoder then adds no tokens
+    (paper, table 1c)."""
     target: Target = "normalised_pixel"
     components: int = 96
-    """Coefficients that the target "pca" asks for."""
+    """Number of coefficients per patch for the target "pca"."""
     codes: int = 8192
-    """Codes that the target "token" tells apart."""
+    """Size of the tokenizer's codebook for the target "token"."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     attention: AttentionKind = "auto"
-    """`auto` is `sdpa` on CUDA and in float32, and `math` in bf16 on a CPU."""
+    """`auto` means `math` in bf16 on a CPU and `sdpa` otherwise."""
 
     def __post_init__(self) -> None:
         sizes = (*self.image_size, self.patch_size, self.in_chans, self.dim, self.depth, self.heads)
@@ -64,13 +64,13 @@ class MAEConfig:
             if (dim * self.mlp_ratio) % 1 or self.mlp_ratio <= 0:
                 raise ValueError(f"mlp_ratio {self.mlp_ratio} of {name}dim {dim} is not a whole number of units")
         if self.target not in get_args(Target):
-            raise ValueError(f"target {self.target!r} is none of {', '.join(get_args(Target))}")
+            raise ValueError(f"target {self.target!r} is not one of {', '.join(get_args(Target))}")
         if self.attention not in get_args(AttentionKind):
-            raise ValueError(f"attention {self.attention!r} is none of {', '.join(get_args(AttentionKind))}")
+            raise ValueError(f"attention {self.attention!r} is not one of {', '.join(get_args(AttentionKind))}")
         if self.target == "normalised_pixel" and self.patch_dim == 1:
-            raise ValueError("a patch of one number has no spread to be normalised by; take target pixel")
+            raise ValueError("a patch of one number has no spread to normalise by; use target pixel")
         if self.target == "pca" and not 1 <= self.components <= self.patch_dim:
-            raise ValueError(f"components {self.components} is not in 1..{self.patch_dim}, the numbers in a patch")
+            raise ValueError(f"components {self.components} is not in 1..{self.patch_dim}, the size of a patch")
         if self.target == "token" and self.codes < 2:
             raise ValueError(f"codes {self.codes} must be at least 2")
         if not 0 <= self.mask_ratio < 1:
@@ -78,7 +78,7 @@ class MAEConfig:
         if not self.keep:
             raise ValueError(f"mask_ratio {self.mask_ratio} of {self.num_patches} patches leaves no patch visible")
         if self.mask not in get_args(MaskKind):
-            raise ValueError(f"mask {self.mask!r} is none of {', '.join(get_args(MaskKind))}")
+            raise ValueError(f"mask {self.mask!r} is not one of {', '.join(get_args(MaskKind))}")
         if self.mask == "grid":
             check_grid_mask(self.grid, self.keep)
         if not len(self.mean) == len(self.std) == self.in_chans:
@@ -97,17 +97,17 @@ class MAEConfig:
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in one patch."""
+        """Numbers per patch: pixels x channels."""
         return self.patch_size**2 * self.in_chans
 
     @property
     def target_dim(self) -> int:
-        """Numbers that the decoder predicts for a patch."""
+        """Numbers that the decoder predicts per patch."""
         return {"pca": self.components, "token": self.codes}.get(self.target, self.patch_dim)
 
     @property
     def keep(self) -> int:
-        """Patches that stay visible."""
+        """Number of visible patches."""
         return keep_count(self.num_patches, self.mask_ratio)
 
 
@@ -116,12 +116,12 @@ class ClassifierConfig:
     """Shape of a ViT classifier; the defaults are the paper's ViT-B/16 for fine-tuning.
 
     Raises:
-        ValueError: values that do not go together.
+        ValueError: a value is out of range, or values contradict each other.
     """
 
     classes: int = 1000
     image_size: tuple[int, int] = (224, 224)
-    """Height and width in pixels; may differ from the pre-training's."""
+    """Height and width in pixels; may differ from pre-training."""
     patch_size: int = VIT_B16.patch_size
     in_chans: int = 3
     dim: int = VIT_B16.dim
@@ -129,9 +129,10 @@ class ClassifierConfig:
     heads: int = VIT_B16.heads
     mlp_ratio: float = 4.0
     pool: Pool = "mean"
-    """Mean of the patch tokens, then a fresh LayerNorm (`fc_norm`); or the class token behind the final norm."""
+    """`mean` averages the patch tokens, followed by a new LayerNorm (`fc_norm`); `class_token` uses the class token
+    after the final norm."""
     drop_path: float = 0.1
-    """Stochastic depth of the last block; linear from 0 at the first."""
+    """Stochastic depth rate of the last block; it grows linearly from 0 at the first block."""
 
     def __post_init__(self) -> None:
         sizes = (self.classes, *self.image_size, self.patch_size, self.in_chans, self.dim, self.depth, self.heads)
@@ -142,7 +143,7 @@ class ClassifierConfig:
         if self.dim % self.heads:
             raise ValueError(f"heads {self.heads} does not divide dim {self.dim}")
         if self.pool not in get_args(Pool):
-            raise ValueError(f"pool {self.pool!r} is none of {', '.join(get_args(Pool))}")
+            raise ValueError(f"pool {self.pool!r} is not one of {', '.join(get_args(Pool))}")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"drop_path {self.drop_path} is not in [0, 1)")
 
@@ -153,14 +154,14 @@ class ClassifierConfig:
 
 
 def keep_count(num_patches: int, mask_ratio: float) -> int:
-    """Patches that stay visible. Cut off in floating point as the reference does: 100 patches at 0.9 keep 9."""
+    """Number of visible patches, truncated in floating point as in the reference: 100 patches at 0.9 keep 9."""
     return int(num_patches * (1 - mask_ratio))
 
 
 def check_grid_mask(grid: tuple[int, int], keep: int) -> None:
-    """ValueError unless `grid` falls into cells of 2 x 2 patches of which `keep` keeps one each."""
+    """Raise ValueError unless `grid` divides into 2 x 2 cells and `keep` is one patch per cell."""
     if grid[0] % 2 or grid[1] % 2:
-        raise ValueError(f"mask grid keeps one patch of each 2 x 2; {grid[0]} x {grid[1]} patches have an odd side")
+        raise ValueError(f"mask grid keeps one patch per 2 x 2 cell; {grid[0]} x {grid[1]} patches have an odd side")
     if keep * 4 != grid[0] * grid[1]:
         raise ValueError(
             f"mask grid keeps a quarter of {grid[0] * grid[1]} patches, not {keep}; set mask_ratio to 0.75"

@@ -1,7 +1,7 @@
-"""Floating-point operations of one image, from the configuration: what a step should cost, and the MFU's numerator.
+"""Floating-point operations per image, computed from the configuration; the numerator of MFU.
 
-A multiply-add counts as two. Matrix products alone are counted, as torch's FlopCounterMode does, and the two agree to
-the last digit; the counter itself sees nothing of fused attention on a CPU.
+A multiply-add counts as two operations. Only matrix products count, as in torch's FlopCounterMode; both give exactly
+the same number. The counter itself does not see fused attention on a CPU. This module does not import torch.
 """
 
 from typing import NamedTuple
@@ -10,17 +10,17 @@ from maelstream.model.config import MAEConfig
 
 
 class Flops(NamedTuple):
-    """One image's operations by part of the model."""
+    """Operations per image, by part of the model."""
 
     encoder: int
     """Patch embedding and blocks."""
     decoder: int
-    """The projection of the latent, and blocks."""
+    """Projection of the latent, and blocks."""
     head: int
 
 
 def forward_by_part(config: MAEConfig) -> Flops:
-    """One image forward. An encoder with mask tokens sees every place, and so does then the decoder's projection."""
+    """Forward operations per image. With encoder mask tokens, encoder and projection process all positions."""
     everything, removed = 1 + config.num_patches, config.num_patches - config.keep
     encoded = everything if config.encoder_mask_tokens else 1 + config.keep
     return Flops(
@@ -32,25 +32,25 @@ def forward_by_part(config: MAEConfig) -> Flops:
 
 
 def backward_by_part(config: MAEConfig) -> Flops:
-    """One image backward: every product has two gradients, but the pixels need none."""
+    """Backward operations per image: two gradients per product, except that pixels need no gradient."""
     encoder, decoder, head = forward_by_part(config)
     return Flops(2 * encoder - _embed_flops(config), 2 * decoder, 2 * head)
 
 
 def forward_flops(config: MAEConfig) -> int:
-    """One image through encoder, decoder and head, without what the target costs to compute (docs/targets.md)."""
+    """Forward operations per image, without those that compute the target (docs/targets.md)."""
     return sum(forward_by_part(config))
 
 
 def training_flops(config: MAEConfig) -> int:
-    """One image forward and backward; activation checkpointing's second forward is not counted."""
+    """Forward and backward operations per image, without the second forward pass of activation checkpointing."""
     return forward_flops(config) + sum(backward_by_part(config))
 
 
 def recomputed_flops(config: MAEConfig) -> int:
-    """What activation checkpointing adds to `training_flops` of one image: its blocks forward once more.
+    """Operations that activation checkpointing adds to `training_flops` per image: a second forward pass of the blocks.
 
-    Without each block's last product, whose result nothing in the backward pass asks for: torch stops before it.
+    The last product of each block is not recomputed: the backward pass does not need its result, and torch stops early.
     """
     everything, kept = 1 + config.num_patches, 1 + config.keep
     encoder = _recomputed_block(everything if config.encoder_mask_tokens else kept, config.dim, config.mlp_ratio)
@@ -69,5 +69,5 @@ def _embed_flops(config: MAEConfig) -> int:
 def _block_flops(tokens: int, dim: int, mlp_ratio: float) -> int:
     projections = 4 * dim * dim  # query, key, value, output
     mlp = 2 * dim * int(dim * mlp_ratio)
-    attention = 2 * tokens * dim  # scores, and their sum over the values; all heads together
+    attention = 2 * tokens * dim  # scores and the weighted sum of values, over all heads
     return 2 * tokens * (projections + mlp + attention)

@@ -1,8 +1,9 @@
-"""MAE weights under the names of others, exact both ways: tensors in, the same tensors out, no files.
+"""Names of MAE weights in other libraries; conversion is exact in both directions and reads or writes no files.
 
-Ours are the reference implementation's names. timm's ViT has the same ones without the decoder. Hugging Face's ViTMAE
-renames everything and splits each `qkv` into query, key and value. Its modules were renamed between transformers 5.6
-and 5.10; files keep the older names, which every release loads (`conversion_mapping.py` there). Both are read.
+This project uses the names of the reference implementation. timm's ViT has the same names, without the decoder. Hugging
+Face's ViTMAE renames everything and splits each `qkv` into query, key and value. Its modules were renamed between
+transformers 5.6 and 5.10; files keep the older names, which every release loads (`conversion_mapping.py` in
+transformers). Both are read.
 """
 
 import math
@@ -28,7 +29,7 @@ _PARTS = {
     "mlp.fc2": "mlp.fc2",
 }
 _SPLIT = [f"attention.{part}_proj" for part in "qkv"]
-_OUTSIDE = {  # of the blocks
+_OUTSIDE = {  # tensors that do not belong to a block
     "cls_token": "vit.embeddings.cls_token",
     "pos_embed": "vit.embeddings.position_embeddings",
     "patch_embed.proj.weight": "vit.embeddings.patch_embeddings.projection.weight",
@@ -44,7 +45,7 @@ _OUTSIDE = {  # of the blocks
     "decoder_pred.weight": "decoder.decoder_pred.weight",
     "decoder_pred.bias": "decoder.decoder_pred.bias",
 }
-_HF_FILE = {  # what files have where transformers' modules since 5.10 have other names
+_HF_FILE = {  # names of modules since transformers 5.10, and the names that files have instead
     "vit.layers.": "vit.encoder.layer.",
     "attention.q_proj.": "attention.attention.query.",
     "attention.k_proj.": "attention.attention.key.",
@@ -56,20 +57,20 @@ _HF_FILE = {  # what files have where transformers' modules since 5.10 have othe
 
 
 def has_decoder(weights: Weights) -> bool:
-    """Whether weights under the reference's names hold any part of a decoder; the published `mae_pretrain_*` do not."""
+    """Whether weights (reference names) contain any part of a decoder; the published `mae_pretrain_*` do not."""
     return any(_DECODER.match(name) for name in weights)
 
 
-def encoder_of(weights: Weights) -> dict[str, Tensor]:
-    """The encoder alone, without a mask token: what timm's ViT with `num_classes=0` takes, strictly."""
+def without_decoder(weights: Weights) -> dict[str, Tensor]:
+    """The encoder alone, without mask token; timm's ViT with `num_classes=0` loads it with `strict=True`."""
     return {name: tensor for name, tensor in weights.items() if not _DECODER.match(name)}
 
 
 def to_hf(weights: Weights) -> dict[str, Tensor]:
-    """The reference's names as those of `ViTMAEForPreTraining`'s modules; each `qkv` in three copied parts.
+    """Rename from reference names to module names of `ViTMAEForPreTraining`; each `qkv` becomes three copied parts.
 
     Raises:
-        ValueError: a tensor that ViTMAE does not have.
+        ValueError: ViTMAE has no such tensor.
     """
     renamed = {}
     for name, tensor in weights.items():
@@ -89,7 +90,7 @@ def to_hf(weights: Weights) -> dict[str, Tensor]:
 
 
 def to_hf_file(weights: Weights) -> dict[str, Tensor]:
-    """As `to_hf`, under the names of files, those of the published `facebook/vit-mae-base`."""
+    """Like `to_hf`, but with the names that files have, such as the published `facebook/vit-mae-base`."""
     renamed = {}
     for name, tensor in to_hf(weights).items():
         for module, file in _HF_FILE.items():
@@ -99,7 +100,7 @@ def to_hf_file(weights: Weights) -> dict[str, Tensor]:
 
 
 def from_hf(weights: Weights) -> dict[str, Tensor]:
-    """Inverse of `to_hf` and `to_hf_file`; reads `ViTMAEModel`'s names, too. Unknown names stay as they are."""
+    """Inverse of `to_hf` and `to_hf_file`; also reads names of `ViTMAEModel`. Unknown names stay unchanged."""
     weights = {_hf_module_name(name): tensor for name, tensor in weights.items()}
     outside = {theirs: ours for ours, theirs in _OUTSIDE.items()}
     stacks = {theirs: ours for ours, theirs in _STACKS.items()}
@@ -118,10 +119,10 @@ def from_hf(weights: Weights) -> dict[str, Tensor]:
 
 
 def to_reference(weights: Weights) -> dict[str, Tensor]:
-    """Weights of any format under the reference's names.
+    """Rename weights of any known format to reference names.
 
     Raises:
-        ValueError: names of none of the formats, or a patch kernel or position table that is no ViT's.
+        ValueError: the names belong to no known format, or patch kernel or position table have the wrong shape.
     """
     if "cls_token" in weights:
         renamed = dict(weights)
@@ -129,17 +130,19 @@ def to_reference(weights: Weights) -> dict[str, Tensor]:
         renamed = from_hf(weights)
     else:
         some = ", ".join(list(weights)[:3]) or "none"
-        raise ValueError(f"names of no MAE (the first: {some}); known are the reference's, timm's and Hugging Face's")
+        raise ValueError(
+            f"not MAE weights: no tensor names of the reference, timm or Hugging Face (the first names are {some})"
+        )
     if "patch_embed.proj.weight" not in renamed:
         raise ValueError("patch_embed.proj.weight is missing")
     for name, dimensions in {"patch_embed.proj.weight": 4, "pos_embed": 3}.items():
         if name in renamed and renamed[name].ndim != dimensions:
-            raise ValueError(f"{name} is {tuple(renamed[name].shape)}, which is no ViT's")
+            raise ValueError(f"{name} is {tuple(renamed[name].shape)}; a ViT has {dimensions} dimensions there")
     return renamed
 
 
 def mismatches(weights: Weights, expected: Weights) -> list[str]:
-    """A phrase for each tensor that is missing, of another shape, or not in `expected`, whose values do not matter."""
+    """A phrase for each tensor that is missing, has another shape, or is not in `expected`; values are not compared."""
     phrases = []
     for name, tensor in expected.items():
         if name not in weights:
@@ -150,19 +153,19 @@ def mismatches(weights: Weights, expected: Weights) -> list[str]:
     return phrases
 
 
-def not_finite(weights: Weights) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinity."""
+def nonfinite_names(weights: Weights) -> list[str]:
+    """Names of the tensors that contain NaN or infinity."""
     return [name for name, tensor in weights.items() if not tensor.isfinite().all()]
 
 
 def square_grid(weights: Weights) -> tuple[int, int] | None:
-    """Rows and columns of patches if the position table is of a square grid, as far as its length tells."""
+    """Rows and columns of patches if the length of the position table fits a square grid, else None."""
     side = math.isqrt(weights["pos_embed"].shape[1] - 1)
     return (side, side) if side**2 == weights["pos_embed"].shape[1] - 1 else None
 
 
-def likely_model(weights: Weights) -> str:
-    """What the shapes under the reference's names tell of a model, for a message: ViT-B/16 (768 x 12), 224 x 224 px."""
+def describe_model(weights: Weights) -> str:
+    """Description of a model for messages, from shapes of weights: `ViT-B/16 (768 x 12), 224 x 224 px, no decoder`."""
     dim, _, patch, _ = weights["patch_embed.proj.weight"].shape
     depth = _depth(weights, "blocks")
     text = f"{family_name(dim, depth)}/{patch} ({dim} x {depth})"
@@ -180,9 +183,9 @@ def _depth(weights: Weights, stack: str) -> int:
 
 
 def _hf_module_name(name: str) -> str:
-    if not name.startswith(("vit.", "decoder.")):  # a ViTMAEModel that was saved alone
+    if not name.startswith(("vit.", "decoder.")):  # a ViTMAEModel saved on its own
         name = f"vit.{name}"
-    # transformers 5.23 applies its rule for `vit.layers.` to `decoder_layers.`, too, when it saves.
+    # When transformers 5.23 saves, it also applies its rule for `vit.layers.` to `decoder_layers.`.
     name = name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers.")
     for module, file in _HF_FILE.items():
         name = name.replace(file, module)

@@ -1,6 +1,6 @@
-"""What the optimiser is told: which parameters decay, and the learning rate of a step and of a layer; and LARS.
+"""Optimization: parameter groups with weight decay and layer-wise learning rates, the lr schedule, and LARS.
 
-The paper's appendix A.1: AdamW for pre-training and fine-tuning, LARS for linear probing.
+The paper (appendix A.1) uses AdamW for pre-training and fine-tuning, and LARS for linear probing.
 """
 
 import math
@@ -13,24 +13,24 @@ from torch import Tensor, nn
 
 
 def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups for AdamW: first those without decay (biases and every other 1-D tensor), then the rest.
+    """Parameter groups for AdamW: first those without decay (biases and all other 1-D tensors), then the rest.
 
-    Class and mask token are 3-D and do decay, as in the reference implementation; frozen parameters are left out.
+    Class and mask token are 3-D and decay, as in the reference implementation. Frozen parameters are left out.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    still = {name for name, parameter in trained if parameter.ndim <= 1 or name.endswith(".bias")}
+    undecayed = {name for name, parameter in trained if parameter.ndim <= 1 or name.endswith(".bias")}
     return [
-        {"params": [parameter for name, parameter in trained if name in still], "weight_decay": 0.0},
-        {"params": [parameter for name, parameter in trained if name not in still], "weight_decay": weight_decay},
+        {"params": [parameter for name, parameter in trained if name in undecayed], "weight_decay": 0.0},
+        {"params": [parameter for name, parameter in trained if name not in undecayed], "weight_decay": weight_decay},
     ]
 
 
 def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
-    """Parameter groups for fine-tuning a ViT: each layer's lr is `layer_decay` times that of the layer above it.
+    """Parameter groups for fine-tuning a ViT: the lr of each layer is `layer_decay` times that of the layer above.
 
-    `model.blocks` are the layers in between; below them lie patch embedding, class token and position table, above them
-    norm and head. The lr of a group is `lr_at(...)` x its `lr_scale`, which is 1 at the top. 1-D tensors, class token
-    and position table do not decay; frozen parameters are left out.
+    The lowest layer is patch embedding, class token and position table; then come the blocks; the top layer is norm and
+    head. The lr of a group is `lr_at(...)` x its `lr_scale`, which is 1 for the top layer. 1-D tensors, class token and
+    position table have no weight decay. Frozen parameters are left out.
     """
     top = len(list(model.get_submodule("blocks").children())) + 1
     groups: dict[tuple[int, bool], dict] = {}
@@ -55,11 +55,11 @@ def _layer_of(name: str, top: int) -> int:
 
 
 def lr_at(step: int, *, peak: float, floor: float, warmup_steps: float, total_steps: int) -> float:
-    """Learning rate of `step` (from 0): linear from 0 to `peak` in the warm-up, then half a cosine down to `floor`.
+    """Learning rate of `step` (from 0): linear from 0 to `peak` during warm-up, then half a cosine down to `floor`.
 
-    Steps are iterations: the reference's fractional epoch is step / steps per epoch, so `warmup_steps` is warm-up
-    epochs x steps per epoch. The rate is set before the step, so step 0 of a warm-up moves nothing, and `floor` itself
-    belongs to step `total_steps`, the first that is no longer run.
+    The reference's fractional epoch is step / steps per epoch, so `warmup_steps` is warm-up epochs x steps per epoch.
+    The rate is set before the step: step 0 of a warm-up changes no weights. `floor` would be the rate of step
+    `total_steps`, which no longer runs.
     """
     if step < warmup_steps:
         return peak * step / warmup_steps
@@ -68,20 +68,20 @@ def lr_at(step: int, *, peak: float, floor: float, warmup_steps: float, total_st
 
 
 class Span(NamedTuple):
-    """Elements of a matrix in the memory of a parameter, in which there may be others of the matrix or of others."""
+    """A range of a flat parameter that holds elements of one matrix."""
 
     start: int
     size: int
     matrix: int
-    """Number of the matrix."""
+    """Index of the matrix."""
 
 
 class LARS(torch.optim.Optimizer):
-    """Momentum SGD whose step on each matrix is scaled to the matrix's own norm (You et al. 2017, arXiv 1708.03888).
+    """Momentum SGD that scales the step of each matrix to the norm of the matrix (You et al. 2017, arXiv 1708.03888).
 
-    As the reference implementation has it for linear probing: tensors of two and more dimensions decay, and their
-    gradient is scaled by trust x |p| / |g| (by 1 where either norm is 0); 1-D tensors are neither decayed nor scaled.
-    Norms are summed in float64, so that it hardly matters how a matrix is cut.
+    As in the reference implementation for linear probing, tensors with two or more dimensions decay, and their gradient
+    is scaled by trust x |p| / |g| (by 1 if either norm is 0). 1-D tensors are neither decayed nor scaled. Norms are
+    summed in float64, so the partition of a matrix over ranks has almost no effect.
     """
 
     def __init__(
@@ -95,18 +95,21 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
         self._spans: Mapping[Tensor, list[Span]] | None = None
         self._matrices = 0
-        self._summed: Callable[[Tensor], Tensor] = lambda squares: squares
+        self._sum_over_ranks: Callable[[Tensor], Tensor] = lambda squares: squares
 
-    def cut(self, spans: Mapping[Tensor, list[Span]], matrices: int, summed: Callable[[Tensor], Tensor]) -> None:
-        """From now on parameters are flat and hold parts of `matrices` matrices, others of which other ranks hold.
+    def set_partition(
+        self, spans: Mapping[Tensor, list[Span]], matrices: int, sum_over_ranks: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Use flat parameters that hold parts of `matrices` matrices; other ranks hold the other parts.
 
-        `summed` adds a tensor up over ranks; all of them call `step` together.
+        `spans` lists the ranges of each parameter. `sum_over_ranks` returns the sum of a tensor over all ranks, which
+        must call `step` together.
         """
-        self._spans, self._matrices, self._summed = spans, matrices, summed
+        self._spans, self._matrices, self._sum_over_ranks = spans, matrices, sum_over_ranks
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """One step on every parameter that has a gradient; the loss of `closure`, if given."""
+        """Update all parameters that have a gradient; return the loss of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -128,11 +131,12 @@ class LARS(torch.optim.Optimizer):
                 whole, update = p.flatten()[part], updates[-1][part]
                 update.add_(whole, alpha=group["weight_decay"])
                 squares[span.matrix] += torch.stack([whole.double().square().sum(), update.double().square().sum()])
-        norms = self._summed(squares).sqrt()  # (matrices, 2)
+        norms = self._sum_over_ranks(squares).sqrt()  # (matrices, 2)
         for (group, p), update in zip(found, updates, strict=True):
             for span in spans[p]:
-                of_weights, of_update = norms[span.matrix]
-                trust = torch.where((of_weights > 0) & (of_update > 0), group["trust"] * of_weights / of_update, 1.0)
+                weight_norm, update_norm = norms[span.matrix]
+                both_positive = (weight_norm > 0) & (update_norm > 0)
+                trust = torch.where(both_positive, group["trust"] * weight_norm / update_norm, 1.0)
                 update[span.start : span.start + span.size].mul_(trust.to(update.dtype))
             state = self.state[p]
             if "momentum" not in state:

@@ -1,7 +1,7 @@
-"""Images as rows of patches, and what of a patch the decoder predicts (paper, section 3, "Reconstruction target").
+"""Images as sequences of patches, and the pixel targets of the decoder (paper, section 3, "Reconstruction target").
 
-A patch is one vector of its pixels in the order (row, column, channel), channel fastest, as the prediction head of the
-published checkpoints emits it.
+A patch is a vector of pixels in the order (row, column, channel), channel fastest. The prediction head of the published
+checkpoints uses the same order.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,9 +19,9 @@ _EPS = 1e-6
 def normalise(
     images: UInt8[Tensor, "b c h w"], mean: Sequence[float], std: Sequence[float]
 ) -> Float32[Tensor, "b c h w"]:
-    """Pixels scaled to 0..1, less `mean`, over `std` (one of each per channel), in float32."""
-    # Python numbers enter the kernels as arguments. A buffer would be cast to bf16 with the module (DeepSpeed does),
-    # and a tensor made here would be a copy to the device at every step.
+    """Scale pixels to 0..1, subtract `mean` and divide by `std` (one value per channel), in float32."""
+    # Python numbers are kernel arguments. A buffer would be cast to bf16 with the module (by DeepSpeed), and a tensor
+    # made here would be copied to the device at every step.
     channels = [(images[:, c].float() / 255 - m) / s for c, (m, s) in enumerate(zip(mean, std, strict=True))]
     return torch.stack(channels, dim=1)  # (B, C, H, W)
 
@@ -29,7 +29,7 @@ def normalise(
 def denormalise(
     images: Float[Tensor, "b c h w"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "b c h w"]:
-    """Inverse of `normalise`, cut to the displayable 0..1."""
+    """Inverse of `normalise`, clamped to 0..1 for display."""
     channels = [images[:, c] * s + m for c, (m, s) in enumerate(zip(mean, std, strict=True))]
     return torch.stack(channels, dim=1).clamp(0, 1)  # (B, C, H, W)
 
@@ -49,14 +49,14 @@ def unpatchify(patches: Shaped[Tensor, "b l ppc"], size: int, grid: tuple[int, i
 
 
 class PatchStatistics(NamedTuple):
-    """Mean and spread of each patch over all its pixels and channels together."""
+    """Mean and standard deviation of each patch, over all its pixels and channels."""
 
     mean: Float[Tensor, "b l 1"]
     deviation: Float[Tensor, "b l 1"]
 
 
 def patch_statistics(patches: Float[Tensor, "b l ppc"]) -> PatchStatistics:
-    """Mean and sqrt(variance + 1e-6); the variance is the unbiased one, as the published models were trained."""
+    """Mean and sqrt(variance + 1e-6) of each patch; the variance is unbiased, as in training the published models."""
     variance, mean = torch.var_mean(patches, dim=2, correction=1, keepdim=True)  # (B, L, 1)
     return PatchStatistics(mean, (variance + _EPS).sqrt())
 
@@ -72,18 +72,18 @@ _TARGETS: dict[Target, Callable[[Tensor], Tensor]] = {
 }
 
 
-def target_of(patches: Float[Tensor, "b l ppc"], target: Target) -> Float[Tensor, "b l ppc"]:
-    """What the decoder has to predict for `patches` (of a normalised image) under a pixel target, in their dtype."""
+def pixel_target(patches: Float[Tensor, "b l ppc"], target: Target) -> Float[Tensor, "b l ppc"]:
+    """The pixel target of `patches` of a normalised image, in their dtype."""
     return _TARGETS[target](patches)
 
 
-def pixels_of(
+def predicted_pixels(
     prediction: Float[Tensor, "b l ppc"], patches: Float[Tensor, "b l ppc"], target: Target
 ) -> Float[Tensor, "b l ppc"]:
-    """Predictions as pixels of the normalised image; the normalised target borrows mean and spread of true `patches`.
+    """Predictions as pixels of the normalised image.
 
-    A model trained on the normalised target does not know the brightness and contrast of a patch; shown without the
-    true ones its predictions look like noise.
+    A model with the normalised target does not predict the brightness and contrast of a patch. Its predictions get the
+    mean and standard deviation of the original `patches`; without them they look like noise.
     """
     if target == "pixel":
         return prediction

@@ -1,8 +1,8 @@
 """Principal components of the patches of many images, in one pass and O(D^2) memory.
 
-What is summed up are the patches' levels, 0..255, and their products: integers, which float64 holds exactly. So the
-sums are the same to the last bit in whatever order, batches, threads or devices they are taken; the normalisation of
-the images is an affine map that is applied to the sums at the end.
+The sums are over pixel values, 0..255, and their products: integers, which float64 holds exactly. So the sums are
+bit-identical for any order, batch size, number of threads or device. The normalisation of the images is an affine map,
+which is applied to the sums at the end.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float64, UInt8
 from torch import Tensor
 
-_EXACT = 2**53  # integers below it are float64s
+_EXACT = 2**53  # float64 holds all smaller integers exactly
 
 
 class PatchMoments:
@@ -28,45 +28,45 @@ class PatchMoments:
         self.products = torch.zeros(patch_dim, patch_dim, dtype=torch.float64, device=device)
 
     def add(self, patches: UInt8[Tensor, "b l d"]) -> None:
-        """Takes in patches of `patchify`, on the moments' device.
+        """Add patches from `patchify`, which are on the device of the sums.
 
         Raises:
-            ValueError: more patches than can be summed up exactly (1.4e11).
+            ValueError: there are more patches than can be summed exactly (1.4e11).
         """
         levels = patches.flatten(0, 1).double()  # (N, D)
         self.count += len(levels)
         if self.count * 255**2 >= _EXACT:
-            raise ValueError(f"{self.count} patches are more than can be summed up exactly; take fewer images")
+            raise ValueError(f"{self.count} patches are more than can be summed exactly; use fewer images")
         self.total += levels.sum(0)
         self.products += levels.T @ levels
 
 
 class PrincipalComponents(NamedTuple):
-    """Of patches of normalised images."""
+    """Principal components of patches of normalised images."""
 
     components: Float64[Tensor, "k d"]
-    """Orthonormal rows, largest variance first; the entry of largest magnitude of each is positive."""
+    """Orthonormal rows, largest variance first; the largest entry by magnitude of each row is positive."""
     mean: Float64[Tensor, "d"]
     variances: Float64[Tensor, "d"]
-    """Along all components, those that are left out too: the eigenvalues of the unbiased covariance, descending."""
+    """Variances along all D components, also those left out: descending eigenvalues of the unbiased covariance."""
 
 
 def principal_components(
     moments: PatchMoments, count: int, mean: Sequence[float], std: Sequence[float]
 ) -> PrincipalComponents:
-    """The `count` largest components; `mean` and `std` are those that the images are normalised by, one a channel.
+    """The `count` largest components of images normalised by `mean` and `std` (one value per channel).
 
     Raises:
-        ValueError: no more patches than components, or none that differs from the others.
+        ValueError: there are no more patches than components, or all patches are equal.
     """
     if moments.count <= max(count, 1):
-        raise ValueError(f"{moments.count} patches are too few for {count} components; take more images")
+        raise ValueError(f"{moments.count} patches are too few for {count} components; use more images")
     pixels = len(moments.total) // len(mean)
     shift, scale = (torch.tensor(values, dtype=torch.float64).repeat(pixels) for values in (mean, std))  # (D,)
     total, products = moments.total.cpu(), moments.products.cpu()
-    covariance = (products - total.outer(total) / moments.count) / (moments.count - 1)  # (D, D), of levels
+    covariance = (products - total.outer(total) / moments.count) / (moments.count - 1)  # (D, D), of pixel values
     if not covariance.diagonal().any():
-        raise ValueError("all patches are alike; take more varied images")
+        raise ValueError("all patches are equal; use more varied images")
     variances, vectors = torch.linalg.eigh(covariance / (255 * scale).outer(255 * scale))  # ascending
     components = vectors.T.flip(0)[:count]  # (K, D)
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))  # (K, 1)

@@ -1,9 +1,8 @@
-"""Position tables: the fixed 2-D sine-cosine ones, and a trained one for another grid.
+"""Position tables: fixed 2-D sine-cosine tables, and interpolation of trained tables to another grid.
 
-Sine and cosine are the paper's (appendix A.1; Vaswani et al. 2017, section 3.5, in two dimensions).
-
-The first half of the channels encodes the column of a patch, the second half its row. Each half is all sines, then all
-cosines, at wavelengths from 2 pi to 10,000 x 2 pi in a geometric row.
+The paper uses sines and cosines (appendix A.1; Vaswani et al. 2017, section 3.5, in two dimensions). The first half of
+the channels encodes the column of a patch, the second half its row. Each half has all sines, then all cosines, at
+wavelengths from 2 pi to 10,000 x 2 pi in geometric progression.
 """
 
 import torch
@@ -13,9 +12,9 @@ from torch.nn import functional as F
 
 
 def sincos_table(grid: tuple[int, int], dim: int) -> Float32[Tensor, "1 1+l dim"]:
-    """Table for `grid` (rows, columns) of patches in row-major order, behind a zero row for the class token.
+    """Table for a `grid` (rows, columns) of patches in row-major order; the first row, for the class token, is zero.
 
-    Computed in float64 on the CPU and rounded once, so that every device holds the published tables bit for bit.
+    Computed in float64 on the CPU and rounded once, so all devices have exactly the published tables.
 
     Raises:
         ValueError: `dim` is not divisible by 4 (sine and cosine of two coordinates).
@@ -31,18 +30,19 @@ def sincos_table(grid: tuple[int, int], dim: int) -> Float32[Tensor, "1 1+l dim"
 def interpolate_table(
     table: Float[Tensor, "1 1+l d"], old_grid: tuple[int, int], new_grid: tuple[int, int]
 ) -> Float[Tensor, "1 1+l2 d"]:
-    """A table of `old_grid` (rows, columns) for `new_grid`: bicubic, corners not aligned, class row as it is.
+    """Interpolate a table of `old_grid` (rows, columns) to `new_grid`: bicubic, `align_corners=False`.
 
-    For trained tables, as the reference does before fine-tuning at another size; a sine-cosine table of any grid is
-    better computed. In the dtype of `table`; equal grids give `table` itself.
+    The row of the class token stays unchanged. The reference does this with trained tables, before fine-tuning at
+    another image size; a sine-cosine table can be computed for any grid. The dtype is that of `table`; if both grids
+    are equal, `table` itself is returned.
 
     Raises:
-        ValueError: `table` is not one of `old_grid`.
+        ValueError: `table` does not have the size of `old_grid`.
     """
     rows, columns = old_grid
     if table.ndim != 3 or table.shape[:2] != (1, 1 + rows * columns):
         raise ValueError(
-            f"position table of shape {tuple(table.shape)} is not one of {rows} x {columns} patches and a class token"
+            f"position table of shape {tuple(table.shape)} does not fit {rows} x {columns} patches and a class token"
         )
     if old_grid == new_grid:
         return table

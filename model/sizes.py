@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class ViTSize(NamedTuple):
-    """Size of a ViT encoder; the fields have the names of those of `MAEConfig` and `ClassifierConfig`."""
+    """Size of a ViT encoder. The field names are those of `MAEConfig` and `ClassifierConfig`."""
 
     dim: int
     """Width of the residual stream."""
@@ -26,24 +26,24 @@ VIT_L16 = ViTSize(1024, 24, 16, 16)
 VIT_H14 = ViTSize(1280, 32, 16, 14)
 
 PAPER_SIZES = {"vit_b16": VIT_B16, "vit_l16": VIT_L16, "vit_h14": VIT_H14}
-"""The encoders of the MAE paper, by the names that recipe files have."""
+"""The encoders of the MAE paper, under the names that recipe files use."""
 
 _FAMILIES = {"ViT-Ti": VIT_TI16, "ViT-S": VIT_S16, "ViT-B": VIT_B16, "ViT-L": VIT_L16, "ViT-H": VIT_H14}
 
 
 def paper_name(dim: int, depth: int) -> str | None:
-    """Key of `PAPER_SIZES` for this width and depth, with any patch size; None for an encoder not in the paper."""
+    """The key of `PAPER_SIZES` for this width and depth, for any patch size; None if the paper has no such encoder."""
     return next((name for name, size in PAPER_SIZES.items() if size[:2] == (dim, depth)), None)
 
 
 def family_name(dim: int, depth: int) -> str:
-    """ViT-Ti, ViT-S, ViT-B, ViT-L or ViT-H for this width and depth; plain ViT for any other."""
+    """ViT-Ti, ViT-S, ViT-B, ViT-L or ViT-H for this width and depth; otherwise ViT."""
     return next((name for name, size in _FAMILIES.items() if size[:2] == (dim, depth)), "ViT")
 
 
 def default_heads(dim: int, depth: int) -> int:
-    """Attention heads that an encoder of this width and depth has by convention: 64 channels each, but 80 in ViT-H.
+    """The usual number of heads for this width and depth: 64 channels per head, 80 in ViT-H.
 
-    The shapes of an encoder's weights do not contain the number of heads.
+    The shapes of an encoder's weights do not show the number of heads.
     """
     return VIT_H14.heads if (dim, depth) == VIT_H14[:2] else dim // 64

@@ -1,8 +1,8 @@
-"""A discrete VAE: an image to a grid of codes, and back (DALL-E: Ramesh et al. 2021, arXiv 2102.12092, appendix A).
+"""A discrete VAE, from images to a grid of codes and back (DALL-E: Ramesh et al. 2021, arXiv 2102.12092, appendix A).
 
 Architecture, names and shapes are those of the published DALL-E encoder and decoder: four groups of residual
-bottlenecks, halved or doubled in size between them, so that a code stands for 8 x 8 pixels. Pixels are mapped from 0..1
-to 0.1..0.9, where the logit-Laplace likelihood of the reconstruction is finite.
+bottleneck blocks. Between groups, height and width are halved or doubled, so one code covers 8 x 8 pixels. Pixels are
+mapped from 0..1 to 0.1..0.9, where the logit-Laplace likelihood of the reconstruction is finite.
 """
 
 import math
@@ -19,36 +19,38 @@ from torch.nn import functional as F
 
 DOWNSAMPLE = 8
 _GROUPS = 4
-_EPS = 0.1  # of the logit-Laplace mapping
+_EPS = 0.1  # margin of `map_pixels`
 _INPUT, _OUTPUT = "blocks.input.w", "blocks.output.conv.w"
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Shape of the encoder and of the decoder that belongs to it; the defaults are DALL-E's.
+    """Shape of the encoder and of its decoder; the defaults are those of DALL-E.
 
     Raises:
-        ValueError: values that make no tokenizer.
+        ValueError: a value is out of range.
     """
 
     codes: int = 8192
     hidden: int = 256
-    """Channels of the first group; each further one has twice as many."""
+    """Channels of the first group; each following group has twice as many."""
     in_chans: int = 3
     blocks: int = 2
-    """Of each group."""
+    """Blocks per group."""
 
     def __post_init__(self) -> None:
         if self.codes < 2 or min(self.in_chans, self.blocks) < 1:
             raise ValueError(f"a tokenizer has at least 2 codes, 1 channel and 1 block: {self}")
         if self.hidden < 4 or self.hidden % 4:
-            raise ValueError(f"hidden {self.hidden} is not a multiple of 4 (bottlenecks have a quarter of it)")
+            raise ValueError(
+                f"hidden {self.hidden} is not a multiple of 4 (bottlenecks have a quarter of the channels)"
+            )
 
     @classmethod
-    def of(cls, weights: Mapping[str, Tensor]) -> "TokenizerConfig":
-        """Of the encoder that has these weights; ValueError when they are no such encoder's."""
+    def from_weights(cls, weights: Mapping[str, Tensor]) -> "TokenizerConfig":
+        """The configuration of the encoder with these weights; ValueError if they are not those of a DALL-E encoder."""
         if missing := [name for name in (_INPUT, _OUTPUT) if name not in weights]:
-            raise ValueError(f"no DALL-E encoder: it has no {' and no '.join(missing)}")
+            raise ValueError(f"not a DALL-E encoder: it has no {' and no '.join(missing)}")
         (hidden, in_chans), codes = weights[_INPUT].shape[:2], weights[_OUTPUT].shape[0]
         blocks = len({name.split(".")[2] for name in weights if name.startswith("blocks.group_1.block_")})
         return cls(codes, hidden, in_chans, blocks)
@@ -67,7 +69,7 @@ class Conv(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual bottleneck of four convolutions, whose part in the sum is 1 / layers^2."""
+    """A residual bottleneck of four convolutions; its residual branch is scaled by 1 / layers^2."""
 
     def __init__(self, inputs: int, outputs: int, sizes: tuple[int, int, int, int], layers: int) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Mapped images to the logits of the code at each place of the grid; its `state_dict` is DALL-E's."""
+    """Computes logits of the code at each grid position from mapped images; its `state_dict` has DALL-E's names."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -97,11 +99,11 @@ class Encoder(nn.Module):
         self.blocks = nn.Sequential(layers)
 
     def forward(self, mapped: Float[Tensor, "b c h w"]) -> Float[Tensor, "b codes h/8 w/8"]:
-        """`mapped` are images by `map_pixels`; height and width are multiples of 8."""
+        """`mapped` comes from `map_pixels`; height and width are multiples of 8."""
         return self.blocks(mapped)
 
     def flops(self, height: int, width: int) -> int:
-        """Floating-point operations of one image, as `maelstream.model.flops` counts them."""
+        """Floating-point operations per image, counted as in model/flops.py."""
         total, area = 0, height * width
         for group in self.blocks.children():
             total += 2 * area * sum(conv.w.numel() for conv in group.modules() if isinstance(conv, Conv))
@@ -111,7 +113,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes, one-hot or relaxed, to place and logarithm of the scale of a Laplace distribution over each pixel."""
+    """Computes location and log-scale of a Laplace distribution for each pixel, from one-hot or relaxed codes."""
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -136,7 +138,7 @@ def _groups(
     between_name: str,
     between: Callable[[], nn.Module],
 ) -> OrderedDict[str, nn.Module]:
-    """Groups of `blocks` blocks each, with a change of size after every one but the last."""
+    """Groups of `blocks` blocks each; a resizing layer follows each group except the last."""
     groups: OrderedDict[str, nn.Module] = OrderedDict()
     for number, width in enumerate(widths, 1):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -150,25 +152,25 @@ def _groups(
 
 
 def map_pixels(levels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """0..1 to 0.1..0.9."""
+    """Map pixels from 0..1 to 0.1..0.9."""
     return (1 - 2 * _EPS) * levels + _EPS
 
 
-def likeliest_pixels(statistics: Float[Tensor, "b 2*c h w"]) -> Float[Tensor, "b c h w"]:
-    """What a decoder shows: the medians of its distributions, as pixels in 0..1."""
-    places = statistics.chunk(2, dim=1)[0].sigmoid()  # (B, C, H, W)
-    return ((places - _EPS) / (1 - 2 * _EPS)).clamp(0, 1)
+def median_pixels(statistics: Float[Tensor, "b 2*c h w"]) -> Float[Tensor, "b c h w"]:
+    """Medians of a decoder's pixel distributions, as pixels in 0..1."""
+    mapped = statistics.chunk(2, dim=1)[0].sigmoid()  # (B, C, H, W)
+    return ((mapped - _EPS) / (1 - 2 * _EPS)).clamp(0, 1)
 
 
-def fitted(levels: Float[Tensor, "b c h w"], grid: tuple[int, int]) -> Float[Tensor, "b c 8*gh 8*gw"]:
-    """Images in 0..1 resized so that there is a code for each place of `grid` (rows, columns)."""
+def resize_to_grid(levels: Float[Tensor, "b c h w"], grid: tuple[int, int]) -> Float[Tensor, "b c 8*gh 8*gw"]:
+    """Resize images in 0..1 so that there is one code per position of `grid` (rows, columns)."""
     size = (grid[0] * DOWNSAMPLE, grid[1] * DOWNSAMPLE)
     return F.interpolate(levels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Draw weights in place, normal with deviation 1 / sqrt(inputs), each from `seed` and its name; biases are 0."""
+    """Draw weights in place from `seed` and their names: normal, standard deviation 1 / sqrt(inputs); biases are 0."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.zero_()
@@ -179,18 +181,18 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 
 class Loss(NamedTuple):
-    """Of a discrete VAE, each a mean over the batch."""
+    """Loss of a discrete VAE and its parts, each averaged over the batch."""
 
     total: Float32[Tensor, ""]
     reconstruction: Float32[Tensor, ""]
-    """Negative logarithm of the logit-Laplace likelihood, a pixel and channel."""
+    """Negative log-likelihood (logit-Laplace) per pixel and channel."""
     divergence: Float32[Tensor, ""]
-    """Of the codes' distribution from the uniform one, in nats a code."""
+    """KL divergence of the code distribution from the uniform one, in nats per code."""
     codes: Int64[Tensor, "b gh*gw"]
-    """The most likely ones."""
+    """The most likely code at each position."""
 
 
-def loss_of(
+def vae_loss(
     encoder: Encoder,
     decoder: Decoder,
     levels: Float32[Tensor, "b c h w"],
@@ -200,14 +202,14 @@ def loss_of(
 ) -> Loss:
     """Loss of images in 0..1, with codes drawn from their Gumbel-softmax relaxation (Jang et al. 2016).
 
-    `divergence_weight` is DALL-E's beta: reconstruction + beta x divergence of an image, over its number of pixels.
+    `divergence_weight` is DALL-E's beta: (reconstruction + beta x divergence) of an image, per pixel and channel.
     """
     mapped = map_pixels(levels)
     log_shares = encoder(mapped).log_softmax(1)  # (B, V, gh, gw)
     noise = -torch.empty_like(log_shares).exponential_(generator=generator).log()
     statistics = decoder(((log_shares + noise) / temperature).softmax(1))  # (B, 2C, H, W)
-    place, log_scale = statistics.chunk(2, dim=1)
-    distance = (mapped.logit() - place).abs() * (-log_scale).exp()
+    location, log_scale = statistics.chunk(2, dim=1)
+    distance = (mapped.logit() - location).abs() * (-log_scale).exp()
     reconstruction = (distance + log_scale + math.log(2) + mapped.log() + (1 - mapped).log()).mean()
     divergence = math.log(encoder.config.codes) + (log_shares.exp() * log_shares).sum(1).mean()
     weight = divergence_weight / (encoder.config.in_chans * DOWNSAMPLE**2)

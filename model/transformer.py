@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from maelstream.model.config import AttentionKind
 
-layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)  # torch's own default, 1e-5, moves the loss of ViT-B by 1.6e-5
+layer_norm: Any = partial(nn.LayerNorm, eps=1e-6)  # torch's default, 1e-5, changes the loss of ViT-B by 1.6e-5
 
 
 def blocks(dim: int, depth: int, heads: int, mlp_ratio: float) -> nn.Sequential:
@@ -23,7 +23,7 @@ def blocks(dim: int, depth: int, heads: int, mlp_ratio: float) -> nn.Sequential:
 
 
 class PatchProjection(nn.Module):
-    """The patch embedding for patches that are already cut out: a convolution's weights, applied as a linear layer."""
+    """Patch embedding of patches that are already cut out: the weights of a convolution, applied as a linear layer."""
 
     def __init__(self, in_chans: int, dim: int, size: int) -> None:
         super().__init__()
@@ -31,17 +31,17 @@ class PatchProjection(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim))
 
     def forward(self, patches: Float[Tensor, "b n ppc"]) -> Float[Tensor, "b n d"]:
-        """Embed patches of `patchify`, in any float dtype; the result has the dtype of the weights (or autocast's)."""
+        """Embed patches from `patchify` (any float dtype); the result has the dtype of the weights, or of autocast."""
         # The kernel is stored (channel, row, column), a patch is (row, column, channel).
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*C)
         return F.linear(patches.to(weight.dtype), weight, self.bias)  # (B, N, D)
 
 
 def choose_attention(model: nn.Module, kind: AttentionKind, device: torch.device) -> None:
-    """Set each attention of `model` to torch's fused kernel ("sdpa") or to plain products ("math").
+    """Set each attention layer of `model` to torch's fused kernel ("sdpa") or to plain matrix products ("math").
 
-    "auto" takes "sdpa" but for bf16 weights on a CPU, where the fused kernel's backward is the slower one
-    (docs/model.md).
+    "auto" means "math" for bf16 weights on a CPU, where the backward pass of the fused kernel is slower
+    (docs/model.md), and "sdpa" otherwise.
     """
     for module in model.modules():
         if isinstance(module, Attention):
@@ -49,11 +49,11 @@ def choose_attention(model: nn.Module, kind: AttentionKind, device: torch.device
             module.fused_attn = not bf16_on_cpu if kind == "auto" else kind == "sdpa"
 
 
-def draw_as_mae(name: str, weights: Tensor, generator: torch.Generator) -> None:
-    """Fill `weights` as the reference implementation's pre-training does (paper, appendix A.1).
+def draw_mae_weights(name: str, weights: Tensor, generator: torch.Generator) -> None:
+    """Fill `weights` as the reference implementation does for pre-training (paper, appendix A.1).
 
-    Matrices and patch kernels are Xavier uniform, with a kernel taken as the matrix (D, C*P*P); tokens are normal with
-    deviation 0.02; biases 0; LayerNorm scales 1.
+    Matrices and patch kernels are Xavier uniform, where a kernel counts as a matrix (D, C*P*P). Tokens are normal with
+    standard deviation 0.02, biases are 0, LayerNorm scales are 1.
     """
     if name.endswith("_token"):
         weights.normal_(std=0.02, generator=generator)
@@ -66,11 +66,13 @@ def draw_as_mae(name: str, weights: Tensor, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, draw: Callable[[str, Tensor, torch.Generator], None] = draw_as_mae) -> None:
-    """Draw every parameter of a ViT in place by the rule `draw` (name, float32 tensor to fill, generator).
+def initialise(
+    model: nn.Module, seed: int, draw: Callable[[str, Tensor, torch.Generator], None] = draw_mae_weights
+) -> None:
+    """Draw all parameters of a ViT in place with `draw` (name, float32 tensor to fill, generator).
 
-    A parameter depends on `seed`, its name and its shape alone, drawn on the CPU: every rank and device starts from the
-    same weights, and two models that differ in their decoders share their encoder.
+    A parameter depends only on `seed`, its name and its shape, and is drawn on the CPU. So all ranks and devices start
+    from the same weights, and models with different decoders start from the same encoder.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:

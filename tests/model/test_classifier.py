@@ -123,7 +123,7 @@ def test_a_probe_with_stochastic_depth_is_refused() -> None:
     [
         ({"image_size": (60, 64)}, r"image_size \(60, 64\) is not divisible"),
         ({"heads": 5}, "heads 5 does not divide dim 64"),
-        ({"pool": "max"}, "pool 'max' is none of mean, class_token"),
+        ({"pool": "max"}, "pool 'max' is not one of mean, class_token"),
         ({"drop_path": 1.0}, "drop_path 1.0"),
         ({"classes": 0}, "at least 1"),
     ],
@@ -137,7 +137,7 @@ def test_a_norm_over_ranks_is_that_of_all_their_features() -> None:
     """Two ranks with the same features: what is summed is twice one's own."""
     features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)) * 3 + 5
     shared, alone = FeatureNorm(4, torch.device("cpu")), torch.nn.BatchNorm1d(4, 1e-6, affine=False)
-    shared.summed = lambda tensor: 2 * tensor
+    shared.sum_over_ranks = lambda tensor: 2 * tensor
     for _ in range(3):
         expected = alone(torch.cat([features, features]))
         torch.testing.assert_close(shared(features), expected[:6])

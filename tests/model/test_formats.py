@@ -18,16 +18,16 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
 
 from maelstream.model.config import MAEConfig
 from maelstream.model.formats import (
-    encoder_of,
+    describe_model,
     from_hf,
     has_decoder,
-    likely_model,
     mismatches,
-    not_finite,
+    nonfinite_names,
     square_grid,
     to_hf,
     to_hf_file,
     to_reference,
+    without_decoder,
 )
 from maelstream.model.mae import MAE, position_tables
 from maelstream.model.masking import mask_by_score
@@ -106,7 +106,7 @@ def test_huggingface_and_back_is_the_same(weights: dict[str, Tensor]) -> None:
     assert_same(from_hf(theirs), weights)
     assert_same(to_reference(theirs), weights)
     assert_same(to_reference(to_hf_file(weights)), weights)
-    assert_same(to_reference(to_hf(encoder_of(weights))), encoder_of(weights))
+    assert_same(to_reference(to_hf(without_decoder(weights))), without_decoder(weights))
 
 
 def test_huggingface_s_names_are_the_ones_of_its_model() -> None:
@@ -142,7 +142,7 @@ def test_what_huggingface_writes_is_read(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "whole")
     theirs.vit.save_pretrained(tmp_path / "encoder")
     assert_same(to_reference(load_file(tmp_path / "whole" / "model.safetensors")), weights)
-    assert_same(to_reference(load_file(tmp_path / "encoder" / "model.safetensors")), encoder_of(weights))
+    assert_same(to_reference(load_file(tmp_path / "encoder" / "model.safetensors")), without_decoder(weights))
     assert isinstance(theirs.vit, ViTMAEModel)
 
 
@@ -173,7 +173,7 @@ def test_timm_s_features_are_ours(config: MAEConfig, weights: dict[str, Tensor],
     with torch.device("meta"):
         theirs = timm.create_model("vit_base_patch16_224.mae", num_classes=0, **options)
     theirs = theirs.to_empty(device="cpu").double().eval()
-    theirs.load_state_dict(encoder_of(weights), strict=True)
+    theirs.load_state_dict(without_decoder(weights), strict=True)
     with torch.no_grad():
         features = theirs.forward_features(normalise(images, config.mean, config.std).double())
         assert (features - model.encode(images)).abs().max() < 1e-11
@@ -190,12 +190,12 @@ def test_timm_s_features_are_ours(config: MAEConfig, weights: dict[str, Tensor],
 def test_timm_s_mae_models_have_the_encoder_s_names_and_shapes(name: str, size: MAEConfig) -> None:
     with torch.device("meta"):
         ours, theirs = MAE(size).state_dict(), timm.create_model(name).state_dict()
-    assert not mismatches(encoder_of(ours), theirs)
-    assert has_decoder(ours) and not has_decoder(encoder_of(ours))
+    assert not mismatches(without_decoder(ours), theirs)
+    assert has_decoder(ours) and not has_decoder(without_decoder(ours))
 
 
 def test_names_of_no_mae_are_told() -> None:
-    with pytest.raises(ValueError, match=r"names of no MAE \(the first: conv1\.weight\)"):
+    with pytest.raises(ValueError, match=r"not MAE weights: .* \(the first names are conv1\.weight\)"):
         to_reference({"conv1.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="the first: none"):
         to_reference({})
@@ -223,15 +223,15 @@ def test_the_likely_model_is_named() -> None:
     with torch.device("meta"):
         huge = MAE(MAEConfig(patch_size=14, dim=1280, depth=32, heads=16)).state_dict()
         wide = MAE(dataclasses.replace(TINY, image_size=(32, 80))).state_dict()
-    assert likely_model(huge) == "ViT-H/14 (1280 x 32), 224 x 224 px, decoder 512 x 8"
-    assert likely_model(encoder_of(huge)) == "ViT-H/14 (1280 x 32), 224 x 224 px, no decoder"
-    assert likely_model(wide) == "ViT/16 (64 x 2), decoder 32 x 2"
+    assert describe_model(huge) == "ViT-H/14 (1280 x 32), 224 x 224 px, decoder 512 x 8"
+    assert describe_model(without_decoder(huge)) == "ViT-H/14 (1280 x 32), 224 x 224 px, no decoder"
+    assert describe_model(wide) == "ViT/16 (64 x 2), decoder 32 x 2"
     assert square_grid(huge) == (16, 16) and square_grid(wide) is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_tensor_that_is_not_finite_is_named(value: float) -> None:
     weights = golden_weights(TINY)
-    assert not not_finite(weights)
+    assert not nonfinite_names(weights)
     weights["blocks.1.mlp.fc1.weight"][3, 5] = value
-    assert not_finite(weights) == ["blocks.1.mlp.fc1.weight"]
+    assert nonfinite_names(weights) == ["blocks.1.mlp.fc1.weight"]

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from maelstream.model import masking
 from maelstream.model.config import MAEConfig, Target
 from maelstream.model.mae import MAE, position_tables
-from maelstream.model.masking import Mask, draw_mask, random_mask, take
-from maelstream.model.patches import normalise, patchify, target_of
+from maelstream.model.masking import Mask, draw_mask, gather_patches, random_mask
+from maelstream.model.patches import normalise, patchify, pixel_target
 from maelstream.model.transformer import PatchProjection
 
 TINY = MAEConfig(
@@ -65,9 +65,9 @@ def test_gathering_first_equals_embedding_everything_and_gathering_then(options:
     normalised = normalise(images, config.mean, config.std)
     embedded = F.conv2d(normalised, projection.weight, projection.bias, stride=config.patch_size)
     places = model.pos_embed[:, 1:].expand(len(images), -1, -1)
-    tokens = take(embedded.flatten(2).transpose(1, 2) + places, mask.kept)
+    tokens = gather_patches(embedded.flatten(2).transpose(1, 2) + places, mask.kept)
     if config.encoder_mask_tokens:
-        tokens = torch.cat([tokens, model.encoder_mask_token + take(places, mask.removed)], dim=1)
+        tokens = torch.cat([tokens, model.encoder_mask_token + gather_patches(places, mask.removed)], dim=1)
     tokens = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(len(images), -1, -1), tokens], dim=1)
     assert torch.allclose(latent_of(model, images, mask), model.norm(model.blocks(tokens)), atol=1e-5)
 
@@ -79,7 +79,7 @@ def test_the_loss_is_the_error_of_the_full_prediction_over_removed_patches(optio
     images, keys = batch(config)
     mask = mask_of(config, keys)
     predictions = model.predict(model.decode(latent_of(model, images, mask), mask.restore))
-    errors = ((predictions - target_of(patches_of(model, images), config.target)) ** 2).mean(2)  # (B, L)
+    errors = ((predictions - pixel_target(patches_of(model, images), config.target)) ** 2).mean(2)  # (B, L)
     removed = (mask.restore >= config.keep).float()
     loss = model(images, keys)
     loss.backward()
@@ -127,7 +127,7 @@ def test_the_decoder_s_order_is_no_matter() -> None:
     latent = latent_of(model, images, mask)
     visible = model.decoder_embed(latent)
     tokens = torch.cat([visible[:, 1:], model.mask_token.expand(3, 12, -1)], dim=1)
-    tokens = torch.cat([visible[:, :1], take(tokens, mask.restore)], dim=1) + model.decoder_pos_embed
+    tokens = torch.cat([visible[:, :1], gather_patches(tokens, mask.restore)], dim=1) + model.decoder_pos_embed
     assert torch.allclose(model.decode(latent, mask.restore), model.decoder_blocks(tokens)[:, 1:], atol=1e-5)
 
 
@@ -137,7 +137,7 @@ def test_an_encoder_with_mask_tokens_sees_every_place_and_the_decoder_adds_none(
     mask = random_mask(keys, 16, 4)
     latent = latent_of(model, images, mask)
     assert latent.shape == (3, 17, 32)
-    every_place = torch.cat([latent[:, :1], take(latent[:, 1:], mask.restore)], dim=1)
+    every_place = torch.cat([latent[:, :1], gather_patches(latent[:, 1:], mask.restore)], dim=1)
     tokens = model.decoder_embed(every_place) + model.decoder_pos_embed
     assert torch.allclose(model.decode(latent, mask.restore), model.decoder_blocks(tokens)[:, 1:], atol=1e-5)
     shown = torch.zeros(3, 16).scatter_(1, mask.removed, 1.0).reshape(3, 1, 4, 4)
@@ -188,7 +188,7 @@ def test_images_of_another_kind_are_refused(images: torch.Tensor) -> None:
         ({"decoder_dim": 30, "decoder_heads": 3}, "decoder_dim 30 is not divisible by 4"),
         ({"mlp_ratio": 0.3}, "not a whole number"),
         ({"mask_ratio": 1.0}, r"not in \[0, 1\)"),
-        ({"mask": "stripes"}, "mask 'stripes' is none of random, block, grid"),
+        ({"mask": "stripes"}, "mask 'stripes' is not one of random, block, grid"),
         ({"mask": "grid", "image_size": (224, 240)}, "14 x 15 patches have an odd side"),
         ({"mask": "grid", "mask_ratio": 0.5}, "keeps a quarter of 196 patches, not 98; set mask_ratio to 0.75"),
         ({"mask_ratio": -0.1}, r"not in \[0, 1\)"),
@@ -197,8 +197,8 @@ def test_images_of_another_kind_are_refused(images: torch.Tensor) -> None:
         ({"in_chans": 1}, "in_chans = 1 values each"),
         ({"std": (0.2, 0.0, 0.2)}, "must be positive"),
         ({"depth": 0}, "at least 1"),
-        ({"target": "colour"}, "target 'colour' is none of pixel, normalised_pixel"),
-        ({"attention": "flash"}, "attention 'flash' is none of auto, sdpa, math"),
+        ({"target": "colour"}, "target 'colour' is not one of pixel, normalised_pixel"),
+        ({"attention": "flash"}, "attention 'flash' is not one of auto, sdpa, math"),
         ({"patch_size": 1, "in_chans": 1, "mean": (0.5,), "std": (0.5,)}, "has no spread"),
     ],
 )
@@ -212,7 +212,7 @@ def test_values_that_do_not_go_together_are_refused_in_one_line(options: dict[st
 def test_a_perfect_prediction_reconstructs_the_image(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(target=target)
     images, keys = batch(TINY)
-    monkeypatch.setattr(model, "predict", lambda decoded: target_of(patches_of(model, images), target))
+    monkeypatch.setattr(model, "predict", lambda decoded: pixel_target(patches_of(model, images), target))
     picture = model.reconstruct(images, keys)
     assert picture.loss == 0
     assert (picture.reconstructed - images / 255).abs().max() < 1e-5

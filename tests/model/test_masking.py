@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from maelstream.model.config import MaskKind, keep_count
-from maelstream.model.masking import Mask, block_mask, draw_mask, grid_mask, mask_by_score, random_mask, take
+from maelstream.model.masking import Mask, block_mask, draw_mask, gather_patches, grid_mask, mask_by_score, random_mask
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 KINDS: tuple[MaskKind, ...] = ("random", "block", "grid")
@@ -261,7 +261,7 @@ def test_the_patches_of_lowest_score_stay() -> None:
 
 def test_take_picks_the_numbered_tokens_in_order() -> None:
     tokens = torch.arange(12.0).reshape(1, 4, 3)
-    assert take(tokens, torch.tensor([[3, 1]])).tolist() == [[[9, 10, 11], [3, 4, 5]]]
+    assert gather_patches(tokens, torch.tensor([[3, 1]])).tolist() == [[[9, 10, 11], [3, 4, 5]]]
 
 
 def test_kept_patches_are_cut_off_not_rounded() -> None:

@@ -21,10 +21,10 @@ def nearest(queries: Tensor, features: Tensor, portion: int, ranks: int) -> tupl
     found = [Neighbours(queries, K) for _ in range(ranks)]
     for number, start in enumerate(range(0, len(features), portion)):
         numbers = torch.arange(start, min(start + portion, len(features)))
-        found[number % ranks].show(features[numbers], numbers)
+        found[number % ranks].add(features[numbers], numbers)
     for other in found[1:]:
         found[0].merge(other.keys)
-    return found[0].found()
+    return found[0].nearest()
 
 
 @pytest.mark.parametrize(("portion", "ranks"), [(300, 1), (1, 1), (7, 2), (64, 3)])
@@ -52,8 +52,8 @@ def test_of_equally_near_ones_the_lower_number_comes_first_in_any_portions() -> 
         similarities, numbers = nearest(axis[:1], train, portion, 2)
         assert numbers.tolist() == [[0, 3, 6, 9, 12, 15, 18]] and (similarities == 1).all()
     few = Neighbours(axis[:1], 3)
-    few.show(train[:3], torch.tensor([4_000_000_000, 5, 6]))
-    assert few.found()[1].tolist() == [[4_000_000_000, 5, 6]] and few.found()[0].tolist() == [[1, 0, -1]]
+    few.add(train[:3], torch.tensor([4_000_000_000, 5, 6]))
+    assert few.nearest()[1].tolist() == [[4_000_000_000, 5, 6]] and few.nearest()[0].tolist() == [[1, 0, -1]]
 
 
 def test_votes_do_not_overflow_at_a_low_temperature() -> None:

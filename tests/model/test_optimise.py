@@ -203,7 +203,9 @@ def test_lars_on_cut_matrices_steps_as_on_whole_ones() -> None:
         torch.nn.Parameter(torch.cat([matrices[0].flatten()[10:], matrices[1].flatten()[9:]]).detach()),
     ]
     whole, cut = (LARS(each, 0.3, weight_decay=0.01) for each in ([*matrices, vector], flats))
-    cut.cut({flats[0]: [Span(0, 10, 0), Span(10, 9, 1)], flats[1]: [Span(0, 14, 0), Span(14, 6, 1)]}, 2, lambda s: s)
+    cut.set_partition(
+        {flats[0]: [Span(0, 10, 0), Span(10, 9, 1)], flats[1]: [Span(0, 14, 0), Span(14, 6, 1)]}, 2, lambda s: s
+    )
     for _ in range(3):
         for parameter in (*matrices, vector):
             parameter.grad = torch.randn(parameter.shape, generator=draw)

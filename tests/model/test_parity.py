@@ -11,7 +11,7 @@ import torch
 
 from maelstream.model.config import AttentionKind, MAEConfig, Target, keep_count
 from maelstream.model.mae import MAE
-from maelstream.model.masking import Mask, mask_by_score, take
+from maelstream.model.masking import Mask, gather_patches, mask_by_score
 from maelstream.model.patches import patchify
 
 Vectors = Mapping[str, np.ndarray]
@@ -94,7 +94,7 @@ def test_latent_and_predictions_are_the_reference_s(
     mask = mask_of(vectors, config, device)
     patches = patchify(torch.from_numpy(vectors["images"]).to(device), config.patch_size)
     with torch.no_grad():
-        latent = model.encode_patches(take(patches, mask.kept), mask.kept)
+        latent = model.encode_patches(gather_patches(patches, mask.kept), mask.kept)
         predictions = model.predict(model.decode(latent, mask.restore))
     assert error(latent, vectors["latent"]) < 1e-5
     assert error(predictions, vectors["pred"]) < 1e-5
@@ -127,7 +127,7 @@ def test_vit_base_losses_and_predictions_are_the_reference_s(golden: Golden, dev
     patches = patchify(images, 16)
     with torch.no_grad():
         predictions = pixel.predict(
-            pixel.decode(pixel.encode_patches(take(patches, mask.kept), mask.kept), mask.restore)
+            pixel.decode(pixel.encode_patches(gather_patches(patches, mask.kept), mask.kept), mask.restore)
         )
         assert error(predictions[:, :4, :8], vectors["vit_base_patch16/pred_head"]) < 1e-5
         assert error(pixel.loss(images, mask), vectors["vit_base_patch16/loss_pixel"]) < 1e-5

@@ -14,9 +14,9 @@ from numpy.typing import ArrayLike
 
 from maelstream.model.config import MAEConfig, Target, keep_count
 from maelstream.model.mae import MAE
-from maelstream.model.masking import Mask, mask_by_score, take
+from maelstream.model.masking import Mask, gather_patches, mask_by_score
 from maelstream.model.optimise import lr_at, weight_decay_groups
-from maelstream.model.patches import patch_statistics, patchify, target_of, unpatchify
+from maelstream.model.patches import patch_statistics, patchify, pixel_target, unpatchify
 
 Golden = Callable[[str], Mapping[str, np.ndarray]]
 
@@ -78,7 +78,7 @@ def base_inputs(
 def predictions_of(model: MAE, images: torch.Tensor, mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         patches = patchify(images, model.config.patch_size)
-        latent = model.encode_patches(take(patches, mask.kept), mask.kept)
+        latent = model.encode_patches(gather_patches(patches, mask.kept), mask.kept)
         return latent, model.predict(model.decode(latent, mask.restore))
 
 
@@ -131,7 +131,7 @@ def test_normalised_target(golden: Golden, device: torch.device) -> None:
     close(deviation**2 - 1e-6, vectors["target_norm_var_unbiased"], 1e-12)
     assert np.array_equal(patches[:1].float().cpu(), vectors["patchify_f32"])
     subset = vectors["target_norm_sub_f64"]
-    close(target_of(patches, "normalised_pixel")[..., :: 768 // subset.shape[2]], subset, 1e-10)
+    close(pixel_target(patches, "normalised_pixel")[..., :: 768 // subset.shape[2]], subset, 1e-10)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.6, 0.8])

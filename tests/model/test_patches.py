@@ -9,8 +9,8 @@ from maelstream.model.patches import (
     normalise,
     patch_statistics,
     patchify,
-    pixels_of,
-    target_of,
+    pixel_target,
+    predicted_pixels,
     unpatchify,
 )
 
@@ -53,10 +53,10 @@ def test_the_variance_is_unbiased_and_taken_over_pixels_and_channels() -> None:
 
 
 def test_a_flat_patch_has_a_finite_target() -> None:
-    assert not target_of(torch.full((1, 2, 12), 0.7), "normalised_pixel").abs().max() > 1e-3
+    assert not pixel_target(torch.full((1, 2, 12), 0.7), "normalised_pixel").abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("target", ["pixel", "normalised_pixel"])
 def test_a_perfect_prediction_gives_the_pixels_back(target: Target) -> None:
     patches = torch.randn(2, 5, 48)
-    assert torch.allclose(pixels_of(target_of(patches, target), patches, target), patches, atol=1e-5)
+    assert torch.allclose(predicted_pixels(pixel_target(patches, target), patches, target), patches, atol=1e-5)

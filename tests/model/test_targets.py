@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from maelstream.model.config import MAEConfig
 from maelstream.model.flops import forward_flops, training_flops
 from maelstream.model.mae import MAE
-from maelstream.model.masking import random_mask, take
+from maelstream.model.masking import gather_patches, random_mask
 from maelstream.model.optimise import weight_decay_groups
 from maelstream.model.patches import normalise, patchify
 from maelstream.model.targets import PCATarget, TokenTarget
-from maelstream.model.tokenizer import Decoder, Encoder, TokenizerConfig, fitted, initialise, map_pixels
+from maelstream.model.tokenizer import Decoder, Encoder, TokenizerConfig, initialise, map_pixels, resize_to_grid
 
 TINY = MAEConfig(
     image_size=(32, 48),
@@ -65,8 +65,10 @@ def test_the_pca_loss_is_the_error_of_the_coefficients_of_removed_patches(monkey
     patches = patchify(normalise(images, PCA.mean, PCA.std), 8).double()
     coefficients = (patches - target.mean.double()) @ target.components.double().T / 3  # (B, L, K)
     noise = torch.zeros(3, PCA.num_patches, 24, dtype=torch.float64).normal_()
-    monkeypatch.setattr(model, "predict", lambda decoded: take((coefficients + noise).float(), mask.removed))
-    assert model(images, keys).item() == pytest.approx((take(noise, mask.removed) ** 2).mean().item(), rel=1e-5)
+    monkeypatch.setattr(model, "predict", lambda decoded: gather_patches((coefficients + noise).float(), mask.removed))
+    assert model(images, keys).item() == pytest.approx(
+        (gather_patches(noise, mask.removed) ** 2).mean().item(), rel=1e-5
+    )
 
 
 def test_perfect_coefficients_show_the_image_s_projection_on_the_components() -> None:
@@ -74,7 +76,7 @@ def test_perfect_coefficients_show_the_image_s_projection_on_the_components() ->
     patches = patchify(normalise(batch()[0], TINY.mean, TINY.std), 8)
     for count, kept in ((192, 1.0), (24, 24 / 192)):
         target = pca(count)
-        shown = target.pixels(target.of(torch.empty(0), patches, torch.empty(0)), patches)
+        shown = target.pixels(target.expected(torch.empty(0), patches, torch.empty(0)), patches)
         centred, outside = patches - target.mean, patches - shown
         assert (outside**2).sum() / (centred**2).sum() == pytest.approx(1 - kept, abs=0.1 if count < 192 else 1e-10)
         assert (outside @ target.components.T).abs().max() < 1e-4
@@ -84,8 +86,8 @@ def test_the_codes_are_the_encoder_s_at_the_places_of_the_patches() -> None:
     images, keys = batch()
     mask, target = random_mask(keys, TOKEN.num_patches, TOKEN.keep), tokens()
     normalised = normalise(images, TOKEN.mean, TOKEN.std)
-    codes = target.of(normalised, torch.empty(0), mask.removed)
-    whole = target.encoder(map_pixels(fitted(images.float() / 255, TOKEN.grid))).argmax(1)  # (B, 4, 6)
+    codes = target.expected(normalised, torch.empty(0), mask.removed)
+    whole = target.encoder(map_pixels(resize_to_grid(images.float() / 255, TOKEN.grid))).argmax(1)  # (B, 4, 6)
     assert whole.shape == (3, 4, 6) and whole.unique().numel() > 3
     for image, numbers, found in zip(whole, mask.removed, codes, strict=True):
         assert found.tolist() == [image[number // 6, number % 6].item() for number in numbers.tolist()]
@@ -93,7 +95,7 @@ def test_the_codes_are_the_encoder_s_at_the_places_of_the_patches() -> None:
 
 def test_the_token_loss_is_log_of_the_codes_for_a_guess_and_zero_for_the_right_ones() -> None:
     target, numbers = tokens(), torch.arange(24).expand(3, -1)
-    codes = target.of(normalise(batch()[0], TOKEN.mean, TOKEN.std), torch.empty(0), numbers)
+    codes = target.expected(normalise(batch()[0], TOKEN.mean, TOKEN.std), torch.empty(0), numbers)
     assert target.error(torch.zeros(3, 24, 40), codes).item() == pytest.approx(math.log(40))
     assert target.error(100.0 * F.one_hot(codes, 40), codes).item() < 1e-6
 
@@ -101,7 +103,7 @@ def test_the_token_loss_is_log_of_the_codes_for_a_guess_and_zero_for_the_right_o
 def test_tokens_are_shown_by_the_tokenizer_s_decoder() -> None:
     target, numbers = tokens(), torch.arange(24).expand(3, -1)
     normalised = normalise(batch()[0], TOKEN.mean, TOKEN.std)
-    codes = target.of(normalised, torch.empty(0), numbers)
+    codes = target.expected(normalised, torch.empty(0), numbers)
     shown = target.pixels(F.one_hot(codes, 40).float(), patchify(normalised, 8))
     swapped = target.pixels(F.one_hot(codes.roll(1, 0), 40).float(), patchify(normalised, 8))
     assert shown.shape == (3, 24, 192)
@@ -139,9 +141,9 @@ def test_what_is_expected_has_float32_s_bits_under_autocast(name: str) -> None:
     normalised = normalise(images, TINY.mean, TINY.std)
     arguments = normalised, patchify(normalised, 8), torch.arange(24).expand(3, -1)
     assert model.target is not None
-    expected = model.target.of(*arguments)
+    expected = model.target.expected(*arguments)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model.target.of(*arguments), expected)
+        assert torch.equal(model.target.expected(*arguments), expected)
         assert model(images, keys).dtype == torch.float32
 
 
@@ -179,7 +181,7 @@ def test_without_its_tensors_there_are_features_but_no_loss(config: MAEConfig) -
 
 def test_a_target_of_another_kind_or_size_is_refused() -> None:
     for config, target in ((TINY, pca()), (PCA, tokens()), (PCA, pca(25)), (TOKEN, pca(40))):
-        with pytest.raises(ValueError, match="is not the target"):
+        with pytest.raises(ValueError, match="does not fit target"):
             MAE(config, target=target)
     with pytest.raises(ValueError, match=r"components 193 is not in 1\.\.192"):
         dataclasses.replace(PCA, components=193)

@@ -11,11 +11,11 @@ from maelstream.model.tokenizer import (
     Decoder,
     Encoder,
     TokenizerConfig,
-    fitted,
     initialise,
-    likeliest_pixels,
-    loss_of,
     map_pixels,
+    median_pixels,
+    resize_to_grid,
+    vae_loss,
 )
 
 SMALL = TokenizerConfig(codes=32, hidden=8)
@@ -74,9 +74,9 @@ def test_the_encoder_computes_what_its_weights_say() -> None:
 @pytest.mark.parametrize("shape", [SMALL, TokenizerConfig(64, 12, 1, 3)])
 def test_the_shape_follows_from_the_weights(shape: TokenizerConfig) -> None:
     with torch.device("meta"):
-        assert TokenizerConfig.of(Encoder(shape).state_dict()) == shape
+        assert TokenizerConfig.from_weights(Encoder(shape).state_dict()) == shape
     with pytest.raises(ValueError, match=r"no blocks\.input\.w and no blocks\.output\.conv\.w"):
-        TokenizerConfig.of({"cls_token": torch.zeros(1)})
+        TokenizerConfig.from_weights({"cls_token": torch.zeros(1)})
 
 
 @pytest.mark.parametrize(
@@ -92,13 +92,13 @@ def test_pixels_are_mapped_into_the_open_unit_interval_and_back() -> None:
     mapped = map_pixels(levels)
     assert mapped.min() >= 0.1 and mapped.max() <= 0.9
     statistics = torch.cat([mapped.logit(), torch.randn(2, 3, 8, 8)], dim=1)
-    assert torch.allclose(likeliest_pixels(statistics), levels, atol=1e-6)
+    assert torch.allclose(median_pixels(statistics), levels, atol=1e-6)
 
 
 def test_images_are_resized_to_eight_pixels_a_patch() -> None:
     levels = torch.full((1, 3, 224, 336), 0.3)
-    assert fitted(levels, (14, 21)).shape == (1, 3, 112, 168)
-    assert torch.allclose(fitted(levels, (14, 21)), torch.tensor(0.3))
+    assert resize_to_grid(levels, (14, 21)).shape == (1, 3, 112, 168)
+    assert torch.allclose(resize_to_grid(levels, (14, 21)), torch.tensor(0.3))
 
 
 def test_the_reconstruction_loss_is_the_logit_laplace_likelihood_s() -> None:
@@ -112,7 +112,7 @@ def test_the_reconstruction_loss_is_the_logit_laplace_likelihood_s() -> None:
     density = torch.tensor(
         [
             math.exp(
-                -loss_of(
+                -vae_loss(
                     encoder, decoder, torch.full((1, 3, 8, 8), (cell - 0.1) / 0.8), 1.0, 0.0, torch.Generator()
                 ).reconstruction.item()
             )
@@ -132,11 +132,11 @@ def test_the_divergence_is_zero_for_uniform_codes_and_their_logarithm_for_certai
     levels, generator = torch.rand(1, 3, 16, 16), torch.Generator().manual_seed(0)
     with torch.no_grad():
         encoder.get_parameter("blocks.output.conv.w").zero_()
-    loss = loss_of(encoder, decoder, levels, 1.0, 6.6, generator)
+    loss = vae_loss(encoder, decoder, levels, 1.0, 6.6, generator)
     assert abs(loss.divergence.item()) < 1e-5
     with torch.no_grad():
         encoder.get_parameter("blocks.output.conv.b")[5] = 100.0
-    loss = loss_of(encoder, decoder, levels, 1.0, 6.6, generator)
+    loss = vae_loss(encoder, decoder, levels, 1.0, 6.6, generator)
     assert loss.divergence.item() == pytest.approx(math.log(32))
     assert (loss.codes == 5).all() and loss.codes.shape == (1, 4)
     assert loss.total.item() == pytest.approx(loss.reconstruction.item() + 6.6 / 192 * math.log(32), rel=1e-5)
