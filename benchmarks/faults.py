@@ -58,9 +58,9 @@ class Bench:
         shutil.rmtree(self.folder / name, ignore_errors=True)
         return RunFolder(self.folder / name)
 
-    def start(self, ranks: int, folder: RunFolder, *args: str, fault: str = "", faulty: int | None = None) -> Running:
+    def start(self, ranks: int, folder: RunFolder, *args: str, fault: str = "", faulty_rank: int | None = None) -> Running:
         output = self.folder / "output"
-        return start(ranks, self.recipe, "--run", str(folder.path), *args, output=output, fault=fault, faulty=faulty)
+        return start(ranks, self.recipe, "--run", str(folder.path), *args, output=output, fault=fault, faulty_rank=faulty_rank)
 
     def finish(self, ranks: int, folder: RunFolder, *args: str) -> Running:
         return run_ranks(ranks, self.recipe, "--run", str(folder.path), *args, output=self.folder / "output")
@@ -235,7 +235,7 @@ def nan(bench: Bench, times: int) -> Outcome:
     for number in range(times):
         folder = bench.run("nan")
         fault = ("nan_loss:5", "nan_gradient:5")[number % 2]
-        running = bench.start(2, folder, "--engine.zero", str(number % 3 + 1), fault=fault, faulty=number % 2)
+        running = bench.start(2, folder, "--engine.zero", str(number % 3 + 1), fault=fault, faulty_rank=number % 2)
         lines = (running.wait(60), folder.read_metrics())[1]
         passed += len(lines) == STEPS and lines[-1]["skipped"] == 1 and lines[4]["loss"] is None
     return Outcome(times, passed, "skipped on all ranks, the others taken")
@@ -246,7 +246,7 @@ def silence(bench: Bench, times: int) -> Outcome:
     passed, longest = 0, 0.0
     for _ in range(times):
         folder = bench.run("silent")
-        running = bench.start(2, folder, "--health.silent-s", "3", fault="stop_process:4", faulty=1)
+        running = bench.start(2, folder, "--health.silent-s", "3", fault="stop_process:4", faulty_rank=1)
         running.ranks[0].join(60)
         while len(folder.read_metrics()) < 3:
             time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""What several rooms' tests stand on: small datasets of generated photographs, packed for real."""
+"""Fixtures for all tests: small packed datasets of generated images."""
 
 import io
 import os
@@ -13,16 +13,16 @@ from PIL import Image
 from maelstream.jobs.pack import main as pack
 from maelstream.shards.dataset import Dataset
 
-# Ranks that a test starts import jobs/ and tests/ alike; two of them share two cores.
+# Two ranks of a test share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# How long an example takes is the machine's affair.
+# Examples have no deadline: machines differ in speed.
 settings.register_profile("maelstream", deadline=None)
 settings.load_profile("maelstream")
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
-"""For tests of what must hold on both; `make gpu-check` runs those that are marked."""
+"""Parameters of tests that must pass on both devices; `make gpu-check` runs those marked `gpu`."""
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -35,13 +35,13 @@ def encoded(image: Image.Image, form: str, **options: object) -> np.ndarray:
 
 
 def photograph(width: int = 300, height: int = 200, seed: int = 0) -> Image.Image:
-    """Smooth fields of colour, the same for the same seed."""
+    """A smooth colour image that depends only on `seed`."""
     coarse = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def write_images(folder: Path, classes: int, per_class: int, seed: int = 0) -> Path:
-    """Class folders of JPEGs of many sizes: smooth colour fields, so that cropping and resizing mean something."""
+    """Writes class folders of JPEGs of many sizes. Their smooth colours make crops and resizes differ."""
     random = np.random.default_rng(seed)
     for label in range(classes):
         (folder / f"class{label:02d}").mkdir(parents=True)
@@ -69,12 +69,12 @@ optim: {batch_size: 12, base_lr: 0.05, warmup_epochs: 0.5, epochs: 2.4}
 engine: {micro_batch_size: 6}
 log: {every_steps: 1}
 checkpoint: {every_steps: 4, keep: 2}
-"""  # 12 steps, 5 an epoch; the peak lr is the paper's 2.4e-3
+"""  # 12 steps, 5 per epoch; the peak lr is the paper's 2.4e-3
 
 
 @pytest.fixture(scope="session")
 def tiny(packed: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A recipe that takes a second."""
+    """A recipe that trains in a second."""
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
     path.write_text(TINY + f"data: {{dataset: {packed.folder}}}\n")
     return str(path)
@@ -82,7 +82,7 @@ def tiny(packed: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def imagenet_sample() -> Path:
-    """A folder of real ImageNet files; the test is skipped where there is none."""
+    """A folder of real ImageNet files; tests skip without it."""
     if not (folder := SHARED / "imagenet-sample").is_dir():
-        pytest.skip("no imagenet-sample beside the repository")
+        pytest.skip("no shared/imagenet-sample next to the repository")
     return folder

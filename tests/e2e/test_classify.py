@@ -1,4 +1,4 @@
-"""Fine-tuning, probing, partial tuning and the baseline: each goes on exactly, and trains what its name says."""
+"""Fine-tuning, probing, partial tuning and training from scratch resume exactly and train the right parameters."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def pretrained(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(pretrained: Path, packed: Dataset, val: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """Arguments of a job: the same small recipe laid over the job's own."""
+    """Returns the arguments of a command: a small recipe on top of the command's default."""
     folder = tmp_path_factory.mktemp("recipes")
 
     def arguments(job: str) -> list[str]:
@@ -77,8 +77,8 @@ def command(pretrained: Path, packed: Dataset, val: Dataset, tmp_path_factory: p
 
 
 @pytest.fixture(scope="module")
-def unbroken(command: Callable, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Runs that nobody stopped, each made once."""
+def uninterrupted(command: Callable, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Runs without a stop; each is made once."""
     made: dict[tuple, RunFolder] = {}
 
     def trained(job: str, ranks: int, *options: str) -> RunFolder:
@@ -93,7 +93,7 @@ def unbroken(command: Callable, tmp_path_factory: pytest.TempPathFactory) -> Tra
     return trained
 
 
-def told(folder: RunFolder) -> list[tuple]:
+def metrics_of(folder: RunFolder) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"], line.get("top1")) for line in folder.read_metrics()]
 
 
@@ -104,15 +104,15 @@ def same(ours: RunFolder, theirs: RunFolder, kind: str = "weight") -> bool:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_a_run_stopped_and_resumed_is_bit_identical(
-    unbroken: Trained, command: Callable, tmp_path: Path, job: str
+    uninterrupted: Trained, command: Callable, tmp_path: Path, job: str
 ) -> None:
-    """On two ranks, in mid-epoch, with what is drawn in the forward pass, the running statistics and the mean."""
+    """On two ranks, in the middle of an epoch, with stochastic depth, running statistics and EMA."""
     for more in (["--stop-at-step", "3"], []):
         arguments = [*command(job), "--run", str(tmp_path / "run"), *JOBS[job], *ENGINES[job], *more]
         run_ranks(2, *arguments, output=tmp_path / "output", command=job)
-    ours, theirs = RunFolder(tmp_path / "run"), unbroken(job, 2, *JOBS[job], *ENGINES[job])
-    assert [step for step, *_ in told(ours)] == list(range(1, STEPS + 1))
-    assert told(ours) == told(theirs) and same(ours, theirs)
+    ours, theirs = RunFolder(tmp_path / "run"), uninterrupted(job, 2, *JOBS[job], *ENGINES[job])
+    assert [step for step, *_ in metrics_of(ours)] == list(range(1, STEPS + 1))
+    assert metrics_of(ours) == metrics_of(theirs) and same(ours, theirs)
     (result,), (expected,) = read_evaluations(ours.path), read_evaluations(theirs.path)
     assert (result.top1, result.settings["all"]) == (expected.top1, expected.settings["all"])
     if job == "scratch":
@@ -121,48 +121,48 @@ def test_a_run_stopped_and_resumed_is_bit_identical(
         assert not torch.equal(mean["head.weight"], weights["head.weight"])
 
 
-def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(
-    unbroken: Trained, command: Callable, tmp_path: Path
+def test_a_killed_run_resumes_from_its_last_checkpoint(
+    uninterrupted: Trained, command: Callable, tmp_path: Path
 ) -> None:
     arguments = [*command("finetune"), "--run", str(tmp_path / "run"), *JOBS["finetune"], *ENGINES["finetune"]]
     running, ours = start(2, *arguments, output=tmp_path / "output", command="finetune"), RunFolder(tmp_path / "run")
     while not (lines := ours.read_metrics()) or lines[-1]["step"] < 6:
-        assert any(rank.is_alive() for rank in running.ranks), running.said
+        assert any(rank.is_alive() for rank in running.ranks), running.printed
         time.sleep(0.005)
     running.kill()
     run_ranks(2, *arguments, output=tmp_path / "output", command="finetune")
-    theirs = unbroken("finetune", 2, *JOBS["finetune"], *ENGINES["finetune"])
-    assert told(ours) == told(theirs) and same(ours, theirs)
+    theirs = uninterrupted("finetune", 2, *JOBS["finetune"], *ENGINES["finetune"])
+    assert metrics_of(ours) == metrics_of(theirs) and same(ours, theirs)
 
 
 @pytest.mark.parametrize("zero", ["2", "3"])
 @pytest.mark.parametrize("job", ["linprobe", "scratch"])
-def test_stages_differ_by_the_order_of_sums_alone(
-    unbroken: Trained, command: Callable, tmp_path: Path, job: str, zero: str
+def test_zero_stages_differ_only_in_summation_order(
+    uninterrupted: Trained, command: Callable, tmp_path: Path, job: str, zero: str
 ) -> None:
-    """Changing in the middle, from one rank to two and from stage 1; the mean and LARS's momentum go along."""
+    """Changes from one rank to two and from stage 1 in mid-run; the EMA and the momentum of LARS are kept."""
     for ranks, more in ((1, ["--stop-at-step", "3"]), (2, ["--engine.zero", zero])):
         micro = ["--engine.micro-batch-size", "6"] if ranks == 2 else ["--engine.micro-batch-size", "12"]
         options = [*command(job), "--run", str(tmp_path / "run"), *JOBS[job], *micro, *more]
-        if job == "scratch":  # what is mixed depends on how the batch is cut
+        if job == "scratch":  # mixup depends on how the batch is split
             options += ["--mixup.mixup", "0", "--mixup.cutmix", "0", "--model.drop-path", "0"]
         run_ranks(ranks, *options, output=tmp_path / "output", command=job)
     alone = ["--mixup.mixup", "0", "--mixup.cutmix", "0", "--model.drop-path", "0"] if job == "scratch" else []
-    theirs = unbroken(job, 1, *JOBS[job], *alone, "--engine.micro-batch-size", "12")
+    theirs = uninterrupted(job, 1, *JOBS[job], *alone, "--engine.micro-batch-size", "12")
     ours = RunFolder(tmp_path / "run")
-    for (step, loss, *_), (_, expected, *_) in zip(told(ours), told(theirs), strict=True):
+    for (step, loss, *_), (_, expected, *_) in zip(metrics_of(ours), metrics_of(theirs), strict=True):
         assert loss == pytest.approx(expected, rel=1e-5), step
     for kind in ("weight", "ema") if job == "scratch" else ("weight",):
         expected_weights = theirs.checkpoints.weights(STEPS, kind)
         for name, weight in ours.checkpoints.weights(STEPS, kind).items():
-            if not name.endswith("qkv.bias"):  # that of keys has a gradient of nothing but rounding
+            if not name.endswith("qkv.bias"):  # the gradient of the keys' bias is rounding error
                 torch.testing.assert_close(weight, expected_weights[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_probes_side_by_side_are_those_that_are_trained_alone(unbroken: Trained) -> None:
-    together = unbroken("linprobe", 1, "--tuning.lrs", "0.5", "2").checkpoints.weights(STEPS)
+def test_probes_trained_together_equal_probes_trained_alone(uninterrupted: Trained) -> None:
+    together = uninterrupted("linprobe", 1, "--tuning.lrs", "0.5", "2").checkpoints.weights(STEPS)
     for number, lr in enumerate(("0.5", "2")):
-        alone = unbroken("linprobe", 1, "--tuning.lrs", lr).checkpoints.weights(STEPS)
+        alone = uninterrupted("linprobe", 1, "--tuning.lrs", lr).checkpoints.weights(STEPS)
         for part in ("weight", "bias"):
             assert torch.equal(together[f"head.1.{number}.{part}"], alone[f"head.1.{part}"])
         assert torch.equal(together["head.0.running_mean"], alone["head.0.running_mean"])
@@ -177,34 +177,38 @@ def test_probes_side_by_side_are_those_that_are_trained_alone(unbroken: Trained)
         ("1", ["blocks.1.", "fc_norm.", "head."]),
     ],
 )
-def test_partial_tuning_trains_what_it_names(unbroken: Trained, blocks: str, moved: list[str]) -> None:
-    store = unbroken("partial", 2 if blocks == "0.5" else 1, "--blocks", blocks).checkpoints
+def test_partial_tuning_trains_what_it_names(uninterrupted: Trained, blocks: str, moved: list[str]) -> None:
+    store = uninterrupted("partial", 2 if blocks == "0.5" else 1, "--blocks", blocks).checkpoints
     first, last = store.weights(4), store.weights(STEPS)
     assert {name for name in last if not torch.equal(first[name], last[name])} == {
         name for name in last if name.startswith(tuple(moved))
     }
 
 
-def test_a_frozen_encoder_is_the_pretrained_one(unbroken: Trained, pretrained: Path) -> None:
+def test_a_frozen_encoder_is_the_pretrained_one(uninterrupted: Trained, pretrained: Path) -> None:
     encoder = RunFolder(pretrained).checkpoints.weights(2)
-    probe = unbroken("linprobe", 1, "--tuning.lrs", "0.5", "2").checkpoints.weights(STEPS)
+    probe = uninterrupted("linprobe", 1, "--tuning.lrs", "0.5", "2").checkpoints.weights(STEPS)
     shared = encoder.keys() & probe.keys()
     assert len(shared) > 20 and all(torch.equal(encoder[name], probe[name]) for name in shared)
 
 
-def test_results_stand_in_the_run_and_in_that_of_the_weights(unbroken: Trained, pretrained: Path, val: Dataset) -> None:
-    folder = unbroken("linprobe", 1, "--tuning.lrs", "0.5", "2")
+def test_results_are_recorded_in_the_run_and_in_the_run_of_the_weights(
+    uninterrupted: Trained, pretrained: Path, val: Dataset
+) -> None:
+    folder = uninterrupted("linprobe", 1, "--tuning.lrs", "0.5", "2")
     (result,) = read_evaluations(folder.path)
     assert result in read_evaluations(pretrained)
     assert (result.job, result.step, result.images, result.epochs) == ("linprobe", 2, len(val), 1.6)
     assert set(result.settings["all"]) == {"lr 0.5", "lr 2"}
     assert result.top1 == max(scores["top1"] for scores in result.settings["all"].values())
-    assert told(folder)[-1][-1] == result.top1
+    assert metrics_of(folder)[-1][-1] == result.top1
 
 
-def test_a_result_that_was_not_written_is_made_up_for(command: Callable, unbroken: Trained, tmp_path: Path) -> None:
-    """Killed between the last checkpoint and the result."""
-    folder = unbroken("linprobe", 1, "--tuning.lrs", "0.5")
+def test_a_missing_result_is_written_by_the_same_command(
+    command: Callable, uninterrupted: Trained, tmp_path: Path
+) -> None:
+    """The run was killed between its last checkpoint and the result."""
+    folder = uninterrupted("linprobe", 1, "--tuning.lrs", "0.5")
     before = (folder.path / "result.json").read_text()
     (folder.path / "result.json").unlink()
     arguments = [*command("linprobe"), "--run", str(folder.path), "--tuning.lrs", "0.5"]
@@ -213,23 +217,25 @@ def test_a_result_that_was_not_written_is_made_up_for(command: Callable, unbroke
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_activation_checkpointing_computes_the_same_numbers_twice(unbroken: Trained, precision: str) -> None:
-    """The paths that stochastic depth drops, too. A CPU without bf16 rounds more where it computes twice."""
+def test_activation_checkpointing_does_not_change_the_losses(uninterrupted: Trained, precision: str) -> None:
+    """Stochastic depth also drops the same paths. Without bf16 instructions, recomputing rounds differently."""
     options = (*JOBS["finetune"], "--engine.precision", precision)
-    twice = unbroken("finetune", 1, *options, "--engine.activation-checkpointing")
-    for (step, loss, *_), (_, expected, *_) in zip(told(twice), told(unbroken("finetune", 1, *options)), strict=True):
+    twice = uninterrupted("finetune", 1, *options, "--engine.activation-checkpointing")
+    for (step, loss, *_), (_, expected, *_) in zip(
+        metrics_of(twice), metrics_of(uninterrupted("finetune", 1, *options)), strict=True
+    ):
         assert loss == (expected if precision == "fp32" else pytest.approx(expected, rel=1e-2)), step
 
 
 @pytest.mark.parametrize(
     ("data", "complaint"),
     [
-        ("others", "3, which are not the same"),
+        ("others", "3, and they differ"),
         ("unlabelled", "has no labels"),
-        ("few", "each class needs one at least"),
+        ("few", "each class needs at least one"),
     ],
 )
-def test_data_that_no_classifier_fits_gets_one_line(
+def test_data_without_usable_classes_gets_one_line(
     pretrained: Path, packed: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: str, complaint: str
 ) -> None:
     folder = write_images(tmp_path / "images", classes=2 if data == "others" else 1, per_class=3)
@@ -243,14 +249,14 @@ def test_data_that_no_classifier_fits_gets_one_line(
     capsys.readouterr()
     val = other if data == "few" else packed.folder
     assert run("linprobe", [str(pretrained), other, val, "--run", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr().err
-    assert complaint in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+    printed = capsys.readouterr().err
+    assert complaint in printed and printed.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
-def test_a_classifier_is_no_encoder_to_start_from(
-    unbroken: Trained, packed: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_training_does_not_start_from_a_classifier(
+    uninterrupted: Trained, packed: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store = unbroken("linprobe", 1, "--tuning.lrs", "0.5").checkpoints
+    store = uninterrupted("linprobe", 1, "--tuning.lrs", "0.5").checkpoints
     table = torch.zeros(1, 17, 48)
     save_file(store.weights(STEPS) | {"pos_embed": table}, tmp_path / "classifier.safetensors")
     arguments = [str(tmp_path / "classifier.safetensors"), packed.folder, packed.folder]
@@ -272,23 +278,23 @@ def test_bad_input_gets_one_line(
     command: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str], job: str, more: list[str], complaint: str
 ) -> None:
     assert run(job, [*command(job), "--run", str(tmp_path / "run"), *more]) == 2
-    said = capsys.readouterr().err
-    assert complaint in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert complaint in printed and printed.count("\n") == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def evaluated(folder: RunFolder, val: Dataset, tmp_path: Path) -> tuple[Evaluation, str]:
-    """What two ranks find, and say."""
+    """Scores with two ranks; returns the evaluation and what the ranks printed."""
     result, output = tmp_path / "result", tmp_path / "output"
     run_ranks(2, str(folder.path), val.folder, "--folder", str(result), output=output, command="evaluate")
     return read_evaluations(result)[0], output.read_text()
 
 
 @pytest.mark.parametrize("job", ["finetune", "linprobe", "scratch"])
-def test_evaluate_finds_what_the_run_found_for_each_of_its_heads(
-    job: str, unbroken: Trained, val: Dataset, tmp_path: Path
+def test_evaluate_equals_the_scores_that_the_run_recorded_for_each_head(
+    job: str, uninterrupted: Trained, val: Dataset, tmp_path: Path
 ) -> None:
-    folder = unbroken(job, 1, *JOBS[job])
+    folder = uninterrupted(job, 1, *JOBS[job])
     own = read_evaluations(folder.path)[0]
     found, _ = evaluated(folder, val, tmp_path)
     assert len(found.settings["all"]) == (1 if job == "finetune" else 2)
@@ -297,21 +303,21 @@ def test_evaluate_finds_what_the_run_found_for_each_of_its_heads(
     assert found in read_evaluations(folder.path)
 
 
-def test_evaluate_takes_the_newest_good_checkpoint_and_leaves_the_run_as_it_is(
-    unbroken: Trained, val: Dataset, tmp_path: Path
+def test_evaluate_uses_the_newest_good_checkpoint_and_does_not_change_the_run(
+    uninterrupted: Trained, val: Dataset, tmp_path: Path
 ) -> None:
-    folder = RunFolder(shutil.copytree(unbroken("finetune", 1, *JOBS["finetune"]).path, tmp_path / "run"))
+    folder = RunFolder(shutil.copytree(uninterrupted("finetune", 1, *JOBS["finetune"]).path, tmp_path / "run"))
     newest = folder.checkpoints.at(STEPS)
     with (newest / "weights.safetensors").open("r+b") as file:
         file.seek(-4, os.SEEK_END)
         file.write(b"\x7f\x7f\x7f\x7f")
-    found, said = evaluated(folder, val, tmp_path)
-    assert found.settings["trained_step"] == 4 and "weights.safetensors is damaged" in said
+    found, printed = evaluated(folder, val, tmp_path)
+    assert found.settings["trained_step"] == 4 and "weights.safetensors is damaged" in printed
     assert newest.is_dir() and folder.checkpoints.steps() == [4, STEPS]
 
 
-def test_a_rank_that_measures_for_long_is_not_taken_for_silent(command: Callable, tmp_path: Path) -> None:
+def test_a_long_evaluation_is_not_reported_as_a_hang(command: Callable, tmp_path: Path) -> None:
     options = ("--run", str(tmp_path / "run"), "--health.silent-s", "4", "--tuning.evaluate-every-epochs", "0")
-    slow = "slow_portion:3"  # two portions a rank
+    slow = "slow_evaluation:3"  # two micro-batches per rank
     ranks = start(2, *command("linprobe"), *options, output=tmp_path / "said", fault=slow, command="linprobe")
-    assert ranks.wait() == [0, 0], ranks.said
+    assert ranks.wait() == [0, 0], ranks.printed

@@ -1,4 +1,4 @@
-"""Pre-training as a user runs it: two ranks through the deepspeed launcher, stopped, resumed, looked at."""
+"""Pre-training as a user runs it: two ranks under the deepspeed launcher; stop, resume, reconstruct, report."""
 
 import json
 import os
@@ -39,17 +39,17 @@ def launch(ranks: int, *args: str) -> subprocess.CompletedProcess:
         port = free.getsockname()[1]
     deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--master_port", str(port)]
     command = [*deepspeed, "--num_gpus", str(ranks), "--module", "maelstream.jobs.pretrain", *args]
-    # Its runner hands PYTHONPATH on; the interpreter's folder leads to the same python3 for the ranks.
+    # The runner passes PYTHONPATH on; with this PATH the ranks use the same python3.
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def forked(ranks: int, *args: str) -> subprocess.CompletedProcess:
-    """The ranks without a launcher."""
+    """Runs the ranks without a launcher."""
     with tempfile.TemporaryDirectory() as folder:
         running = start(ranks, *args, output=Path(folder) / "output")
         codes = running.wait()
-        return subprocess.CompletedProcess(args, max(codes, key=abs), "", running.said)
+        return subprocess.CompletedProcess(args, max(codes, key=abs), "", running.printed)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def recipe(packed: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run on 2 ranks that nobody stopped."""
+def uninterrupted(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run on 2 ranks without a stop."""
     folder = tmp_path_factory.mktemp("runs") / "undisturbed"
     done = launch(2, str(recipe), "--run", str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -73,60 +73,62 @@ def losses(folder: RunFolder) -> list[tuple[int, float, float]]:
 
 
 def test_a_run_stopped_at_step_7_and_resumed_is_bit_identical(
-    undisturbed: RunFolder, recipe: Path, tmp_path: Path
+    uninterrupted: RunFolder, recipe: Path, tmp_path: Path
 ) -> None:
     for more in (["--stop-at-step", "7"], []):
         done = forked(2, str(recipe), "--run", str(tmp_path / "run"), *more)
         assert done.returncode == 0, done.stdout + done.stderr
     resumed = RunFolder(tmp_path / "run")
     assert [step for step, *_ in losses(resumed)] == list(range(1, STEPS + 1))
-    assert losses(resumed) == losses(undisturbed)
-    ours, theirs = resumed.checkpoints.weights(STEPS), undisturbed.checkpoints.weights(STEPS)
+    assert losses(resumed) == losses(uninterrupted)
+    ours, theirs = resumed.checkpoints.weights(STEPS), uninterrupted.checkpoints.weights(STEPS)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_one_rank_trains_on_the_same_batches_as_two(undisturbed: RunFolder, recipe: Path, tmp_path: Path) -> None:
-    """Losses differ by the order of sums and by bf16's rounding of the gradients that each rank adds up."""
+def test_one_rank_trains_on_the_same_batches_as_two(uninterrupted: RunFolder, recipe: Path, tmp_path: Path) -> None:
+    """Losses differ in summation order and in the bf16 rounding of each rank's gradients."""
     assert forked(1, str(recipe), "--run", str(tmp_path / "run")).returncode == 0
-    for (step, single, _), (_, shared, _) in zip(losses(RunFolder(tmp_path / "run")), losses(undisturbed), strict=True):
+    for (step, single, _), (_, shared, _) in zip(
+        losses(RunFolder(tmp_path / "run")), losses(uninterrupted), strict=True
+    ):
         assert single == pytest.approx(shared, rel=1e-6 if step == 1 else 2e-3)
 
 
-def test_the_run_folder_holds_what_was_asked_and_what_was_seen(undisturbed: RunFolder) -> None:
-    assert undisturbed.checkpoints.steps() == [8, 12]  # every 4 steps, the newest 2 kept
-    assert undisturbed.recipe().optim.batch_size == 10
-    assert list(undisturbed.tensorboard.glob("events.*"))
-    first, last = undisturbed.read_metrics()[0], undisturbed.read_metrics()[-1]
+def test_the_run_folder_holds_recipe_curves_and_checkpoints(uninterrupted: RunFolder) -> None:
+    assert uninterrupted.checkpoints.steps() == [8, 12]  # every 4 steps, the newest 2 kept
+    assert uninterrupted.recipe().optim.batch_size == 10
+    assert list(uninterrupted.tensorboard.glob("events.*"))
+    first, last = uninterrupted.read_metrics()[0], uninterrupted.read_metrics()[-1]
     assert first.keys() >= {"step", "epoch", "loss", "lr", "images_per_s", "data_wait"}
     assert first["lr"] == 0 and last["loss"] < 0.99 * first["loss"]
 
 
-def test_weights_have_the_reference_s_names_and_are_float32(undisturbed: RunFolder) -> None:
-    weights = load_file(undisturbed.path / "checkpoints" / "step-00000012" / "weights.safetensors")
+def test_weights_have_the_reference_s_names_and_are_float32(uninterrupted: RunFolder) -> None:
+    weights = load_file(uninterrupted.path / "checkpoints" / "step-00000012" / "weights.safetensors")
     assert {"cls_token", "mask_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "decoder_pred.bias"} <= (
         weights.keys()
     )
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
-def test_a_trained_run_is_exported_as_it_was_saved(undisturbed: RunFolder, tmp_path: Path) -> None:
-    assert run("export", [str(undisturbed.path), "--format", "reference", "--out", str(tmp_path / "out")]) == 0
-    exported, trained = load_file(tmp_path / "out" / "weights.safetensors"), undisturbed.checkpoints.weights(STEPS)
+def test_a_trained_run_is_exported_as_it_was_saved(uninterrupted: RunFolder, tmp_path: Path) -> None:
+    assert run("export", [str(uninterrupted.path), "--format", "reference", "--out", str(tmp_path / "out")]) == 0
+    exported, trained = load_file(tmp_path / "out" / "weights.safetensors"), uninterrupted.checkpoints.weights(STEPS)
     assert exported.keys() - trained.keys() <= {"pos_embed", "decoder_pos_embed"}
     assert all(torch.equal(exported[name], trained[name]) for name in trained)
 
 
-def test_a_finished_run_that_is_started_again_does_nothing(undisturbed: RunFolder, recipe: Path) -> None:
-    before = undisturbed.metrics.read_bytes()
-    assert forked(2, str(recipe), "--run", str(undisturbed.path)).returncode == 0
-    assert undisturbed.metrics.read_bytes() == before
+def test_a_finished_run_that_is_started_again_does_nothing(uninterrupted: RunFolder, recipe: Path) -> None:
+    before = uninterrupted.metrics.read_bytes()
+    assert forked(2, str(recipe), "--run", str(uninterrupted.path)).returncode == 0
+    assert uninterrupted.metrics.read_bytes() == before
 
 
-def test_a_changed_experiment_is_refused(
-    undisturbed: RunFolder, recipe: Path, capsys: pytest.CaptureFixture[str]
+def test_a_changed_experiment_is_rejected(
+    uninterrupted: RunFolder, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = run("pretrain", [str(recipe), "--run", str(undisturbed.path), "--model.depth", "3"])
+    code = run("pretrain", [str(recipe), "--run", str(uninterrupted.path), "--model.depth", "3"])
     assert code == 2
     assert (
         "holds a run with another model.depth (2, now 3); give the old values again, or another --run"
@@ -134,10 +136,10 @@ def test_a_changed_experiment_is_refused(
     )
 
 
-def test_reconstruct_writes_a_picture(undisturbed: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    shown = undisturbed.reconstructions / "step-00000012"
-    assert read_info(shown) is not None  # the run's own, of its last checkpoint
-    assert run("reconstruct", [str(undisturbed.path), "--count", "3", "--ratios", "0.5,0.75"]) == 0
+def test_reconstruct_writes_images(uninterrupted: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = uninterrupted.reconstructions / "step-00000012"
+    assert read_info(shown) is not None  # written by the run itself, for its last checkpoint
+    assert run("reconstruct", [str(uninterrupted.path), "--count", "3", "--ratios", "0.5,0.75"]) == 0
     assert sorted(path.name for path in shown.glob("*.png")) == ["grid.png", "ratio-0.5.png", "ratio-0.75.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in shown.glob("*.png"))
     about = read_info(shown)
@@ -145,21 +147,21 @@ def test_reconstruct_writes_a_picture(undisturbed: RunFolder, capsys: pytest.Cap
     assert f"{shown}: 3 images" in capsys.readouterr().out
 
 
-def test_reconstruct_takes_plain_files_and_older_checkpoints(
-    undisturbed: RunFolder, packed: Dataset, tmp_path: Path
+def test_reconstruct_reads_plain_files_and_older_checkpoints(
+    uninterrupted: RunFolder, packed: Dataset, tmp_path: Path
 ) -> None:
-    images, older = Path(packed.folder).parent / "images", undisturbed.checkpoints.at(8)
-    options = [str(undisturbed.path), "--images", str(images), "--weights", str(older)]
+    images, older = Path(packed.folder).parent / "images", uninterrupted.checkpoints.at(8)
+    options = [str(uninterrupted.path), "--images", str(images), "--weights", str(older)]
     assert run("reconstruct", [*options, "--count", "2"]) == 0
-    about = read_info(undisturbed.reconstructions / "step-00000008-images")
+    about = read_info(uninterrupted.reconstructions / "step-00000008-images")
     assert about is not None and about.step == 8 and about.names == ("class00/000.jpg", "class02/019.jpg")
     assert run("reconstruct", [*options, "--out", str(tmp_path / "one.png")]) == 0
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_trained_run_is_reported(undisturbed: RunFolder) -> None:
-    assert run("report", [str(undisturbed.path), "--verify"]) == 0
-    page = (undisturbed.path / "report.html").read_text()
+def test_a_trained_run_is_reported(uninterrupted: RunFolder) -> None:
+    assert run("report", [str(uninterrupted.path), "--verify"]) == 0
+    page = (uninterrupted.path / "report.html").read_text()
     assert "every byte as it was written" in page and "data:image/png;base64," in page
 
 
@@ -175,23 +177,23 @@ def test_print_config_prints_a_recipe_that_resolves_to_itself(
 
 
 @pytest.mark.parametrize(
-    ("more", "complaint"),
+    ("more", "message"),
     [
         (["--data.dataset", "nowhere"], "nowhere is no packed dataset"),
         (["--optim.batch-size", "61"], "batch_size 61 is larger than the dataset"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], complaint: str
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
 ) -> None:
     assert run("pretrain", [str(recipe), "--run", str(tmp_path / "run"), *more]) == 2
-    said = capsys.readouterr().err
-    assert complaint in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("more", "complaint"),
+    ("more", "message"),
     [
         (["--optim.batch-size", "0"], "batch_size 0 is not positive"),
         (["--model.patch-size", "7"], "not divisible by patch_size 7"),
@@ -199,11 +201,11 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     ],
 )
 def test_a_wrong_override_is_explained_with_exit_code_2(
-    recipe: Path, capsys: pytest.CaptureFixture[str], more: list[str], complaint: str
+    recipe: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
 ) -> None:
     assert run("pretrain", [str(recipe), *more]) == 2
-    said = capsys.readouterr().err
-    assert complaint in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
 
 
 def test_more_ranks_than_samples_in_a_batch_get_one_line(
@@ -214,7 +216,7 @@ def test_more_ranks_than_samples_in_a_batch_get_one_line(
     assert "a batch of 10 samples cannot be shared by 11 ranks" in capsys.readouterr().err
 
 
-def test_only_rank_0_complains(
+def test_only_rank_0_prints_errors(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -223,7 +225,7 @@ def test_only_rank_0_complains(
 
 
 @pytest.mark.parametrize("command", ["reconstruct", "report"])
-def test_a_folder_that_is_no_run_gets_one_line(
+def test_a_folder_that_is_not_a_run_gets_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
     assert run(command, [str(tmp_path)]) == 2
@@ -233,7 +235,7 @@ def test_a_folder_that_is_no_run_gets_one_line(
 def test_a_damaged_sample_ends_the_run_with_its_name_or_is_replaced(
     recipe: Path, packed: Dataset, tmp_path: Path
 ) -> None:
-    """The first sample's bytes are overwritten where they lie; DALI would take the process down."""
+    """Overwrites the first sample in its shard; DALI would crash the process on it."""
     copy = tmp_path / "shards"
     copy.mkdir()
     for path in Path(packed.folder).iterdir():
@@ -251,29 +253,29 @@ def test_a_damaged_sample_ends_the_run_with_its_name_or_is_replaced(
     assert bad == packed.keys(np.array([0]))[0]
 
 
-def test_a_mix_is_trained_on_and_reconstructed(recipe: Path, packed: Dataset, tmp_path: Path) -> None:
-    """Stopped and resumed, too, with colour jitter, RandAugment and erasing switched on from the command line."""
+def test_training_on_a_mix_and_reconstructing_it(recipe: Path, packed: Dataset, tmp_path: Path) -> None:
+    """Also stops and resumes, with colour jitter, RandAugment and erasing enabled on the command line."""
     copy, folder = shutil.copytree(packed.folder, tmp_path / "copy"), str(tmp_path / "run")
     mixed = [str(recipe), "--run", folder, "--data.mix", packed.folder, "3", str(copy), "1"]
-    changes = ["--data.crop.jitter", "0.4", "--data.crop.rand-augment", "9", "--data.crop.erase", "0.25"]
+    augmentation = ["--data.crop.jitter", "0.4", "--data.crop.rand-augment", "9", "--data.crop.erase", "0.25"]
     for more in (["--stop-at-step", "2"], ["--stop-at-step", "3"]):
-        done = forked(1, *mixed, *changes, *more)
+        done = forked(1, *mixed, *augmentation, *more)
         assert done.returncode == 0, done.stderr
     assert [line["step"] for line in RunFolder(Path(folder)).read_metrics()] == [1, 2, 3]
     assert run("reconstruct", [folder, "--count", "2"]) == 0
-    done = forked(1, str(recipe), "--run", folder, "--data.mix", packed.folder, "1", str(copy), "1", *changes)
+    done = forked(1, str(recipe), "--run", folder, "--data.mix", packed.folder, "1", str(copy), "1", *augmentation)
     assert done.returncode == 2 and "holds a run with another data.mix." in done.stderr
 
 
-def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path: Path, undisturbed: RunFolder) -> None:
+def test_metrics_after_the_last_checkpoint_are_removed_on_resume(tmp_path: Path, uninterrupted: RunFolder) -> None:
     folder = RunFolder(tmp_path)
     lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)]
-    folder.metrics.write_text("\n".join(lines) + '\n{"step": 5, "lo')  # killed while it wrote the last line
-    folder.start(undisturbed.recipe(), step=2)
+    folder.metrics.write_text("\n".join(lines) + '\n{"step": 5, "lo')  # killed while writing the last line
+    folder.start(uninterrupted.recipe(), step=2)
     assert [line["step"] for line in folder.read_metrics()] == [1, 2]
 
 
-def test_a_half_written_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
+def test_a_half_written_checkpoint_is_not_listed(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-00000008.writing").mkdir()

@@ -1,4 +1,4 @@
-"""Crops as evaluation takes them, by the decoder alone: no loader, no ranks."""
+"""Crops of an evaluation from the decoder alone: no loader, no ranks."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from maelstream.shards.reader import ShardReader
 
 
 def central_images(dataset: Dataset, samples: np.ndarray, image_size: tuple[int, int]) -> Tensor:
-    """The centre of each sample, as large as it gets: margin 1."""
+    """Decodes the largest centre crop of each sample (margin 1)."""
     sizes = dataset.width[samples], dataset.height[samples]
     draws = AugmentSampler(0, CropConfig("none", margin=1), image_size).at(np.zeros_like(samples), samples, *sizes)
     batch = EncodedBatch.of(ShardReader(dataset, check_crc=True).read(samples), draws)

@@ -1,4 +1,4 @@
-"""What goes wrong in a rank, switched on by name before it starts: `kill_at_file_operation:7`."""
+"""Faults that a test injects into a rank before it starts, by name and value: `kill_at_file_operation:7`."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ def _fault(function: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def _at_step(step: int, act: Callable[[], None]) -> None:
-    """Does it in the forward pass of a step, counted from this start's first as 1; one micro-batch a step."""
+    """Calls `act` in the forward pass number `step`, counted from 1 at each start."""
     from maelstream.model.mae import MAE
 
     before, calls = MAE.forward, [0]
@@ -33,13 +33,13 @@ def _at_step(step: int, act: Callable[[], None]) -> None:
 
 @_fault
 def stop_process(step: str) -> None:
-    """The process stands still, as one whose host hangs."""
+    """Stops the process, as if its host hung."""
     _at_step(int(step), lambda: os.kill(os.getpid(), signal.SIGSTOP))
 
 
 @_fault
 def sleep_in_step(step: str) -> None:
-    """The main thread is stuck; the others of the process go on."""
+    """Blocks the main thread; the other threads of the process continue."""
     _at_step(int(step), lambda: time.sleep(1000))
 
 
@@ -50,7 +50,7 @@ def die(step: str) -> None:
 
 @_fault
 def nan_loss(steps: str) -> None:
-    """The loss of these steps is NaN: "3", or "3-6"."""
+    """Makes the loss of these steps NaN: "3", or "3-6"."""
     from maelstream.model.mae import MAE
 
     first, _, last = steps.partition("-")
@@ -66,7 +66,7 @@ def nan_loss(steps: str) -> None:
 
 @_fault
 def nan_gradient(step: str) -> None:
-    """The loss is fine; its gradient is not."""
+    """Makes the gradient of a finite loss infinite."""
     from maelstream.model.mae import MAE
 
     before, calls = MAE.forward, [0]
@@ -83,7 +83,7 @@ def nan_gradient(step: str) -> None:
 
 @_fault
 def kill_at_file_operation(number: str) -> None:
-    """The whole process dies at the n-th open, sync, rename, mkdir or removal below `checkpoints/`."""
+    """Kills the process at the n-th open, sync, rename, mkdir or removal below `checkpoints/`."""
     done = [0]
 
     def count(what: str) -> None:
@@ -108,7 +108,7 @@ def kill_at_file_operation(number: str) -> None:
 
 @_fault
 def slow_save(seconds: str) -> None:
-    """Each file of a save takes longer."""
+    """Delays each file of a checkpoint."""
     import maelstream.jobs.checkpointing.saver
 
     before = maelstream.jobs.checkpointing.saver.write_tensors
@@ -122,7 +122,7 @@ def slow_save(seconds: str) -> None:
 
 @_fault
 def full_disk(files: str) -> None:
-    """These of the files that saves of this rank write, counted from 1, do not fit: "3", or "3-6"."""
+    """Fails these checkpoint files of the rank, counted from 1, for lack of space: "3", or "3-6"."""
     import maelstream.jobs.checkpointing.saver
 
     first, _, last = files.partition("-")
@@ -139,7 +139,7 @@ def full_disk(files: str) -> None:
 
 @_fault
 def slow_storage(seconds: str) -> None:
-    """Each read of a shard takes longer, as one from a store."""
+    """Delays each read of a shard, as object storage does."""
     import maelstream.jobs.profiling.stage_profiler
     from benchmarks.store import SlowStorage
     from maelstream.shards.dataset import Dataset
@@ -156,7 +156,7 @@ def slow_storage(seconds: str) -> None:
 
 @_fault
 def slow_decode(seconds: str) -> None:
-    """Each micro-batch takes longer to decode."""
+    """Delays the decoding of each micro-batch."""
     from maelstream.pipeline.decode import CpuDecoder
 
     before = CpuDecoder.decode
@@ -170,7 +170,7 @@ def slow_decode(seconds: str) -> None:
 
 @_fault
 def slow_step(seconds: str) -> None:
-    """Each forward pass takes longer."""
+    """Delays each forward pass."""
     from maelstream.model.mae import MAE
 
     before = MAE.forward
@@ -183,8 +183,8 @@ def slow_step(seconds: str) -> None:
 
 
 @_fault
-def slow_portion(seconds: str) -> None:
-    """Measuring a classifier takes longer, with every portion of images."""
+def slow_evaluation(seconds: str) -> None:
+    """Delays each micro-batch of an evaluation."""
     import maelstream.jobs.evaluation.classifier_evaluator as module
 
     before = module.classify_with
@@ -192,26 +192,28 @@ def slow_portion(seconds: str) -> None:
     def classify_with(*args: Any) -> Any:
         classify = before(*args)
 
-        def slowly(images: Any) -> Any:
+        def classify_slowly(images: Any) -> Any:
             time.sleep(float(seconds))
             return classify(images)
 
-        return slowly
+        return classify_slowly
 
     module.classify_with = classify_with  # type: ignore[assignment]
 
 
 @_fault
-def little_memory(size: str) -> None:
-    """Bytes that the machine has free."""
+def little_memory(size_and_bf16: str) -> None:
+    """The machine has this many bytes free, and its CPU multiplies bf16 ("1") or does not ("0"): "1000000,1"."""
     import maelstream.jobs.profiling.step_stages
 
-    maelstream.jobs.profiling.step_stages.free_bytes = lambda device: int(size)
+    size, bf16 = map(int, size_and_bf16.split(","))
+    maelstream.jobs.profiling.step_stages.free_bytes = lambda device: size
+    maelstream.jobs.profiling.step_stages.multiplies_bf16 = lambda device: bool(bf16)
 
 
 @_fault
 def out_of_memory(most: str) -> None:
-    """More images than that do not fit, as on a GPU."""
+    """Raises an out-of-memory error for larger micro-batches, as a GPU does."""
     import torch
 
     from maelstream.model.mae import MAE
@@ -228,7 +230,7 @@ def out_of_memory(most: str) -> None:
 
 @_fault
 def no_profiler(reason: str) -> None:
-    """The driver lets nobody but root profile."""
+    """Makes the profiler fail, as a driver that permits only root to profile."""
     import maelstream.jobs.profiling.end_to_end
 
     def profile(**_: object) -> Any:

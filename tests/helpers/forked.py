@@ -1,6 +1,6 @@
-"""Ranks of pre-training without the seconds that imports take: forked from a process that has imported everything.
+"""Starts ranks fast: they are forked from a process that has imported everything.
 
-What a launcher does is left out; tests/e2e/test_launch.py starts real ones.
+No launcher is involved; tests/e2e/test_launch.py starts real launchers.
 """
 
 import multiprocessing
@@ -41,13 +41,13 @@ def _rank(command: str, args: list[str], environment: dict[str, str], output: Pa
 
 @dataclass(frozen=True)
 class Running:
-    """Ranks that were started."""
+    """Ranks that run."""
 
     ranks: list[ForkServerProcess]
     output: Path
 
     def wait(self, timeout_s: float = 120) -> list[int]:
-        """Exit codes by rank; those that are still there then are killed, which tells -9."""
+        """Waits and returns the exit codes by rank; ranks that still run after `timeout_s` are killed (-9)."""
         end = time.monotonic() + timeout_s
         for rank in self.ranks:
             rank.join(max(0.0, end - time.monotonic()))
@@ -64,31 +64,31 @@ class Running:
                 rank.join()
 
     @property
-    def said(self) -> str:
+    def printed(self) -> str:
         return self.output.read_text()
 
 
 def start(
-    ranks: int, *args: str, output: Path, fault: str = "", faulty: int | None = None, command: str = "pretrain"
+    ranks: int, *args: str, output: Path, fault: str = "", faulty_rank: int | None = None, command: str = "pretrain"
 ) -> Running:
-    """`COMMAND ARGS` on so many ranks; `fault`, one of tests/faults.py, on all of them or on the `faulty` one."""
+    """Starts `COMMAND ARGS`; injects `fault` of tests/helpers/faults.py into all ranks, or into `faulty_rank`."""
     common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     common["MASTER_PORT"] = str(free_port())
     output.write_text("")
     processes = []
     for rank in range(ranks):
         environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        mine = fault if faulty in (None, rank) else ""
+        mine = fault if faulty_rank in (None, rank) else ""
         processes.append(CONTEXT.Process(target=_rank, args=(command, list(args), environment, output, mine)))
         processes[-1].start()
     return Running(processes, output)
 
 
 def run_ranks(
-    ranks: int, *args: str, output: Path, fault: str = "", faulty: int | None = None, command: str = "pretrain"
+    ranks: int, *args: str, output: Path, fault: str = "", faulty_rank: int | None = None, command: str = "pretrain"
 ) -> Running:
-    """`start`, and waits; the exit codes must all be 0."""
-    running = start(ranks, *args, output=output, fault=fault, faulty=faulty, command=command)
+    """Starts ranks and waits; all exit codes must be 0."""
+    running = start(ranks, *args, output=output, fault=fault, faulty_rank=faulty_rank, command=command)
     codes = running.wait()
-    assert codes == [0] * ranks, f"{codes}\n{running.said}"
+    assert codes == [0] * ranks, f"{codes}\n{running.printed}"
     return running

@@ -1,11 +1,11 @@
-"""Everything that a rank of pre-training imports; the process that tests/forked.py forks from imports this."""
+"""Imports all modules that a rank needs, in the process that tests/helpers/forked.py forks from."""
 
 import gc
 import importlib
 import logging
 import os
 
-# What is forked cannot use CUDA once this process has asked for it; `make gpu-check` starts ranks of its own on GPUs.
+# A forked process cannot use CUDA if its parent has initialised it; `make gpu-check` starts new processes on GPUs.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch

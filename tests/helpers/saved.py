@@ -1,4 +1,4 @@
-"""Checkpoints without an engine: a few parameters, AdamW, and a group of one rank."""
+"""Writes checkpoints without an engine: two parameters, AdamW, and one rank."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def control_group() -> ControlGroup:
 
 
 def partition(seed: int) -> Partition:
-    """After one step of AdamW; two flat partitions with padding, as ZeRO has them."""
+    """Two flat partitions with padding, as in ZeRO, after one step of AdamW."""
     generator = torch.Generator().manual_seed(seed)
     flats = [torch.randn(size, generator=generator).requires_grad_() for size in (4, 22)]
     for flat in flats:
@@ -43,7 +43,7 @@ def saver(folder: Path, keep: int = 3, keep_every_steps: int = 0) -> Saver:
 
 
 def save(folder: Path, step: int, **keeping: int) -> None:
-    """A checkpoint of `partition(step)`, on the disk."""
+    """Writes a checkpoint of `partition(step)`."""
     writing = saver(folder, **keeping)
     writing.save(partition(step), step, state(step))
     writing.finish()
@@ -56,7 +56,7 @@ def _save_with_fault(folder: Path, step: int, fault: str) -> None:
 
 
 def save_in_a_process(folder: Path, step: int, fault: str) -> int:
-    """Exit code of a process that saves, keeping one, and meets a fault."""
+    """Saves in a new process with an injected fault, keeping one checkpoint; returns its exit code."""
     process = CONTEXT.Process(target=_save_with_fault, args=(folder, step, fault))
     process.start()
     process.join()

@@ -1,4 +1,4 @@
-"""Damage to a checkpoint is found, whatever it is, before a byte is loaded."""
+"""Any damage to a checkpoint is detected before a byte of it is loaded."""
 
 import json
 import random
@@ -22,12 +22,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(whole: Path, tmp_path: Path) -> CheckpointStore:
-    """A copy, to be damaged."""
+    """A copy that tests may damage."""
     return CheckpointStore(shutil.copytree(whole, tmp_path / "checkpoints"))
 
 
 def damage(folder: Path, draw: random.Random) -> str:
-    """Cuts, removes or flips a bit of one of the files; which."""
+    """Cuts a file, deletes it or flips one of its bits; returns its name and the kind of damage."""
     file = draw.choice(sorted(folder.iterdir()))
     data, kind = bytearray(file.read_bytes()), draw.choice(["cut", "removed", "flipped"])
     if kind == "removed":
@@ -40,41 +40,45 @@ def damage(folder: Path, draw: random.Random) -> str:
     return f"{file.name} {kind}"
 
 
-def test_any_damage_is_found_and_the_older_checkpoint_taken(whole: Path, tmp_path: Path) -> None:
+def test_any_damage_is_detected_and_the_older_checkpoint_is_used(whole: Path, tmp_path: Path) -> None:
     draw = random.Random(0)
     for number in range(100):
         store = CheckpointStore(shutil.copytree(whole, tmp_path / str(number)))
         what = damage(store.at(2), draw)
-        step, told = store.newest_good(control_group())
+        step, messages = store.newest_good(control_group())
         assert step == 1, what
-        assert len(told) == 1 and str(store.at(2)) in told[0] and "resuming from step-00000001" in told[0], what
+        assert (
+            len(messages) == 1 and str(store.at(2)) in messages[0] and "resuming from step-00000001" in messages[0]
+        ), what
         assert store.steps() == [1] and store.at(2).with_suffix(".bad").is_dir()
 
 
-def test_a_flipped_bit_anywhere_in_the_manifest_is_found(store: CheckpointStore) -> None:
+def test_a_flipped_bit_anywhere_in_the_manifest_is_detected(store: CheckpointStore) -> None:
     file = store.at(2) / MANIFEST
     data = file.read_bytes()
-    for place in range(len(data)):
+    for position in range(len(data)):
         changed = bytearray(data)
-        changed[place] ^= 1 << (place % 8)
+        changed[position] ^= 1 << (position % 8)
         file.write_bytes(changed)
-        assert store.fault(2), (place, bytes(changed))
+        assert store.fault(2), (position, bytes(changed))
 
 
-def test_a_share_of_the_files_is_read_and_all_shares_find_everything(store: CheckpointStore) -> None:
+def test_each_rank_reads_its_share_of_the_files_and_all_shares_detect_everything(store: CheckpointStore) -> None:
     (store.at(2) / "state.json").write_text("{}")
     faults = [store.fault(2, share, 3) for share in range(3)]
     assert sum(bool(fault) for fault in faults) == 1
     assert "state.json has 2 bytes instead of" in "".join(faults)
 
 
-def test_a_checkpoint_that_newest_names_and_that_is_gone_is_told_of(store: CheckpointStore) -> None:
+def test_a_missing_checkpoint_that_newest_names_is_reported(store: CheckpointStore) -> None:
     shutil.rmtree(store.at(2))
-    step, told = store.newest_good(control_group())
-    assert step == 1 and "has no step-00000002, which its file `newest` names" in told[0]
+    step, messages = store.newest_good(control_group())
+    assert step == 1 and "has no step-00000002, which its file `newest` names" in messages[0]
 
 
-def test_no_good_checkpoint_is_an_error_and_none_at_all_is_a_start(store: CheckpointStore, tmp_path: Path) -> None:
+def test_only_bad_checkpoints_are_an_error_and_none_at_all_starts_at_step_0(
+    store: CheckpointStore, tmp_path: Path
+) -> None:
     for step in (1, 2):
         (store.at(step) / "weights.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint is good: restore one, or remove"):
@@ -82,7 +86,7 @@ def test_no_good_checkpoint_is_an_error_and_none_at_all_is_a_start(store: Checkp
     assert CheckpointStore(tmp_path / "nothing").newest_good(control_group()) == (0, [])
 
 
-def test_a_pointer_to_nothing_does_not_start_a_run_anew(store: CheckpointStore) -> None:
+def test_a_newest_file_without_checkpoints_does_not_restart_a_run(store: CheckpointStore) -> None:
     for step in (1, 2):
         shutil.rmtree(store.at(step))
     assert (store.folder / NEWEST).exists()
@@ -90,7 +94,7 @@ def test_a_pointer_to_nothing_does_not_start_a_run_anew(store: CheckpointStore) 
         store.newest_good(control_group())
 
 
-def test_another_dataset_is_refused(store: CheckpointStore) -> None:
+def test_another_dataset_is_rejected(store: CheckpointStore) -> None:
     with pytest.raises(CheckpointError, match="was trained on another dataset"):
         store.state(2, "e")
 

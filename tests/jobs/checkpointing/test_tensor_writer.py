@@ -1,4 +1,4 @@
-"""Files that the safetensors library reads as its own."""
+"""The safetensors library reads the files that we write."""
 
 import hashlib
 from pathlib import Path

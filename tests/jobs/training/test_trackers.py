@@ -1,4 +1,4 @@
-"""W&B and MLflow: imported only when asked for, told the same numbers, resumed under their own names."""
+"""W&B and MLflow are imported only when enabled, receive the same numbers, and continue their own runs."""
 
 import sys
 from pathlib import Path
@@ -20,14 +20,14 @@ def recipe(**log: bool) -> Recipe:
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_one_that_is_not_installed_gets_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_not_installed_gets_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     assert import_trackers(recipe()) == {}
     with pytest.raises(MaelstreamError, match=rf"log\.{name} is set.*pip install maelstream\[{name}\]"):
         import_trackers(recipe(**{name: True}))
 
 
-def test_wandb_gets_every_value_and_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_receives_every_value_and_continues_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     stub: Any = ModuleType("wandb")
     run = SimpleNamespace(id="abc", finish=lambda: calls.append("finish"))
@@ -39,15 +39,15 @@ def test_wandb_gets_every_value_and_goes_on_with_its_run(tmp_path: Path, monkeyp
     stub.init = init
     stub.log = lambda values, step: calls.append((step, values))
     monkeypatch.setitem(sys.modules, "wandb", stub)
-    asked = recipe(wandb=True)
+    enabled = recipe(wandb=True)
     for _ in range(2):
-        with trackers(import_trackers(asked), asked, RunFolder(tmp_path)) as (track,):
+        with trackers(import_trackers(enabled), enabled, RunFolder(tmp_path)) as (track,):
             track(7, VALUES)
     name = tmp_path.name
     assert calls == [(None, "allow", name), (7, VALUES), "finish", ("abc", "allow", name), (7, VALUES), "finish"]
 
 
-def test_mlflow_gets_the_numbers_and_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_receives_the_numbers_and_continues_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
     class Run:
@@ -68,9 +68,9 @@ def test_mlflow_gets_the_numbers_and_goes_on_with_its_run(tmp_path: Path, monkey
     stub.start_run = start_run
     stub.log_metrics = lambda values, step: calls.append((step, values))
     monkeypatch.setitem(sys.modules, "mlflow", stub)
-    asked = recipe(mlflow=True)
+    enabled = recipe(mlflow=True)
     for _ in range(2):
-        with trackers(import_trackers(asked), asked, RunFolder(tmp_path)) as (track,):
+        with trackers(import_trackers(enabled), enabled, RunFolder(tmp_path)) as (track,):
             track(7, VALUES)
-    told = (7, {"lr": 0.5, "spike": 1.0})  # it takes no null
-    assert calls == [{"run_name": tmp_path.name}, told, "end", {"run_id": "r1"}, told, "end"]
+    logged = (7, {"lr": 0.5, "spike": 1.0})  # MLflow accepts no null
+    assert calls == [{"run_name": tmp_path.name}, logged, "end", {"run_id": "r1"}, logged, "end"]
