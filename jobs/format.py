@@ -33,3 +33,9 @@ def format_ago(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit} ago"
     return f"{seconds:.0f} s ago"
+
+
+def format_clock(seconds: float) -> str:
+    """A duration as a clock shows it, in minutes and seconds, with hours only if there are any: "2:05", "1:02:05"."""
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}" if minutes >= 60 else f"{minutes}:{second:02d}"

@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from maelstream.jobs.arguments import parsed
+from maelstream.jobs.format import format_bytes
 from maelstream.jobs.reporting.curves import Metrics
 from maelstream.jobs.reporting.html_report import comparison_page, run_page
 from maelstream.jobs.run_folder.folder import RunFolder
@@ -52,5 +53,5 @@ def main(args: list[str]) -> int:
         raise MaelstreamError(f"--out {out} cannot be written (there is no folder {out.parent}); create the folder")
     with written_whole(out) as file:
         file.write(page.encode())
-    print(f"{out}: {len(page) / 2**10:,.0f} KiB")
+    print(f"{out}: {format_bytes(len(page))}")
     return 0

@@ -10,6 +10,7 @@ from types import FrameType
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from maelstream.jobs.format import format_clock
 from maelstream.shards import pack
 
 _STEPS = {"scan": "sources scanned", "shard": "shards"}
@@ -57,7 +58,7 @@ class PackProgress:
             numbers += f", {self._quarantined:,} quarantined"
         if self._bar.disable:
             left_s = (progress.total_bytes - self._bytes) * elapsed_s / max(self._bytes, 1)
-            print(f"{text}: {progress.name}: {numbers}, {_clock(left_s)} left", flush=True)
+            print(f"{text}: {progress.name}: {numbers}, {format_clock(left_s)} left", flush=True)
             return
         if progress.step not in self._tasks:
             self._tasks[progress.step] = self._bar.add_task(text, total=progress.total_bytes, numbers="")
@@ -80,8 +81,3 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}" if minutes >= 60 else f"{minutes}:{second:02d}"

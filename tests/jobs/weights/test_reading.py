@@ -220,7 +220,7 @@ def test_an_export_with_a_damaged_or_wrong_description_is_a_one_line_error(
             read_weights(tmp_path)
     other = dataclasses.replace(TINY, image_size=(48, 48))
     (tmp_path / EXPORT_NAME).write_text(json.dumps({"model": dataclasses.asdict(other)}))
-    with pytest.raises(WeightsError, match="is not one of 6 x 6 patches"):
+    with pytest.raises(WeightsError, match="does not fit 6 x 6 patches"):
         classifier_from_encoder(read_weights(tmp_path), CLASSES)
 
 
