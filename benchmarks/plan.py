@@ -1,13 +1,13 @@
-"""What `maelstream plan` computes beside what this machine does: predicted over measured, part by part.
+"""Compares what `maelstream plan` predicts with measurements on this machine, part by part.
 
     python -m benchmarks.plan [--json FILE]                   # all parts, about five minutes on two cores
     python -m benchmarks.plan --parts state traffic
 
-activations  Bytes that one more image adds, as benchmarks/step.py measures them (its part `memory`).
-state        Every tensor that lives in an engine of two ranks when the optimizer is about to step, ZeRO 1, 2 and 3.
-traffic      Bytes of those ranks' collectives in that step, two micro-batches.
-step         Seconds of forward + backward + AdamW, from FLOPs and the measured rates of products and memory: on one
-             thread of the CPU, in CPU time, so that waiting for a core does not count.
+activations  Bytes that one more image adds (benchmarks/activation_memory.py).
+state        Bytes of all tensors of an engine on two ranks just before the optimizer's update; ZeRO 1, 2 and 3.
+traffic      Bytes of the collectives of these ranks in that step, with two micro-batches.
+step         Seconds of forward + backward + AdamW, predicted from FLOPs and the measured rates of matrix products and
+             memory. Measured on one CPU thread, in CPU time, so that waiting for a core does not count.
 """
 
 import functools
@@ -30,10 +30,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.step import BASE, HUGE, LARGE, Step, adamw, bytes_per_image, training_step
+from benchmarks.activation_memory import bytes_per_image
+from benchmarks.step import BASE, HUGE, LARGE, Step, adamw, training_step
 from maelstream.jobs.distributed.ranks import process_group, ranks_from_environment
 from maelstream.jobs.hardware import measure_this_machine
-from maelstream.jobs.plan import Job, step_of
+from maelstream.jobs.plan import PlannedRun, predict_step
 from maelstream.jobs.recipe import EngineConfig, OptimConfig, Recipe
 from maelstream.jobs.training.engine import build_engine, build_model
 from maelstream.model.config import MAEConfig
@@ -43,7 +44,7 @@ from maelstream.model.optimise import weight_decay_groups
 from maelstream.pipeline.batch_plan import BatchSplit
 
 SMALL = MAEConfig(dim=384, heads=6)
-# Sizes that do not divide by two, and stage 3's large and small parameters alike.
+# Sizes that are not divisible by two, with both the large and the small parameters of stage 3.
 ODD = MAEConfig(
     image_size=(20, 20), patch_size=5, dim=264, depth=2, heads=4, decoder_dim=36, decoder_depth=1, decoder_heads=4
 )
@@ -55,21 +56,21 @@ STAGES: tuple[Literal[1, 2, 3], ...] = (1, 2, 3)
 class Options:
     parts: tuple[Literal["activations", "state", "traffic", "step"], ...] = ("activations", "state", "traffic", "step")
     batch: int = 4
-    """Images of part step."""
+    """Images per step of the part step."""
     rounds: int = 3
     json: Path | None = None
-    """Write every figure, too."""
+    """Also write every figure to this file."""
 
 
 def storages_alive() -> dict[int, torch.UntypedStorage]:
-    """By address, every storage that a tensor known to Python, or its gradient, lies in.
+    """The storages of all tensors known to Python and of their gradients, by address.
 
-    They are held, not only told: what has been freed leaves its address to the next.
+    The result holds references, because a freed storage would give its address to the next one.
     """
     gc.collect()
     storages = {}
     for found in gc.get_objects():
-        if issubclass(type(found), torch.Tensor):  # isinstance would ask proxies, some of which warn
+        if issubclass(type(found), torch.Tensor):  # isinstance would resolve proxies, some of which warn
             for each in (found, found.grad if found.is_leaf else None):
                 if each is not None and each.device.type != "meta":
                     storages[each.untyped_storage()._cdata] = each.untyped_storage()
@@ -77,9 +78,9 @@ def storages_alive() -> dict[int, torch.UntypedStorage]:
 
 
 def lasting_bytes(before: dict[int, torch.UntypedStorage]) -> list[int]:
-    """Sizes of those of `storages_alive` that are not of `before` and still live half a second later.
+    """Sizes of the storages that are not in `before` and are still alive half a second later.
 
-    gloo's threads let go of a collective's tensors some time after it has returned.
+    The wait is needed because gloo's threads release a collective's tensors some time after it has returned.
     """
     alive = {key: storage for key, storage in storages_alive().items() if key not in before}
     for _ in range(5):
@@ -90,7 +91,7 @@ def lasting_bytes(before: dict[int, torch.UntypedStorage]) -> list[int]:
 
 
 class Collectives:
-    """Counts the bytes that pass through torch.distributed: of what is reduced, and of what is gathered."""
+    """Counts the bytes of tensors that torch.distributed reduces and gathers, by collective."""
 
     NAMES = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
 
@@ -111,7 +112,7 @@ class Collectives:
 
 
 def _rank(rank: int, port: int, config: MAEConfig, out: Path) -> None:
-    """Body of a rank: an engine of each stage takes two steps; rank 0 writes what it saw before the second update."""
+    """Runs one rank: an engine of each stage takes two steps; rank 0 writes the figures before the second update."""
     environment = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -130,7 +131,7 @@ def _rank(rank: int, port: int, config: MAEConfig, out: Path) -> None:
             model = build_model(recipe, None)
             engine = build_engine(recipe, BatchSplit(8, RANKS, MICRO_BATCHES), model)
             buffers = sum(buffer.nbytes for buffer in model.buffers())
-            for _ in range(2):  # moments come with the first update
+            for _ in range(2):  # the moments are allocated in the first update
                 collectives.bytes = dict.fromkeys(Collectives.NAMES, 0)
                 for number in range(MICRO_BATCHES):
                     engine.backward(engine(images, keys))
@@ -147,7 +148,7 @@ def _rank(rank: int, port: int, config: MAEConfig, out: Path) -> None:
 
 
 def engines(config: MAEConfig, context: BaseContext) -> dict[int, dict[str, Any]]:
-    """By stage, of real engines on two ranks of `context`: `state`, bytes; `traffic`, bytes by collective."""
+    """Measures real engines on two ranks: by stage, `state` in bytes and `traffic` in bytes by collective."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -162,39 +163,44 @@ def engines(config: MAEConfig, context: BaseContext) -> dict[int, dict[str, Any]
 
 
 def part_activations() -> dict[str, tuple[float, float]]:
+    """Predicted and measured activation bytes per image, by model."""
     rows: dict[str, tuple[float, float]] = {}
     for name, config in {"B/16": BASE, "L/16": LARGE, "H/14": HUGE}.items():
         for checkpointing in (False, True):
             measured = bytes_per_image(config, checkpointing, torch.device("cpu"), bf16=False)
             suffix = ", checkpointing" if checkpointing else ""
-            rows[f"{name}{suffix}, MB an image"] = activation_bytes(config, checkpointing, 4) / 1e6, measured / 1e6
+            rows[f"{name}{suffix}, MB per image"] = activation_bytes(config, checkpointing, 4) / 1e6, measured / 1e6
             gc.collect()
     return rows
 
 
 def part_state(found: dict[int, dict[str, Any]], config: MAEConfig) -> dict[str, tuple[float, float]]:
-    return {f"ZeRO {stage}, bytes a rank": (predicted_state(config, stage), found[stage]["state"]) for stage in STAGES}
+    """Predicted and measured bytes of state per rank, by stage."""
+    return {
+        f"ZeRO {stage}, bytes per rank": (predicted_state(config, stage), found[stage]["state"]) for stage in STAGES
+    }
 
 
 def predicted_state(config: MAEConfig, stage: int) -> int:
-    """What stays, and of the buckets the one that stage 3 keeps (float32)."""
+    """Bytes of the resident state; stage 3 also keeps one float32 bucket."""
     state = state_bytes(config, stage, RANKS)
     return state.resident + (4 * BUCKET if stage == 3 else 0)
 
 
 def part_traffic(found: dict[int, dict[str, Any]], config: MAEConfig) -> dict[str, tuple[float, float]]:
+    """Predicted and measured bytes per step, by stage and collective."""
     rows: dict[str, tuple[float, float]] = {}
     for stage in STAGES:
         predicted = traffic(config, stage, RANKS, MICRO_BATCHES)
         measured = found[stage]["traffic"]
         for name, each in zip(Collectives.NAMES, predicted, strict=True):
             if each or measured[name]:
-                rows[f"ZeRO {stage}, {name}, bytes a step"] = each, measured[name]
+                rows[f"ZeRO {stage}, {name}, bytes per step"] = each, measured[name]
     return rows
 
 
 def cpu_seconds(step: Step, batch: int, rounds: int) -> float:
-    """CPU time of the fastest step on one thread; each measured rate, too, is that of its fastest repeat."""
+    """CPU time of the fastest step on one thread; the rates are those of the fastest repeat as well."""
     images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8)
     keys, seconds = torch.arange(batch), []
     for _ in range(1 + rounds):
@@ -205,6 +211,7 @@ def cpu_seconds(step: Step, batch: int, rounds: int) -> float:
 
 
 def part_step(batch: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """Predicted and measured seconds per step, by model."""
     torch.set_num_threads(1)
     measured, devices = {}, [measure_this_machine()]
     sizes = {"S/16": SMALL, "B/16": BASE, "L/16": LARGE, "H/14": HUGE}
@@ -217,11 +224,13 @@ def part_step(batch: int, rounds: int) -> dict[str, tuple[float, float]]:
         gc.collect()
     rows: dict[str, tuple[float, float]] = {}
     for name, config in sizes.items():
-        job = Job(config, 1, 1, batch, False, 0, 0, None)
-        update = ADAMW_BYTES * parameter_count(config)  # no engine here: AdamW alone
-        steps = [step_of(job, device, 1)._replace(optimizer=update / device.memory_bytes_per_s) for device in devices]
+        run = PlannedRun(config, 1, 1, batch, False, 0, 0, None)
+        update = ADAMW_BYTES * parameter_count(config)  # without an engine: AdamW only
+        steps = [
+            predict_step(run, device, 1)._replace(optimizer=update / device.memory_bytes_per_s) for device in devices
+        ]
         predicted = statistics.median(step.seconds for step in steps)
-        rows[f"{name}, s of a step of {batch} images"] = predicted, measured[name]
+        rows[f"{name}, s per step of {batch} images"] = predicted, measured[name]
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Command lines by tyro, whose box of a mistake becomes one line."""
+"""Parses command lines with tyro, and turns its multi-line error boxes into one line."""
 
 import contextlib
 import io
@@ -17,15 +17,16 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def parsed(schema: type[T], args: list[str], command: str, default: T | None = None) -> T:
-    """The arguments of `maelstream COMMAND` as a `schema`; with --help its help, and the end of the process.
+    """The arguments of `maelstream COMMAND` as an instance of the dataclass `schema`.
 
     Raises:
-        MaelstreamError: arguments that are none of the command's, that are missing, or that cannot be read.
+        MaelstreamError: an argument is unknown, missing or cannot be parsed.
+        SystemExit: `--help` is among the arguments; the help has been printed.
     """
     given = {} if default is None else {"default": default}
     box, before = io.StringIO(), os.environ.get("COLUMNS")
     if not {"-h", "--help"} & set(args):
-        os.environ["COLUMNS"] = "10000"  # so that no value is wrapped in its middle
+        os.environ["COLUMNS"] = "10000"  # tyro wraps lines at this width, and would split long values
     try:
         with contextlib.redirect_stderr(box):
             return tyro.cli(schema, args=args, prog=f"maelstream {command}", **given)  # type: ignore[call-overload]
@@ -39,14 +40,24 @@ def parsed(schema: type[T], args: list[str], command: str, default: T | None = N
             os.environ["COLUMNS"] = before
 
 
+def option_value(args: list[str], name: str) -> str | None:
+    """The value of an option that is needed before the others can be parsed; None if it is not in `args`."""
+    for index, arg in enumerate(args):
+        if arg == name and index + 1 < len(args):
+            return args[index + 1]
+        if arg.startswith(f"{name}="):
+            return arg.partition("=")[2]
+    return None
+
+
 def _line_of(box: str) -> str:
-    """What a box says before its first rule, and the nearest option if it tells one behind that."""
+    """The text of an error box up to its first horizontal rule, and the nearest option if the box suggests one."""
     sections: list[list[str]] = [[]]
     for line in _COLOUR.sub("", box).splitlines()[1:]:  # without the title
         if _RULE.match(line := line.strip("│ ")):
             sections.append([])
         else:
             sections[-1].append(line)
-    said = " ".join(" ".join(sections[0]).split()).rstrip(".")
+    message = " ".join(" ".join(sections[0]).split()).rstrip(".")
     near = sections[1][1].split() if len(sections) > 1 and sections[1][:1] == ["Perhaps you meant:"] else []
-    return f"{said}; the nearest is {near[0]}" if near else said
+    return f"{message}; the nearest is {near[0]}" if near else message

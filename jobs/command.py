@@ -1,46 +1,49 @@
-"""`maelstream COMMAND ...`: finds the command's module, and turns a user's mistake into one line and exit code 2."""
+"""`maelstream COMMAND ...`: runs the command's module; an error of the user becomes one line and exit code 2."""
 
 import importlib
 import os
 import sys
 
-import maelstream.jobs.distributed.parent_death  # noqa: F401  before anything slow is imported
+import maelstream.jobs.distributed.parent_death  # noqa: F401  must come before slow imports
 from maelstream.shards.errors import MaelstreamError
 
-# One line each for `maelstream --help`; a command's module is imported only when it runs, because torch,
-# DALI and DeepSpeed take seconds to import and `maelstream info` needs none of them.
+# One line per command for `maelstream --help`. A command's module is imported only when it runs, because torch, DALI
+# and DeepSpeed take seconds to import, and commands such as `maelstream info` do not need them.
 COMMANDS = {
-    "pack": "images -> tar shards, an index and their side files",
-    "index": "adopt tar shards that stand already, without changing them",
-    "info": "what a packed dataset holds",
-    "verify": "every fault of a packed dataset, by shard and sample",
-    "loader": "how fast a packed dataset streams, what is the limit, what the model will see",
-    "profile": "how fast each stage of a run goes alone, which one holds it back, and what to change",
-    "table2": "the paper's table 2 on this machine, and the hours of its 800 epochs",
-    "fit-pca": 'the components of the target "pca", from a dataset\'s patches',
-    "fit-tokenizer": 'train the discrete VAE whose codes the target "token" asks for',
-    "plan": "memory, speed, hours and the bound of a run, on hardware that need not be at hand",
-    "tune": "the fastest engine and loader settings for a recipe on this machine, as a file laid over it",
-    "pretrain": "train a masked autoencoder from a recipe, or go on with a run",
-    "finetune": "train a classifier on a pre-trained encoder, all of it",
-    "linprobe": "train a linear classifier on a frozen encoder, with several learning rates in one pass",
-    "partial": "train the last blocks of an encoder and a classifier",
-    "scratch": "train the same classifier without pre-training",
-    "evaluate": "top-1 and top-5 of a trained classifier over every image of a packed dataset",
-    "knn": "top-1 and top-5 of the nearest neighbours of an encoder's features; nothing is trained",
-    "launch": "pretrain on many ranks, here or on many hosts; starts them again after a failure",
-    "sweep": "a table of runs and their evaluations, over grids and seeds; printed and plotted as the paper does",
-    "runs": "the runs of a folder and how they stand",
-    "watch": "a run that is going on, from another terminal",
-    "reconstruct": "original, masked and reconstructed images of a run at several mask ratios, side by side",
-    "export": "a run's weights for the reference's code, for timm or for Hugging Face, with a model card",
-    "report": "one HTML page of a run: curves, reconstructions, evaluations and all else; or of several, compared",
-    "demo": "all of it on a small scale: pack, pre-train on two ranks, resume, look",
+    "pack": "pack images into tar shards with an index",
+    "index": "index existing tar shards without changing them",
+    "info": "show what a packed dataset contains",
+    "verify": "list every fault of a packed dataset by shard and sample",
+    "loader": "measure how fast a packed dataset loads and what limits it; show the images that the model gets",
+    "profile": "measure each stage of a run alone, and report the bottleneck and what to change",
+    "table2": "measure the paper's table 2 on this machine, with the hours of 800 epochs",
+    "fit-pca": 'compute the components of the target "pca" from the patches of a dataset',
+    "fit-tokenizer": 'train the discrete VAE whose codes the target "token" predicts',
+    "plan": "predict memory, speed, hours and the bottleneck of a run on other hardware",
+    "tune": "search for the fastest engine and loader settings on this machine; writes them as a recipe",
+    "pretrain": "pre-train a masked autoencoder from a recipe, or resume a run",
+    "finetune": "train a classifier and its pre-trained encoder",
+    "linprobe": "train linear classifiers on a frozen encoder, with several learning rates in one pass",
+    "partial": "train a classifier and the last blocks of its pre-trained encoder",
+    "scratch": "train a classifier without pre-training",
+    "evaluate": "compute top-1 and top-5 of a trained classifier on a packed dataset",
+    "knn": "compute top-1 and top-5 of nearest neighbours in an encoder's features; nothing is trained",
+    "launch": "start a training command on many ranks, on one or many hosts; restarts them after a failure",
+    "sweep": "train and evaluate over grids and seeds, and print and plot the paper's table",
+    "runs": "list the runs of a folder and their state",
+    "watch": "show the progress of a run in another terminal",
+    "reconstruct": "show original, masked and reconstructed images at several mask ratios",
+    "export": "export weights for the reference's code, timm or Hugging Face, with a model card",
+    "report": "write one HTML page about a run, or a comparison of several runs",
+    "demo": "run everything at a small scale: pack, pre-train on two ranks, resume, report",
 }
 
 
 def run(command: str, args: list[str]) -> int:
-    """Exit code of `command`: its own, or with one line on stderr that of a `MaelstreamError`: 2, if the user erred."""
+    """Runs `command` and returns its exit code.
+
+    A `MaelstreamError` prints one line on stderr; its exit code is 2 if the user can correct the error.
+    """
     args = [arg for arg in args if not arg.startswith(("--local_rank=", "--local-rank="))]  # deepspeed adds it
     try:
         return importlib.import_module(f"maelstream.jobs.{command.replace('-', '_')}").main(args)
@@ -51,12 +54,12 @@ def run(command: str, args: list[str]) -> int:
 
 
 def main() -> None:
-    """Entry point of the `maelstream` script."""
+    """Entry point of the script `maelstream`."""
     command, *args = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
         sys.exit(run(command, args))
     listing = "\n".join(f"  {name:<14} {line}" for name, line in COMMANDS.items())
-    usage = f"usage: maelstream COMMAND ...\n\n{listing}\n\n`maelstream COMMAND --help` tells its options."
+    usage = f"usage: maelstream COMMAND ...\n\n{listing}\n\n`maelstream COMMAND --help` lists its options."
     if command in ("-h", "--help"):
         print(usage)
         sys.exit(0)

@@ -82,7 +82,7 @@ def folder(packed: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["plan", "--help"], 0, "usage: maelstream plan"),
         (["plan"], 0, "largest micro-batch"),
         (["plan", "--model", "mine.yaml", "--json"], 0, "images_per_s"),
-        (["plan", "--gpu", "v1"], 2, "is none of b200"),
+        (["plan", "--gpu", "v1"], 2, "is not one of b200"),
         (["plan", "--model", "nowhere.yaml"], 2, "cannot be read"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
