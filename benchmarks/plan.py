@@ -3,7 +3,7 @@
     python -m benchmarks.plan [--json FILE]                   # all parts, about five minutes on two cores
     python -m benchmarks.plan --parts state traffic
 
-activations  Bytes that one more image adds (benchmarks/activation_memory.py).
+activations  Bytes that each image adds (benchmarks/activation_memory.py).
 state        Bytes of all tensors of an engine on two ranks just before the optimizer's update; ZeRO 1, 2 and 3.
 traffic      Bytes of the collectives of these ranks in that step, with two micro-batches.
 step         Seconds of forward + backward + AdamW, predicted from FLOPs and the measured rates of matrix products and

@@ -1,19 +1,19 @@
-"""What a training step costs: beside Hugging Face's ViTMAE, beside its own matrix products, beside the paper's ratios.
+"""Cost of a training step, compared with Hugging Face's ViTMAE, with matrix products alone, and with the paper.
 
-    python benchmarks/step.py [--json FILE]                    # all three parts, minutes on two cores
-    python benchmarks/step.py --parts step --batch 8           # or one of them
+    python -m benchmarks.step [--json FILE]                    # parts step, paper and memory; minutes on two cores
+    python -m benchmarks.step --parts step --batch 8           # one part
 
-step    B/16, forward + backward + AdamW: ours by attention and compiler, ViTMAEForPreTraining (sdpa, train mode, the
-        same optimizer, the same uint8 batch), and our step's matrix products alone, back to back on operands of the
-        same shapes, strides and dtype.
-paper   L/16, the whole step: an encoder with mask tokens against one without, with 8 decoder blocks and with 1
-        (table 2 has 2.8x and 3.7x). The three share their weights, and so the memory of one.
-memory  Bytes that one more image costs at the peak of forward + backward, with and without activation checkpointing:
-        the allocator's on CUDA; on a CPU of all tensors that operators return, gradients of weights left out.
-emulated, when asked for: on a CPU without bf16 instructions, Hugging Face in bf16 autocast beside what our engine makes
-        of a bf16 recipe there, parameters in bf16 and products in float32.
+step    B/16, forward + backward + AdamW: this model by attention kernel and compiler, ViTMAEForPreTraining (sdpa, train
+        mode, the same optimizer and uint8 batch), and the matrix products of our step alone, one after the other on
+        operands with the same shapes, strides and dtype.
+paper   L/16, the whole step: an encoder with mask tokens, one without, and one without whose decoder has 1 block
+        instead of 8 (table 2 has 2.8x and 3.7x). The three models share their weights, so they fit in memory.
+memory  Bytes that each image adds at the peak of forward + backward, with and without activation checkpointing
+        (benchmarks/activation_memory.py).
+emulated (only with `--parts emulated`)  For a CPU without bf16 instructions: Hugging Face in bf16 autocast, and our
+        engine with a bf16 recipe, which keeps parameters in bf16 and multiplies in float32.
 
-Candidates take turns, round by round, so that a machine that slows down slows all of them; the median round counts.
+Candidates take turns in each round, so that a machine that slows down slows all of them. Results are medians.
 """
 
 import argparse
@@ -24,7 +24,6 @@ import json
 import platform
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,17 +34,18 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.activation_memory import bytes_per_image
 from maelstream.jobs.hardware import multiplies_bf16, process_device
-from maelstream.jobs.table2 import SIZES, sharing
+from maelstream.jobs.table2 import build_shared_models
 from maelstream.model.config import MAEConfig
 from maelstream.model.flops import training_flops
 from maelstream.model.mae import MAE
 from maelstream.model.optimise import weight_decay_groups
 from maelstream.model.patches import normalise
+from maelstream.model.sizes import VIT_H14, VIT_L16
 from maelstream.model.transformer import choose_attention
 
-BASE = MAEConfig()
-LARGE, HUGE = SIZES["large"], SIZES["huge"]
+BASE, LARGE, HUGE = MAEConfig(), MAEConfig(**VIT_L16._asdict()), MAEConfig(**VIT_H14._asdict())
 
 Step = Callable[[Tensor, Tensor], None]
 
@@ -55,7 +55,7 @@ def adamw(groups: list[dict]) -> torch.optim.Optimizer:
 
 
 def training_step(loss_of: Callable[[Tensor, Tensor], Tensor], optimizer: torch.optim.Optimizer, bf16: bool) -> Step:
-    """One step of a model as a function of images and keys."""
+    """A training step as a function of images and keys."""
 
     def step(images: Tensor, keys: Tensor) -> None:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
@@ -68,7 +68,7 @@ def training_step(loss_of: Callable[[Tensor, Tensor], Tensor], optimizer: torch.
 
 
 def hugging_face(device: torch.device, bf16: bool) -> Step:
-    """ViTMAEForPreTraining of the same size and target; its tables start at zero, so only its speed counts."""
+    """A step of ViTMAEForPreTraining of the same size and target. Its position tables are zero: only speed counts."""
     import transformers
 
     config = transformers.ViTMAEConfig(norm_pix_loss=True, layer_norm_eps=1e-6, attn_implementation="sdpa")
@@ -78,7 +78,7 @@ def hugging_face(device: torch.device, bf16: bool) -> Step:
 
 
 class Products(TorchDispatchMode):
-    """Notes the matrix products of whatever runs inside, with size, stride of their operands."""
+    """Records the matrix products that run inside this context, with size and stride of their operands."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Products(TorchDispatchMode):
 
 
 def bare_products(batch: int, device: torch.device, bf16: bool) -> Step:
-    """The matrix products of one step, the attention's among them, and nothing else."""
+    """The matrix products of one step, including those of attention, and nothing else."""
     with torch.device("meta"):
         model = MAE(dataclasses.replace(BASE, attention="math"))
         images, keys = torch.empty(batch, 3, 224, 224, dtype=torch.uint8), torch.empty(batch, dtype=torch.int64)
@@ -113,7 +113,7 @@ def bare_products(batch: int, device: torch.device, bf16: bool) -> Step:
 
 
 def steps_of_base(batch: int, device: torch.device, bf16: bool) -> dict[str, Step]:
-    """Name -> step of everything that can run here; ours are one model, one optimizer."""
+    """The steps that can run on this machine, by name; all of ours share one model and one optimizer."""
     model = MAE(BASE).to(device)
     optimizer = adamw(weight_decay_groups(model, 0.05))
     compiled = torch.compile(model, fullgraph=True)
@@ -143,13 +143,13 @@ def steps_of_base(batch: int, device: torch.device, bf16: bool) -> dict[str, Ste
 
 
 def steps_of_large(device: torch.device, bf16: bool) -> dict[str, Step]:
-    """The three models of the paper's table 2, on the same parameters."""
-    models, optimizer = sharing(LARGE, device)
+    """The three models of the paper's table 2, with shared parameters."""
+    models, optimizer = build_shared_models(LARGE, device)
     return {name: training_step(model, optimizer, bf16) for name, model in models.items()}
 
 
 def seconds_of(steps: dict[str, Step], batch: int, device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of each step; the first two rounds, which compile and fill pools, do not count."""
+    """Median seconds of each step, without the first two rounds, which compile and fill memory pools."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8, generator=generator).to(device)
     keys = torch.arange(batch, device=device)
@@ -164,56 +164,6 @@ def seconds_of(steps: dict[str, Step], batch: int, device: torch.device, rounds:
     return {name: statistics.median(times[2:]) for name, times in seconds.items()}
 
 
-class LiveTensors(TorchDispatchMode):
-    """Bytes of the tensors that operators inside have returned and that are still alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {each.untyped_storage()._cdata for each in args if isinstance(each, Tensor)}
-        for each in result if isinstance(result, tuple | list) else [result]:
-            if not isinstance(each, Tensor) or each.untyped_storage()._cdata in self.known | given:
-                continue
-            storage = each.untyped_storage()
-            self.known.add(storage._cdata)
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def forget(self, storage: int, size: int) -> None:
-        self.known.discard(storage)
-        self.live -= size
-
-
-def bytes_per_image(config: MAEConfig, checkpointing: bool, device: torch.device, bf16: bool) -> float:
-    """What one more image adds to the peak of forward and backward."""
-    model = MAE(config).to(device)
-    model.activation_checkpointing = checkpointing
-    for parameter in model.parameters():  # a small batch's peak would be the gradients', which no image adds to
-        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-    peaks = {}
-    for batch in (2, 4) if device.type == "cpu" else (16, 32):
-        images = torch.zeros(batch, 3, *config.image_size, dtype=torch.uint8, device=device)
-        keys = torch.arange(batch, device=device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-                loss = model(images, keys)
-            loss.backward()
-            peaks[batch] = torch.cuda.max_memory_allocated()
-        else:
-            with LiveTensors() as tensors:
-                model(images, keys).backward()
-            peaks[batch] = tensors.peak
-    small, large = peaks
-    return (peaks[large] - peaks[small]) / (large - small)
-
-
 def part_step(batch: int, device: torch.device, bf16: bool, rounds: int) -> dict[str, float]:
     seconds = seconds_of(steps_of_base(batch, device, bf16), batch, device, rounds)
     print(f"B/16, batch {batch}, forward + backward + AdamW\n")
@@ -223,17 +173,17 @@ def part_step(batch: int, device: torch.device, bf16: bool, rounds: int) -> dict
     best = min((name for name in seconds if name.startswith("ours")), key=seconds.__getitem__)
     result = {f"seconds, {name}": each for name, each in seconds.items()}
     result["best over its products alone"] = seconds[best] / seconds["its products alone"]
-    print(f"\n{best} over its products alone: {result['best over its products alone']:.2f} (at most 1.4 is asked)")
+    print(f"\n{best} over its products alone: {result['best over its products alone']:.2f} (target: at most 1.4)")
     if "Hugging Face, sdpa" in seconds:
         theirs = seconds["Hugging Face, sdpa"]
         result |= {
             "Hugging Face over best": theirs / seconds[best],
             "Hugging Face over the products alone": theirs / seconds["its products alone"],
         }
-        print(f"Hugging Face over {best}: {result['Hugging Face over best']:.2f} (at least 1.3 is asked)")
+        print(f"Hugging Face over {best}: {result['Hugging Face over best']:.2f} (target: at least 1.3)")
         print(f"Hugging Face over the products alone: {result['Hugging Face over the products alone']:.2f}")
     else:
-        print("Hugging Face: not measured; transformers is not installed, or failed above")
+        print("Hugging Face: not measured, because transformers is not installed or failed (see above)")
     return result
 
 
@@ -251,7 +201,7 @@ def part_emulated(batch: int, device: torch.device, rounds: int) -> dict[str, fl
     steps = {"ours, as the engine runs it": training_step(widened, optimizer, False)}
     steps["Hugging Face, bf16 autocast"] = hugging_face(device, True)
     seconds = seconds_of(steps, batch, device, rounds)
-    print(f"B/16, batch {batch}, bf16 asked for\n\n| step | seconds | images/s |\n|---|---|---|")
+    print(f"B/16, batch {batch}, bf16 recipe\n\n| step | seconds | images/s |\n|---|---|---|")
     for name, each in seconds.items():
         print(f"| {name} | {each:.2f} | {batch / each:.3f} |")
     ratio = seconds["Hugging Face, bf16 autocast"] / seconds["ours, as the engine runs it"]
@@ -274,7 +224,7 @@ def part_paper(batch: int, device: torch.device, bf16: bool, rounds: int) -> dic
 
 def part_memory(device: torch.device, bf16: bool) -> dict[str, float]:
     result: dict[str, float] = {}
-    print("| model | MB an image | with activation checkpointing | times less |\n|---|---|---|---|")
+    print("| model | MB per image | with activation checkpointing | ratio |\n|---|---|---|---|")
     for name, config in {"B/16": BASE, "L/16": LARGE, "H/14": HUGE}.items():
         whole, saved = (bytes_per_image(config, checkpointing, device, bf16) / 1e6 for checkpointing in (False, True))
         gc.collect()
@@ -288,12 +238,12 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=["step", "paper", "memory", "emulated"], default=["step", "paper", "memory"]
     )
-    parser.add_argument("--batch", type=int, default=8, help="images of part step")
-    parser.add_argument("--paper-batch", type=int, default=8, help="images of part paper")
+    parser.add_argument("--batch", type=int, default=8, help="batch size of part step")
+    parser.add_argument("--paper-batch", type=int, default=8, help="batch size of part paper")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", choices=["auto", "bf16", "float32"], default="auto")
-    parser.add_argument("--json", type=Path, help="also write every figure here")
+    parser.add_argument("--json", type=Path, help="file to which all figures are written as well")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = process_device()
@@ -302,7 +252,7 @@ def main() -> None:
     machine = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU, {args.threads} threads"
     )
-    precision = "bf16 autocast" if bf16 else "float32" + ("" if fast_bf16 else " (no bf16 instructions here)")
+    precision = "bf16 autocast" if bf16 else "float32" + ("" if fast_bf16 else " (no bf16 instructions)")
     print(f"{machine}, {precision}, torch {torch.__version__}, timm {timm.__version__}")
     figures: dict[str, Any] = {"machine": machine, "precision": precision, "batch": args.batch}
     for part in args.parts:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.step import bytes_per_image
+from benchmarks.activation_memory import bytes_per_image
 from maelstream.model.config import MAEConfig
 from maelstream.model.flops import recomputed_flops, training_flops
 from maelstream.model.mae import MAE

@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 from maelstream.model.patches import normalise, patchify
 from maelstream.model.pca import PatchMoments, principal_components
 
-EMA, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def moments_of(images: torch.Tensor, batch: int) -> PatchMoments:
 
 def test_components_mean_and_variances_are_sklearn_s(images: torch.Tensor) -> None:
     """sklearn decomposes the normalised patches themselves, and turns signs by the same rule."""
-    found = principal_components(moments_of(images, 5), 20, EMA, STD)
-    patches = patchify(normalise(images, EMA, STD).double(), 8).flatten(0, 1).numpy()
+    found = principal_components(moments_of(images, 5), 20, MEAN, STD)
+    patches = patchify(normalise(images, MEAN, STD).double(), 8).flatten(0, 1).numpy()
     reference = PCA(20, svd_solver="full").fit(patches)
     assert np.abs(found.components.numpy() - reference.components_).max() < 1e-5
     assert np.abs(found.mean.numpy() - reference.mean_).max() < 1e-6
@@ -47,16 +47,16 @@ def test_the_sums_are_the_same_bits_in_any_batches_and_order(images: torch.Tenso
 
 
 def test_components_are_orthonormal_and_the_largest_entry_is_positive(images: torch.Tensor) -> None:
-    components = principal_components(moments_of(images, 24), 192, EMA, STD).components
+    components = principal_components(moments_of(images, 24), 192, MEAN, STD).components
     assert torch.allclose(components @ components.T, torch.eye(192, dtype=torch.float64), atol=1e-10)
     assert (components.amax(1) == components.abs().amax(1)).all()
 
 
 def test_patches_that_have_no_components_are_refused(images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="all patches are equal"):
-        principal_components(moments_of(torch.full_like(images, 7), 24), 20, EMA, STD)
+        principal_components(moments_of(torch.full_like(images, 7), 24), 20, MEAN, STD)
     with pytest.raises(ValueError, match="24 patches are too few for 30 components"):
-        principal_components(moments_of(images[:1], 1), 30, EMA, STD)
+        principal_components(moments_of(images[:1], 1), 30, MEAN, STD)
     moments = moments_of(images[:1], 1)
     moments.count = 2**53 // 255**2
     with pytest.raises(ValueError, match="more than can be summed exactly"):

@@ -99,5 +99,5 @@ def test_a_table_is_interpolated_along_each_side_of_its_own() -> None:
 def test_a_table_for_its_own_grid_is_itself_and_of_another_grid_is_refused() -> None:
     table = sincos_table((4, 6), 8)
     assert interpolate_table(table, (4, 6), (4, 6)) is table
-    with pytest.raises(ValueError, match=r"shape \(1, 25, 8\) is not one of 5 x 5 patches"):
+    with pytest.raises(ValueError, match=r"shape \(1, 25, 8\) does not fit 5 x 5 patches"):
         interpolate_table(table, (5, 5), (8, 8))
