@@ -1,10 +1,10 @@
-"""Images/s of the loader beside what a user would pick instead, on the same files and cores, in one run.
+"""Images/s of this loader and of the loaders that a user could choose instead, on the same files and cores.
 
 Every candidate delivers random-resized crops (scale 0.2-1, bicubic, antialias, flip) of 224 px in batches of 64 to the
-training process: float32 normalised, or bytes where it says uint8. They take turns, round by round, so that a machine
-that slows down slows all of them; the median round counts. DALI's window decode alone, on the same windows, is the
-limit: nothing is resized there, and nothing handed over. A peer that is not installed, or fails, is left out, and said
-to be.
+training process: normalised float32, or bytes if its name says uint8. The candidates run in turn, round by round, so a
+machine that slows down slows all of them; the median round counts. The upper limit is DALI's window decode
+alone, on the same windows: it resizes and delivers nothing. A candidate that is not installed or fails is reported and
+left out.
 
     python benchmarks/loaders.py --data ../shared/imagenet-sample
 """
@@ -51,19 +51,19 @@ LIMIT = "DALI's window decode alone"
 @dataclass(frozen=True)
 class Options:
     data: Path = Path("../shared/imagenet-sample")
-    """A folder of images, one folder a class."""
+    """A folder of images with one folder per class."""
     threads: int = 2
     """Decoding threads, or worker processes."""
     rounds: int = 5
     batches: int = 15
-    """Batches a round and candidate."""
+    """Batches per round and candidate."""
     json: Path | None = None
-    """Write the medians, too: images/s by name."""
+    """Also write the median images/s to this file, by name."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """The same images as files and packed."""
+    """The same images as files and as a packed dataset."""
 
     files: Path
     dataset: Dataset
@@ -71,7 +71,7 @@ class Data:
 
 
 def augmentation() -> transforms.Compose:
-    """torchvision's, as MAE's own code has it."""
+    """torchvision's augmentation with the settings of MAE's own code."""
     crop = transforms.RandomResizedCrop(
         SIZE, scale=(0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC, antialias=True
     )
@@ -112,16 +112,16 @@ def stock_dali(data: Data) -> Iterator[Iterator[object]]:
 
 @contextmanager
 def window_decode(data: Data) -> Iterator[Iterator[object]]:
-    """Bytes in memory to windows, by DALI, and no further."""
+    """DALI decodes windows from bytes in memory; nothing else."""
     dataset = data.dataset
     samples = np.arange(len(dataset))
     encoded = [view.copy() for view in ShardReader(dataset, check_crc=False).read(samples)]
-    draws = AugmentSampler(0, CropConfig(), SIZE).at(np.zeros_like(samples), samples, dataset.width, dataset.height)
+    params = AugmentSampler(0, CropConfig(), SIZE).at(np.zeros_like(samples), samples, dataset.width, dataset.height)
 
     def source(iteration: int) -> tuple:
-        places = (iteration * BATCH + np.arange(BATCH)) % len(dataset)
-        windows = draws.windows[places]
-        return [encoded[place] for place in places], windows[:, :2].copy(), windows[:, 2:].copy()
+        chosen = (iteration * BATCH + np.arange(BATCH)) % len(dataset)
+        windows = params.windows[chosen]
+        return [encoded[sample] for sample in chosen], windows[:, :2].copy(), windows[:, 2:].copy()
 
     pipeline = Pipeline(BATCH, data.threads, device_id=None, prefetch_queue_depth=2)
     with pipeline:
@@ -139,7 +139,7 @@ def workers(images: object, data: Data, **options: object) -> Iterator[object]:
         batch_size=BATCH,
         num_workers=data.threads,
         persistent_workers=True,
-        multiprocessing_context="forkserver",  # a fork of this process, with its peers' threads, now and then crashes
+        multiprocessing_context="forkserver",  # a fork, with the threads of other candidates, sometimes crashes
         **options,  # type: ignore[arg-type]
     )
     return chain.from_iterable(repeat(loader))
@@ -153,7 +153,7 @@ def torchvision_loader(data: Data) -> Iterator[Iterator[object]]:
 
 @contextmanager
 def webdataset_loader(data: Data) -> Iterator[Iterator[object]]:
-    """webdataset's pipeline with PIL, on our shards."""
+    """webdataset's pipeline with PIL, on the packed shards."""
     urls = [str(Path(data.dataset.folder, name)) for name in data.dataset.shard_names]
     images = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0).shuffle(256).decode("pil").to_tuple("jpg")
     yield workers(images.map_tuple(augmentation()), data)
@@ -189,7 +189,7 @@ def spdl_loader(data: Data) -> Iterator[Iterator[object]]:
 
 
 def rate(batches: Iterator[object], number: int) -> float:
-    """Images/s over `number` batches, once past the start and what was made ahead meanwhile."""
+    """Images/s over `number` batches, after the first 8, which start-up and prefetching distort."""
     for _ in islice(batches, 8):
         pass
     began = time.perf_counter()
@@ -209,8 +209,8 @@ def main() -> None:
         "stock DALI reader and resize": stock_dali,
         LIMIT: window_decode,
     }
-    peers = {"grain": grain_loader, "spdl": spdl_loader}
-    candidates |= {name: start for name, start in peers.items() if importlib.util.find_spec(name)}
+    others = {"grain": grain_loader, "spdl": spdl_loader}
+    candidates |= {name: start for name, start in others.items() if importlib.util.find_spec(name)}
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder) / "shards"
         pack(
@@ -237,7 +237,7 @@ def main() -> None:
         ours = (f"{medians[f'maelstream, {dtype}'] / median:.2f}x" for dtype in ("float32", "uint8"))
         table.add_row(name, f"{median:,.0f}", *ours)
     Console().print(table)
-    for name in peers.keys() - candidates.keys():
+    for name in others.keys() - candidates.keys():
         print(f"{name}: not installed")
     for name, failure in failures.items():
         print(f"{name}: failed, {failure}")

@@ -1,7 +1,7 @@
-"""What decoding at a DCT scale brings and costs: the loader's rate, and how far its pixels are from full decoding's.
+"""Decoding at a DCT scale: the loader's rate with and without it, and how much its pixels differ.
 
-For several sizes of crop, since the scale only serves images whose window is twice as large as the crop or more. The
-candidates take turns; the median round counts. Pixels are compared with PIL's full decode, crop and bicubic resize.
+Crops of several sizes, because a DCT scale applies only if the window is at least twice as large as the crop. Both
+candidates run in turn; the median round counts. Pixels are compared with PIL's full decode, crop and bicubic resize.
 
     python -m benchmarks.scaled --data ../shared/imagenet-sample
 """
@@ -38,21 +38,21 @@ from maelstream.shards.reader import ShardReader
 @dataclass(frozen=True)
 class Options:
     data: Path = Path("../shared/imagenet-sample")
-    """A folder of images, one folder a class."""
+    """A folder of images with one folder per class."""
     sizes: tuple[int, ...] = (224, 112, 64, 32)
-    """Sides of the crop in pixels."""
+    """Side lengths of the crop in pixels."""
     enlarge: int = 1
-    """Make this many times as many pixels a side of every eighth image, to stand for a camera's."""
+    """Use every eighth image, enlarged by this factor in width and height, in place of photographs of a camera."""
     threads: int = 2
     rounds: int = 3
     batches: int = 12
-    """Batches a round and candidate."""
+    """Batches per round and candidate."""
     json: Path | None = None
-    """Write the figures, too: by side of the crop."""
+    """Also write the figures to this file, by side length of the crop."""
 
 
 def difference(batch: EncodedBatch, images: torch.Tensor) -> float:
-    """Mean absolute difference from PIL's picture, in levels."""
+    """Mean absolute difference from PIL's image, in levels of 255."""
     total = 0.0
     for data, window, flip, image in zip(batch.encoded, batch.windows, batch.flips, images.numpy(), strict=True):
         left, top, width, height = window.tolist()

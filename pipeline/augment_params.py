@@ -87,13 +87,13 @@ class AugmentSampler:
             magnitudes = np.where(drawn[..., 4] < 0.5, size, -size)
         if crop.erase:
             drawn = numbers("erase", 1 + 4 * _TRIES)
-            boxes = erased_boxes(drawn[:, 1:].reshape(-1, _TRIES, 4), self.image_size)
+            boxes = boxes_to_erase(drawn[:, 1:].reshape(-1, _TRIES, 4), self.image_size)
             boxes[drawn[:, 0] >= crop.erase] = 0
         noise_keys = sample_keys(seed_word(self.seed, "noise"), epochs, samples).view(np.int64)
         return PixelAugment(factors, orders, operations, magnitudes, boxes, noise_keys)
 
 
-def erased_boxes(numbers: Float64[np.ndarray, "b tries 4"], image_size: tuple[int, int]) -> Int32[np.ndarray, "b 4"]:
+def boxes_to_erase(numbers: Float64[np.ndarray, "b tries 4"], image_size: tuple[int, int]) -> Int32[np.ndarray, "b 4"]:
     """Boxes to erase (left, top, width, height): the first try that fits into the image; width 0 if none does.
 
     Each covers 2 % to a third of the image, with height / width of 0.3 to 1 / 0.3 (Zhong et al., arXiv 1708.04896).

@@ -30,7 +30,7 @@ def reduction(data: UInt8[np.ndarray, "size"], window: Int32[np.ndarray, "4"], r
     return (8 if smaller >= 8 else 4 if smaller >= 4 else 2) if colours in ("YCbCr", "Gray") else 1
 
 
-def window_of_scaled(
+def decode_reduced_window(
     data: UInt8[np.ndarray, "size"], window: Int32[np.ndarray, "4"], times: int
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The window, RGB, of the image decoded `times` smaller.

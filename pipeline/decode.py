@@ -25,7 +25,7 @@ from torch.nn.functional import interpolate
 from maelstream.pipeline.augment_params import AugmentParams
 from maelstream.pipeline.config import DecodeConfig
 from maelstream.pipeline.dali_graph import decoded_windows, resized_windows
-from maelstream.pipeline.dct_scaling import STUB, reduction, window_of_scaled
+from maelstream.pipeline.dct_scaling import STUB, decode_reduced_window, reduction
 from maelstream.pipeline.output import BufferPool, Output
 from maelstream.pipeline.pixel_augment import PixelAugment, augment_pixels
 from maelstream.pipeline.tracing import trace_range
@@ -133,7 +133,7 @@ class CpuDecoder:
             # last, ATen infers channels-first strides and writes its result so, which takes half as long again.
             pixels = np.asarray(windows[index])
             if reductions[index] > 1:
-                pixels = window_of_scaled(batch.encoded[index], batch.windows[index], reductions[index])
+                pixels = decode_reduced_window(batch.encoded[index], batch.windows[index], reductions[index])
             window = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
             height, width, top, left = batch.resizes[index].tolist()
             image = interpolate(window, size=(height, width), mode="bicubic", antialias=True)[0]

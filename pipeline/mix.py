@@ -57,6 +57,7 @@ class Mix:
 
     @property
     def folder(self) -> str:
+        """All folders or URIs, for messages."""
         return " + ".join(dataset.folder for dataset in self.datasets)
 
     @property

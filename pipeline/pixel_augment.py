@@ -1,8 +1,8 @@
 """Pixel augmentation after the crop: colour jitter, RandAugment and random erasing, from parameters drawn beforehand.
 
-RandAugment is the variant of MAE's fine-tuning (magnitude 9, standard deviation 0.5; "increasing"
-operations, two per image, each skipped half the time). Erasing is that of its paper, with noise in the box. Both follow
-timm's documented behaviour with torchvision's tensor operations, so a GPU does the same as a CPU.
+RandAugment is the variant of MAE's fine-tuning (magnitude 9, standard deviation 0.5; "increasing" operations, two per
+image, each skipped half the time). Erasing is that of its paper, with noise in the box. Both follow timm's documented
+behaviour with torchvision's tensor operations, so a GPU does the same as a CPU.
 """
 
 import math
@@ -43,8 +43,8 @@ def augment_pixels(
     if params is None:
         return image
     if params.jitter_factors is not None and params.jitter_orders is not None:
-        for which in params.jitter_orders[index]:
-            image = _JITTER[which](image, float(params.jitter_factors[index, which]))
+        for kind in params.jitter_orders[index]:
+            image = _JITTER[kind](image, float(params.jitter_factors[index, kind]))
     if params.operations is not None and params.magnitudes is not None:
         for operation, magnitude in zip(params.operations[index], params.magnitudes[index], strict=True):
             if operation >= 0:
@@ -92,7 +92,7 @@ def rand_augment(image: UInt8[Tensor, "3 h w"], operation: int, magnitude: float
         lambda: v2.autocontrast(image),
         lambda: v2.equalize(image),
         lambda: v2.invert(image),
-        lambda: moved(angle=-30 * level),  # PIL turns anticlockwise
+        lambda: moved(angle=-30 * level),  # PIL rotates anticlockwise
         lambda: v2.posterize(image, 4 - int(4 * strength)) if strength < 1 else torch.zeros_like(image),
         lambda: v2.solarize(image, 256 - min(256, int(256 * strength))),
         lambda: torch.where(image < 128, image + min(128, int(110 * strength)), image),

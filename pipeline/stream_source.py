@@ -1,4 +1,4 @@
-"""Reads shards that cannot be read at random from start to end, with webdataset.
+"""Reads the shards of a stream from start to end, with webdataset.
 
 The samples are known only once they arrive, so the guarantees are weaker than those of an indexed dataset. The shards
 form an endless sequence, epoch after epoch, each epoch in an order drawn from (seed, epoch). Rank r of n takes every
@@ -82,7 +82,7 @@ class StreamSource:
             initial=stream.shuffle_buffer,
             rng=random.Random(f"{order.seed}/{self._first_shard}/{rank}"),
         )
-        self._samples = iter(shuffled(self._read_through()))
+        self._samples = iter(shuffled(self._shard_samples()))
 
     def read(self, number: int) -> tuple[MicroBatch, EncodedBatch]:
         """See `SampleSource.read`; only recent micro-batches are kept."""
@@ -122,7 +122,8 @@ class StreamSource:
     def close(self) -> None:
         """See `SampleSource.close`; there are no threads, and the open shard is closed with this object."""
 
-    def _read_through(self) -> Iterator[StreamSample]:
+    def _shard_samples(self) -> Iterator[StreamSample]:
+        """Good samples of this rank's shards, in order, without end."""
         shards, count = self._stream.shards, len(self._stream.shards)
         position = self._first_shard + (self._rank - self._first_shard) % self._batch_split.world_size
         while True:
@@ -168,7 +169,7 @@ def _read_shard(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         except Exception as error:  # webdataset passes on any exception of its openers and of tarfile
             if pause_s is None:
                 reason = " ".join(str(error.args[0] if error.args else error).split())
-                raise StorageError(f"{url} cannot be read ({reason}); asked {len(_PAUSES_S) + 1} times") from None
+                raise StorageError(f"{url} cannot be read ({reason}); tried {len(_PAUSES_S) + 1} times") from None
             time.sleep(pause_s)
 
 

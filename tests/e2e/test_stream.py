@@ -1,4 +1,4 @@
-"""Pre-training on shards that are read through: stopped, resumed at a shard, and what it cannot do told in a line."""
+"""Pre-training on a stream: it stops, resumes at a shard, and reports invalid settings in one line."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.helpers.forked import run_ranks
 from tests.pipeline.test_stream import pattern
 
 
-def test_a_stream_is_trained_on_and_resumed(
+def test_a_run_on_a_stream_stops_and_resumes(
     packed: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, folder = tmp_path / "stream.yaml", RunFolder(tmp_path / "run")
@@ -34,10 +34,10 @@ def test_a_stream_is_trained_on_and_resumed(
         ("urls: a.tar, samples: 60}, shuffle: block, mix: {", "a stream cannot be shuffled by blocks"),
     ],
 )
-def test_a_stream_that_makes_no_sense_is_one_line(
+def test_an_invalid_stream_is_an_error_of_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], stream: str, complaint: str
 ) -> None:
     (tmp_path / "stream.yaml").write_text(TINY + f"data: {{stream: {{{stream}}}}}\n")
     assert run("pretrain", [str(tmp_path / "stream.yaml"), "--run", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr().err
-    assert complaint in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert complaint in printed and printed.count("\n") == 1

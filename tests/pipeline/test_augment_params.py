@@ -1,4 +1,4 @@
-"""AugmentDraws: torchvision's windows, from numbers that depend on nothing but (seed, epoch, sample)."""
+"""AugmentSampler: torchvision's crop windows, from numbers that depend only on (seed, epoch, sample)."""
 
 import math
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ CROP = CropConfig()
 sides = st.integers(1, 5000)
 
 
-def window_one_by_one(numbers: Sequence[Sequence[float]], width: int, height: int) -> tuple[int, int, int, int]:
-    """torchvision's algorithm as its documentation tells it, in scalars."""
+def scalar_window(numbers: Sequence[Sequence[float]], width: int, height: int) -> tuple[int, int, int, int]:
+    """torchvision's documented algorithm, with scalars."""
     for area_number, ratio_number, left_number, top_number in numbers:
         area = width * height * (CROP.scale[0] + area_number * (CROP.scale[1] - CROP.scale[0]))
         low, high = (math.log(ratio) for ratio in CROP.ratio)
@@ -42,24 +42,24 @@ def window_one_by_one(numbers: Sequence[Sequence[float]], width: int, height: in
 
 
 @given(width=sides, height=sides, seed=st.integers(0, 2**32 - 1))
-def test_windows_are_those_of_ten_tries_then_centre(width: int, height: int, seed: int) -> None:
+def test_windows_come_from_ten_tries_or_else_from_the_centre(width: int, height: int, seed: int) -> None:
     numbers = np.random.default_rng(seed).random((1, 10, 4))
     window = random_resized_crop(numbers, np.array([width]), np.array([height]), CROP)
-    assert tuple(window[0].tolist()) == window_one_by_one(numbers[0].tolist(), width, height)
+    assert tuple(window[0].tolist()) == scalar_window(numbers[0].tolist(), width, height)
 
 
 @given(width=sides, height=sides, epoch=st.integers(0, 1000), sample=st.integers(0, 10**9))
-def test_every_window_lies_inside_its_image(width: int, height: int, epoch: int, sample: int) -> None:
-    draws = AugmentSampler(0, CROP, (224, 224)).at(
+def test_every_window_is_inside_its_image(width: int, height: int, epoch: int, sample: int) -> None:
+    params = AugmentSampler(0, CROP, (224, 224)).at(
         np.array([epoch]), np.array([sample]), np.array([width], np.uint32), np.array([height], np.uint32)
     )
-    left, top, w, h = draws.windows[0].tolist()
+    left, top, w, h = params.windows[0].tolist()
     assert left >= 0 and top >= 0 and w >= 1 and h >= 1 and left + w <= width and top + h <= height
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (200, 900)])
 def test_windows_are_distributed_as_torchvisions(width: int, height: int) -> None:
-    """Largest distance of the two cumulative distributions; 20,000 draws each stay below 0.025 but for 1e-5."""
+    """Largest distance of the cumulative distributions; with 20,000 draws it exceeds 0.025 with probability 1e-5."""
     count = 20_000
     ours = AugmentSampler(0, CROP, (224, 224)).at(
         np.zeros(count, np.int64), np.arange(count), np.full(count, width), np.full(count, height)
@@ -78,18 +78,18 @@ def test_windows_are_distributed_as_torchvisions(width: int, height: int) -> Non
         assert distance / count < 0.025
 
 
-def test_draws_do_not_depend_on_what_else_is_in_the_batch() -> None:
-    draws = AugmentSampler(7, CROP, (224, 224))
+def test_parameters_do_not_depend_on_the_rest_of_the_batch() -> None:
+    sampler = AugmentSampler(7, CROP, (224, 224))
     epochs, samples = np.array([0, 3, 3, 8]), np.array([5, 5, 6, 10**9])
     widths, heights = np.array([500, 500, 20, 3000]), np.array([375, 375, 4000, 2000])
-    together = draws.at(epochs, samples, widths, heights)
+    together = sampler.at(epochs, samples, widths, heights)
     for k in range(4):
-        alone = draws.at(*(column[k : k + 1] for column in (epochs, samples, widths, heights)))
+        alone = sampler.at(*(column[k : k + 1] for column in (epochs, samples, widths, heights)))
         assert np.array_equal(alone.windows[0], together.windows[k])
         assert alone.flips[0] == together.flips[k] and alone.keys[0] == together.keys[k]
 
 
-def test_half_of_the_images_flip_and_none_when_the_recipe_says_so() -> None:
+def test_half_of_the_images_flip_or_as_many_as_the_setting_says() -> None:
     count = 10_000
     columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 64), np.full(count, 64)
     flips = AugmentSampler(0, CROP, (224, 224)).at(*columns).flips
@@ -98,13 +98,13 @@ def test_half_of_the_images_flip_and_none_when_the_recipe_says_so() -> None:
     assert AugmentSampler(0, CropConfig(flip=1), (224, 224)).at(*columns).flips.all()
 
 
-def test_the_draws_are_pinned() -> None:
-    """A change of these numbers changes what every old run would resume with."""
+def test_the_parameters_are_pinned() -> None:
+    """If these numbers change, old runs resume with other crops, flips and masks."""
     two = np.array([0, 1])
-    draws = AugmentSampler(0, CROP, (224, 224)).at(two, two, np.array([500, 640]), np.array([375, 480]))
-    assert draws.windows.tolist() == [[295, 48, 192, 241], [311, 34, 271, 321]]
-    assert draws.flips.tolist() == [False, True]
-    assert draws.keys.tolist() == [4200738001716561462, -8575921941596432980]
+    params = AugmentSampler(0, CROP, (224, 224)).at(two, two, np.array([500, 640]), np.array([375, 480]))
+    assert params.windows.tolist() == [[295, 48, 192, 241], [311, 34, 271, 321]]
+    assert params.flips.tolist() == [False, True]
+    assert params.keys.tolist() == [4200738001716561462, -8575921941596432980]
 
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "f64" / "rrc.npz")
@@ -112,7 +112,7 @@ GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "f64" / "rrc.npz")
 
 @pytest.mark.parametrize("number", range(7))
 def test_one_draw_is_the_reference_s_for_linear_probing(number: int) -> None:
-    """The golden map from numbers to boxes (top, left, height, width), RNG-free."""
+    """Golden file: maps uniform numbers to boxes (top, left, height, width), without a generator."""
     width, height = GOLDEN["sizes_wh"][number]
     numbers = GOLDEN["u"][:, None, [0, 1, 3, 2]]  # ours: left before top
     crop = CropConfig(sampler="one_draw", scale=(0.08, 1.0))
@@ -130,8 +130,8 @@ def test_one_draw_is_distributed_as_the_reference_s() -> None:
 
 
 @given(width=sides, height=sides, size=st.integers(1, 500), margin=st.floats(1, 2))
-def test_resized_and_centred_as_torchvision_does_it(width: int, height: int, size: int, margin: float) -> None:
-    """Resize's and CenterCrop's own arithmetic for a square model."""
+def test_resize_and_centre_crop_are_torchvision_s(width: int, height: int, size: int, margin: float) -> None:
+    """The arithmetic of Resize and CenterCrop for a square input."""
     (resize,) = resized_crop(None, np.array([width]), np.array([height]), (size, size), margin)
     short = round(size * margin)
     expected = _compute_resized_output_size((height, width), [short])
@@ -140,16 +140,16 @@ def test_resized_and_centred_as_torchvision_does_it(width: int, height: int, siz
 
 
 @given(width=sides, height=sides, sample=st.integers(0, 10**6))
-def test_a_fixed_size_lies_inside_the_resized_image_for_any_shape(width: int, height: int, sample: int) -> None:
+def test_a_fixed_size_crop_is_inside_the_resized_image_for_any_shape(width: int, height: int, sample: int) -> None:
     one = np.zeros(1, np.int64), np.array([sample]), np.array([width]), np.array([height])
-    draws = AugmentSampler(0, CropConfig("fixed_size"), (96, 192)).at(*one)
-    resized_height, resized_width, top, left = draws.resizes[0].tolist()
+    params = AugmentSampler(0, CropConfig("fixed_size"), (96, 192)).at(*one)
+    resized_height, resized_width, top, left = params.resizes[0].tolist()
     assert 0 <= top <= resized_height - 96 and 0 <= left <= resized_width - 192
     assert resized_height == 110 or resized_width == 219  # 96 and 192 times 256 / 224
-    assert draws.windows[0].tolist() == [0, 0, width, height]
+    assert params.windows[0].tolist() == [0, 0, width, height]
 
 
-def test_fixed_size_reaches_every_edge() -> None:
+def test_fixed_size_crops_reach_every_edge() -> None:
     count = 5000
     columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 500), np.full(count, 375)
     resizes = AugmentSampler(0, CropConfig("fixed_size"), (224, 224)).at(*columns).resizes
@@ -172,7 +172,7 @@ def test_jitter_is_drawn_within_its_bounds_in_every_order() -> None:
 
 
 def test_rand_augment_is_drawn_as_timm_draws_it() -> None:
-    """Two of 15 operations, each left out half the time, magnitude normal(9, 0.5) up to 10, either sense."""
+    """Two of 15 operations, each skipped half the time; magnitude normal(9, 0.5), at most 10, of either sign."""
     count = 20_000
     columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 500), np.full(count, 375)
     params = AugmentSampler(0, CropConfig(rand_augment=9.0), (224, 224)).at(*columns).pixel_augment
@@ -189,7 +189,7 @@ def test_rand_augment_is_drawn_as_timm_draws_it() -> None:
     assert abs((params.magnitudes < 0).mean() - 0.5) < 0.01
 
 
-def test_boxes_are_erased_as_often_and_as_large_as_asked() -> None:
+def test_boxes_are_erased_with_the_probability_and_size_of_the_setting() -> None:
     count = 20_000
     columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 500), np.full(count, 375)
     params = AugmentSampler(0, CropConfig(erase=0.25), (224, 224)).at(*columns).pixel_augment
@@ -211,6 +211,6 @@ def test_boxes_are_erased_as_often_and_as_large_as_asked() -> None:
         ({"jitter": 1.0}, "jitter 1.0 in 0..1"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(values: dict, complaint: str) -> None:
+def test_invalid_settings_are_rejected(values: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         CropConfig(**values)

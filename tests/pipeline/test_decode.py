@@ -1,4 +1,4 @@
-"""The images of the graphs are PIL's, whatever kind of file they come from."""
+"""Decoded images are PIL's for every kind of file, within the tolerances below."""
 
 import io
 from dataclasses import replace
@@ -25,7 +25,7 @@ from maelstream.shards.inspect import refusal
 from tests.conftest import DEVICES, encoded, photograph
 
 SIZE = (224, 224)
-# Levels of 255 from PIL's: nvJPEG's chroma upsampling and DALI's own bicubic are not ATen's.
+# Mean difference from PIL in levels of 255: nvJPEG's chroma upsampling and DALI's bicubic are not ATen's.
 WITHIN = {"cpu": 0.5, "cuda": 2.0}
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 
@@ -35,8 +35,8 @@ def decode(batch: EncodedBatch, device: str = "cpu") -> torch.Tensor:
     return decoder.run().cpu()
 
 
-def as_pil_does(data: np.ndarray, window: np.ndarray, flip: bool) -> np.ndarray:
-    """(3, H, W): decode, crop, bicubic resize and flip by PIL."""
+def decoded_by_pil(data: np.ndarray, window: np.ndarray, flip: bool) -> np.ndarray:
+    """Decodes, crops, resizes (bicubic) and flips with PIL; (3, H, W)."""
     left, top, width, height = window.tolist()
     with Image.open(io.BytesIO(data.tobytes())) as image:
         crop = image.convert("RGB").crop((left, top, left + width, top + height))
@@ -44,33 +44,33 @@ def as_pil_does(data: np.ndarray, window: np.ndarray, flip: bool) -> np.ndarray:
     return resized[:, :, ::-1] if flip else resized
 
 
-def drawn(data: list[np.ndarray]) -> EncodedBatch:
-    """The windows and flips that a first epoch draws for these files."""
+def random_crops(data: list[np.ndarray]) -> EncodedBatch:
+    """A batch of these files with the windows and flips of the first epoch."""
     sizes = np.array([Image.open(io.BytesIO(item.tobytes())).size for item in data])
     samples = np.arange(len(data))
-    draws = AugmentSampler(0, CropConfig(), SIZE).at(np.zeros_like(samples), samples, sizes[:, 0], sizes[:, 1])
-    return EncodedBatch.of(data, draws)
+    params = AugmentSampler(0, CropConfig(), SIZE).at(np.zeros_like(samples), samples, sizes[:, 0], sizes[:, 1])
+    return EncodedBatch.of(data, params)
 
 
-def whole(
+def batch_of(
     data: list[np.ndarray], windows: np.ndarray, flips: np.ndarray, image_size: tuple[int, int] = SIZE
 ) -> EncodedBatch:
-    """Windows resized to `image_size` and not cropped, as random sizes are."""
+    """A batch of these windows, resized to `image_size` and not cropped further."""
     return EncodedBatch(data, windows, np.tile(np.array([*image_size, 0, 0], np.int32), (len(data), 1)), flips, None)
 
 
 def difference_from_pil(batch: EncodedBatch, images: torch.Tensor) -> np.ndarray:
-    """Mean absolute difference of each image, of 255."""
+    """Mean absolute difference of each image in levels of 255."""
     rows = zip(batch.encoded, batch.windows, batch.flips, images.numpy(), strict=True)
-    return np.array([np.abs(as_pil_does(*row[:3]).astype(int) - row[3]).mean() for row in rows])
+    return np.array([np.abs(decoded_by_pil(*row[:3]).astype(int) - row[3]).mean() for row in rows])
 
 
 def imagenet_files(folder: Path, count: int) -> list[np.ndarray]:
     return [np.fromfile(path, np.uint8) for path in sorted(folder.glob("*/*"))[:count]]
 
 
-def test_imagenet_as_the_cpu_graph_gives_it_is_within_a_third_of_a_level_of_pil(imagenet_sample: Path) -> None:
-    batch = drawn(imagenet_files(imagenet_sample, 256))
+def test_imagenet_decoded_on_the_cpu_is_within_a_third_of_a_level_of_pil(imagenet_sample: Path) -> None:
+    batch = random_crops(imagenet_files(imagenet_sample, 256))
     differences = difference_from_pil(batch, decode(batch))
     assert differences.mean() < 0.1
     assert (differences < 0.3).mean() > 0.98 and differences.max() < 1
@@ -79,7 +79,7 @@ def test_imagenet_as_the_cpu_graph_gives_it_is_within_a_third_of_a_level_of_pil(
 @pytest.mark.parametrize("quality", [75, 95])
 def test_generated_jpegs_are_within_a_third_of_a_level_of_pil(quality: int) -> None:
     sizes = [(300, 200), (64, 640), (901, 333), (223, 225), (30, 30)]
-    batch = drawn([encoded(photograph(*size, seed=k), "JPEG", quality=quality) for k, size in enumerate(sizes)])
+    batch = random_crops([encoded(photograph(*size, seed=k), "JPEG", quality=quality) for k, size in enumerate(sizes)])
     assert difference_from_pil(batch, decode(batch)).mean() < 0.3
 
 
@@ -106,25 +106,25 @@ def test_generated_jpegs_are_within_a_third_of_a_level_of_pil(quality: int) -> N
     ],
 )
 def test_every_kind_of_file_decodes_as_pil_decodes_it(mode: str, form: str, options: dict, device: str) -> None:
-    batch = drawn([encoded(photograph().convert(mode), form, **options)])
+    batch = random_crops([encoded(photograph().convert(mode), form, **options)])
     assert refusal(batch.encoded[0].tobytes(), 300, 200) is None
     assert difference_from_pil(batch, decode(batch, device)).max() < WITHIN[device]
 
 
 @on_each_device
-def test_16_bits_become_8_where_pil_would_clip_them(device: str) -> None:
-    """PIL reads a gray 16-bit PNG rightly, but its conversion to RGB turns all above 255 white."""
+def test_16_bit_images_are_scaled_to_8_bits_where_pil_clips(device: str) -> None:
+    """PIL reads a gray 16-bit PNG correctly, but its conversion to RGB makes all values above 255 white."""
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     data, window = encoded(Image.fromarray(values), "PNG"), np.array([[0, 0, 256, 256]], np.int32)
-    source, place = lambda _: whole([data], window, NONE, (256, 256)), torch.device(device, 0)
-    levels = DECODERS[device](source, 1, (256, 256), 1, place).run()[0, 0].cpu().numpy()
+    source, on = lambda _: batch_of([data], window, NONE, (256, 256)), torch.device(device, 0)
+    levels = DECODERS[device](source, 1, (256, 256), 1, on).run()[0, 0].cpu().numpy()
     assert np.abs(levels - np.round(values / 257)).max() <= (0 if device == "cpu" else 1)
 
 
 @on_each_device
-def test_one_pixel_is_enough(device: str) -> None:
+def test_images_of_one_pixel_are_decoded(device: str) -> None:
     for form in ("JPEG", "PNG", "WEBP", "BMP"):
-        batch = whole(
+        batch = batch_of(
             [encoded(Image.new("RGB", (1, 1), (200, 100, 50)), form)], np.array([[0, 0, 1, 1]], np.int32), NONE
         )
         assert difference_from_pil(batch, decode(batch, device)).max() <= (0 if device == "cpu" else 2)
@@ -133,29 +133,29 @@ def test_one_pixel_is_enough(device: str) -> None:
 @on_each_device
 def test_the_exif_orientation_is_ignored_as_torchvision_does(device: str) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees to show
-    batch = drawn([encoded(photograph(), "JPEG", exif=exif)])
+    exif[0x0112] = 6  # viewers rotate it by 90 degrees
+    batch = random_crops([encoded(photograph(), "JPEG", exif=exif)])
     assert difference_from_pil(batch, decode(batch, device)).max() < WITHIN[device]
 
 
 def test_a_flip_is_the_mirror_image() -> None:
     data, window = encoded(photograph(), "JPEG"), np.array([[10, 20, 200, 150]], np.int32)
-    straight, flipped = (decode(whole([data], window, np.array([flip]))) for flip in (False, True))
-    assert torch.equal(straight.flip(-1), flipped) and not torch.equal(straight, flipped)
+    plain, flipped = (decode(batch_of([data], window, np.array([flip]))) for flip in (False, True))
+    assert torch.equal(plain.flip(-1), flipped) and not torch.equal(plain, flipped)
 
 
-def test_iterations_are_asked_for_by_number_and_in_order() -> None:
-    asked = []
+def test_the_source_is_called_with_iteration_numbers_in_order() -> None:
+    iterations = []
 
     def source(iteration: int) -> EncodedBatch:
-        asked.append(iteration)
-        return whole([encoded(photograph(seed=iteration), "JPEG")], np.array([[0, 0, 300, 200]], np.int32), NONE)
+        iterations.append(iteration)
+        return batch_of([encoded(photograph(seed=iteration), "JPEG")], np.array([[0, 0, 300, 200]], np.int32), NONE)
 
     decoder = CpuDecoder(source, 1, SIZE, 1, torch.device("cpu"))
     images = [decoder.run() for _ in range(4)]
-    assert asked[:4] == [0, 1, 2, 3]
+    assert iterations[:4] == [0, 1, 2, 3]
     for number, image in enumerate(images):
-        alone = whole([encoded(photograph(seed=number), "JPEG")], np.array([[0, 0, 300, 200]], np.int32), NONE)
+        alone = batch_of([encoded(photograph(seed=number), "JPEG")], np.array([[0, 0, 300, 200]], np.int32), NONE)
         assert torch.equal(image, decode(alone))
 
 
@@ -167,23 +167,23 @@ NONE = np.array([False])
 def test_the_gpu_graph_is_within_two_levels_of_pil(
     imagenet_sample: Path, form: Literal["window", "full"], device: str
 ) -> None:
-    """nvJPEG's chroma upsampling and DALI's own bicubic stay near PIL; no antialias would be 2.6 levels off."""
-    batch = drawn(imagenet_files(imagenet_sample, 256))
-    place = torch.device(device, 0)
-    images = DECODERS[device](lambda _: batch, 256, SIZE, 2, place, config=DecodeConfig(form=form)).run().cpu()
+    """nvJPEG's chroma upsampling and DALI's bicubic stay near PIL; without antialias the difference is 2.6 levels."""
+    batch = random_crops(imagenet_files(imagenet_sample, 256))
+    gpu = torch.device(device, 0)
+    images = DECODERS[device](lambda _: batch, 256, SIZE, 2, gpu, config=DecodeConfig(form=form)).run().cpu()
     assert difference_from_pil(batch, images).mean() < 2
 
 
-def handed_over(output: Output) -> torch.Tensor:
-    batch = drawn([encoded(photograph(seed=seed), "JPEG") for seed in range(3)])
+def images_as(output: Output) -> torch.Tensor:
+    batch = random_crops([encoded(photograph(seed=seed), "JPEG") for seed in range(3)])
     return CpuDecoder(lambda _: batch, 3, SIZE, 2, torch.device("cpu"), output).run()
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-6), ("float16", 2**-11), ("bfloat16", 2**-8)])
-def test_images_can_be_had_normalised_in_any_dtype_and_layout(dtype: str, rtol: float, channels_last: bool) -> None:
-    levels = handed_over(Output())
-    images = handed_over(Output(dtype, channels_last))  # type: ignore[arg-type]
+def test_images_are_normalised_in_any_dtype_and_layout(dtype: str, rtol: float, channels_last: bool) -> None:
+    levels = images_as(Output())
+    images = images_as(Output(dtype, channels_last))  # type: ignore[arg-type]
     mean, std = (torch.tensor(values)[:, None, None] for values in (Output().mean, Output().std))
     expected = (levels / 255 - mean) / std
     assert images.dtype == getattr(torch, dtype) and images.shape == (3, 3, *SIZE)
@@ -191,11 +191,11 @@ def test_images_can_be_had_normalised_in_any_dtype_and_layout(dtype: str, rtol: 
     torch.testing.assert_close(images.float(), expected, rtol=rtol, atol=1e-6)
 
 
-def test_memory_of_a_batch_is_used_again_but_never_while_a_view_of_it_lives() -> None:
+def test_memory_of_a_batch_is_reused_but_never_while_a_view_of_it_lives() -> None:
     number = iter(range(100))
 
     def source(_: int) -> EncodedBatch:
-        return whole([encoded(photograph(seed=next(number)), "JPEG")], np.array([[0, 0, 300, 200]], np.int32), NONE)
+        return batch_of([encoded(photograph(seed=next(number)), "JPEG")], np.array([[0, 0, 300, 200]], np.int32), NONE)
 
     decoder = CpuDecoder(source, 1, SIZE, 1, torch.device("cpu"))
     first = decoder.run()
@@ -204,36 +204,36 @@ def test_memory_of_a_batch_is_used_again_but_never_while_a_view_of_it_lives() ->
     for _ in range(5):
         decoder.run()
     assert torch.equal(view, kept)
-    places = {decoder.run().data_ptr() for _ in range(5)}
-    assert len(places) == 1
+    addresses = {decoder.run().data_ptr() for _ in range(5)}
+    assert len(addresses) == 1
 
 
 @pytest.mark.parametrize(("size", "resized"), [(224, 256), (96, 110)])
-def test_the_centre_is_what_torchvision_s_evaluation_sees(imagenet_sample: Path, size: int, resized: int) -> None:
-    """Resize the short side, crop the centre; a window in whole pixels of the stored file may lie half a pixel off."""
+def test_the_centre_crop_is_that_of_torchvision_s_evaluation(imagenet_sample: Path, size: int, resized: int) -> None:
+    """Resize the short side, crop the centre; a window in whole pixels of the stored file may be half a pixel off."""
     data = imagenet_files(imagenet_sample, 64)
     evaluation = Compose([Resize(resized, InterpolationMode.BICUBIC), CenterCrop(size)])
     sides = np.array([Image.open(io.BytesIO(item.tobytes())).size for item in data])
     crop = CropConfig("none", margin=resized / size)
-    draws = AugmentSampler(0, crop, (size, size)).at(np.zeros(64, int), np.arange(64), sides[:, 0], sides[:, 1])
-    batch = EncodedBatch.of(data, draws)
+    params = AugmentSampler(0, crop, (size, size)).at(np.zeros(64, int), np.arange(64), sides[:, 0], sides[:, 1])
+    batch = EncodedBatch.of(data, params)
     ours = CpuDecoder(lambda _: batch, 64, (size, size), 2, torch.device("cpu")).run().numpy().astype(int)
     theirs = [
         np.asarray(evaluation(Image.open(io.BytesIO(d.tobytes())).convert("RGB"))).transpose(2, 0, 1) for d in data
     ]
     differences = np.abs(ours - np.stack(theirs)).mean(axis=(1, 2, 3))
-    assert np.median(differences) < 0.1 and differences.max() < 1 and not draws.flips.any()
+    assert np.median(differences) < 0.1 and differences.max() < 1 and not params.flips.any()
 
 
 @pytest.mark.parametrize("form", ["window", "full"])
 @pytest.mark.parametrize("kind", ["random_size", "fixed_size", "none"])
-def test_the_gpu_s_graph_on_the_cpu_gives_nearly_the_same(imagenet_sample: Path, kind: str, form: str) -> None:
-    """The same DALI nodes but for where the decoder runs; DALI's own bicubic is 0.2 levels from PIL's."""
+def test_the_gpu_graph_run_on_the_cpu_gives_nearly_the_same_images(imagenet_sample: Path, kind: str, form: str) -> None:
+    """Only the decoder's device differs; DALI's bicubic is 0.2 levels from PIL's."""
     data = imagenet_files(imagenet_sample, 32)
     sides = np.array([Image.open(io.BytesIO(item.tobytes())).size for item in data])
-    draws = AugmentSampler(0, CropConfig(kind), SIZE)  # type: ignore[arg-type]
-    drawn = draws.at(np.zeros(32, int), np.arange(32), sides[:, 0], sides[:, 1])
-    batch = EncodedBatch(data, drawn.windows, drawn.resizes, drawn.flips, None)
+    sampler = AugmentSampler(0, CropConfig(kind), SIZE)  # type: ignore[arg-type]
+    params = sampler.at(np.zeros(32, int), np.arange(32), sides[:, 0], sides[:, 1])
+    batch = EncodedBatch.of(data, params)
     pipeline = Pipeline(32, 2, device_id=None)
     with pipeline:
         pipeline.set_outputs(resized_windows(lambda _: dali_inputs(batch), SIZE, "cpu", form))
@@ -246,37 +246,39 @@ def test_the_gpu_s_graph_on_the_cpu_gives_nearly_the_same(imagenet_sample: Path,
 
 def test_jitter_is_torchvision_s() -> None:
     data, window = encoded(photograph(), "JPEG"), np.array([[0, 0, 300, 200]], np.int32)
-    batch = whole([data], window, NONE)
+    batch = batch_of([data], window, NONE)
     factors, order = np.array([[1.3, 0.7, 1.2]]), np.array([[2, 0, 1]])
     params = PixelAugment(factors, order, None, None, None, np.zeros(1, np.int64))
-    plain, changed = decode(batch), decode(replace(batch, pixel_augment=params))
+    plain, jittered = decode(batch), decode(replace(batch, pixel_augment=params))
     picture = Image.fromarray(plain[0].permute(1, 2, 0).numpy())
-    for change, factor in ((adjust_saturation, 1.2), (adjust_brightness, 1.3), (adjust_contrast, 0.7)):
-        picture = change(picture, factor)
+    for adjust, factor in ((adjust_saturation, 1.2), (adjust_brightness, 1.3), (adjust_contrast, 0.7)):
+        picture = adjust(picture, factor)
     by_pil = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
-    assert (changed.int() - by_pil.int()).abs().float().mean() < 1  # level: PIL rounds between the changes, too
+    assert (jittered.int() - by_pil.int()).abs().float().mean() < 1  # level, because PIL rounds after each adjustment
 
 
 @pytest.mark.parametrize(("side", "worst"), [(112, 5.0), (56, 5.0), (24, 5.0)])
-def test_decoding_at_a_dct_scale_costs_a_few_levels(imagenet_sample: Path, side: int, worst: float) -> None:
-    """Windows that are no larger than twice the crop are decoded as ever, to the bit."""
+def test_decoding_at_a_dct_scale_differs_by_a_few_levels(imagenet_sample: Path, side: int, worst: float) -> None:
+    """Windows smaller than twice the crop are decoded in full, bit for bit as without DCT scaling."""
     data = imagenet_files(imagenet_sample, 64)
     sides = np.array([Image.open(io.BytesIO(item.tobytes())).size for item in data])
-    draws = AugmentSampler(0, CropConfig(), (side, side)).at(np.zeros(64, int), np.arange(64), sides[:, 0], sides[:, 1])
-    batch = EncodedBatch.of(data, draws)
+    params = AugmentSampler(0, CropConfig(), (side, side)).at(
+        np.zeros(64, int), np.arange(64), sides[:, 0], sides[:, 1]
+    )
+    batch = EncodedBatch.of(data, params)
     plain, scaled = (
         CpuDecoder(
             lambda _: batch, 64, (side, side), 2, torch.device("cpu"), config=DecodeConfig(dct_scaling=scaling)
         ).run()
         for scaling in (False, True)
     )
-    times = np.array([reduction(*row) for row in zip(data, draws.windows, draws.resizes, strict=True)])
+    times = np.array([reduction(*row) for row in zip(data, params.windows, params.resizes, strict=True)])
     differences = (plain.float() - scaled.float()).abs().mean(dim=(1, 2, 3)).numpy()
     assert (differences[times == 1] == 0).all() and 0 < differences[times > 1].mean() < worst
     assert (times > 1).mean() > 0.5
 
 
-def test_files_that_have_no_dct_scale_are_decoded_as_ever() -> None:
+def test_only_jpegs_with_large_windows_are_decoded_at_a_dct_scale() -> None:
     files = [encoded(photograph(), "PNG"), encoded(photograph().convert("CMYK"), "JPEG")]
     window, resize = np.array([0, 0, 300, 200], np.int32), np.array([32, 32, 0, 0], np.int32)
     assert [reduction(data, window, resize) for data in files] == [1, 1]
@@ -285,11 +287,11 @@ def test_files_that_have_no_dct_scale_are_decoded_as_ever() -> None:
     assert [reduction(jpeg, size, resize) for size in sizes] == [1, 2, 2, 4, 8, 8]
 
 
-def test_a_damaged_file_at_a_dct_scale_fails_as_with_dali() -> None:
+def test_a_damaged_file_at_a_dct_scale_raises_as_with_dali() -> None:
     data = encoded(photograph(), "JPEG").tobytes()
     table = data.index(b"\xff\xc4")
     cut = np.frombuffer(data[:table] + b"\xff\xc4\x00\x1f" + b"\xff" * 20 + data[table + 24 :], np.uint8)
-    batch = whole([cut], np.array([[0, 0, 300, 200]], np.int32), NONE, (32, 32))
+    batch = batch_of([cut], np.array([[0, 0, 300, 200]], np.int32), NONE, (32, 32))
     decoder = CpuDecoder(lambda _: batch, 1, (32, 32), 1, torch.device("cpu"), config=DecodeConfig(dct_scaling=True))
     with pytest.raises(RuntimeError):
         decoder.run()

@@ -6,7 +6,7 @@ from maelstream.pipeline.hashing import mix_bits, sample_keys, seed_word, unifor
 
 
 def splitmix64(state: int) -> int:
-    """The finaliser in Python's own integers."""
+    """The finaliser with Python's integers."""
     state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
     return state ^ (state >> 31)

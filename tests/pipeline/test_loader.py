@@ -1,4 +1,4 @@
-"""PretrainLoader: the same batches on any number of ranks, each sample once an epoch, exact from one number."""
+"""ImageLoader: the same batches on any number of ranks, each sample once per epoch, exact resume from one number."""
 
 import shutil
 from collections import Counter
@@ -60,7 +60,7 @@ def take(
 
 
 def content(batches: Iterable[Batch], pixels: bool = True) -> list[tuple]:
-    """What a model sees, sample by sample: which, of which epoch, the pixels, and what the mask is drawn from."""
+    """What a model gets, one row per sample: sample, epoch, pixels, mask key, label."""
     return [
         (int(sample), int(epoch), image.cpu().numpy().tobytes() if pixels else b"", int(key), int(label))
         for batch in batches
@@ -76,12 +76,12 @@ def global_batch(dataset: Dataset, step: int, world_size: int, micro_batches: in
     return [row for rank in range(world_size) for row in content(take(dataset, batch_split, last, rank)[first:])]
 
 
-@pytest.mark.parametrize("step", [0, 7])  # batch 7 reaches from epoch 0 of 60 samples into epoch 1
+@pytest.mark.parametrize("step", [0, 7])  # batch 7 contains samples of epochs 0 and 1, of 60 samples each
 def test_a_batch_is_the_same_on_1_2_and_3_ranks_with_any_accumulation(packed: Dataset, step: int) -> None:
-    alone = global_batch(packed, step, world_size=1, micro_batches=1)
-    assert len({row[:2] for row in alone}) == 8
+    one_rank = global_batch(packed, step, world_size=1, micro_batches=1)
+    assert len({row[:2] for row in one_rank}) == 8
     for world_size, micro_batches in [(2, 1), (3, 1), (1, 3), (3, 2)]:
-        assert global_batch(packed, step, world_size, micro_batches) == alone
+        assert global_batch(packed, step, world_size, micro_batches) == one_rank
 
 
 @settings(max_examples=200)
@@ -92,10 +92,10 @@ def test_a_batch_is_the_same_on_1_2_and_3_ranks_with_any_accumulation(packed: Da
     batch_size=st.integers(1, 64),
     epochs=st.integers(1, 3),
 )
-def test_each_sample_comes_exactly_once_an_epoch(
+def test_each_sample_comes_exactly_once_per_epoch(
     size: int, world_size: int, micro_batches: int, batch_size: int, epochs: int
 ) -> None:
-    """Uneven ends included: no divisibility is asked of samples, ranks, micro-batches or batch size."""
+    """Samples, ranks, micro-batches and batch size need not be divisible by one another."""
     if not world_size * micro_batches <= batch_size <= size:
         return
     batch_split, order = BatchSplit(batch_size, world_size, micro_batches), SampleOrder(size, seed=1)
@@ -111,7 +111,7 @@ def test_each_sample_comes_exactly_once_an_epoch(
     assert whole_epochs == {(epoch, sample): 1 for epoch in range(epochs) for sample in range(size)}
 
 
-def test_the_loader_itself_delivers_each_sample_once_an_epoch_over_3_ranks(packed: Dataset) -> None:
+def test_the_loader_delivers_each_sample_once_per_epoch_over_3_ranks(packed: Dataset) -> None:
     batches = [
         batch for rank in range(3) for batch in take(packed, BatchSplit(8, 3, 1), 15, rank)
     ]  # 120 = 2 epochs of 60
@@ -119,7 +119,7 @@ def test_the_loader_itself_delivers_each_sample_once_an_epoch_over_3_ranks(packe
     assert seen == {(epoch, sample): 1 for epoch in (0, 1) for sample in range(60)}
 
 
-def test_weights_make_the_mean_of_uneven_slices_the_mean_of_the_batch(packed: Dataset) -> None:
+def test_weighted_means_of_uneven_slices_average_to_the_mean_of_the_batch(packed: Dataset) -> None:
     batches = [batch for rank in range(3) for batch in take(packed, BatchSplit(8, 3, 2), 2, rank)]
     weighted = sum(batch.samples.mean() * batch.weight for batch in batches) / len(batches)
     assert weighted == pytest.approx(np.concatenate([batch.samples for batch in batches]).mean(), rel=1e-12)
@@ -127,7 +127,7 @@ def test_weights_make_the_mean_of_uneven_slices_the_mean_of_the_batch(packed: Da
 
 
 @pytest.mark.parametrize("taken", [1, 6, 13])
-def test_a_restored_loader_goes_on_exactly(packed: Dataset, taken: int) -> None:
+def test_a_restored_loader_resumes_exactly(packed: Dataset, taken: int) -> None:
     batch_split = BatchSplit(8, 1, 2)
     with loader_of(packed, batch_split) as loader:
         batches = iter(loader)
@@ -139,7 +139,7 @@ def test_a_restored_loader_goes_on_exactly(packed: Dataset, taken: int) -> None:
     assert content(take(packed, batch_split, 4, state=state)) == expected
 
 
-def test_the_state_stands_at_the_last_whole_global_batch(packed: Dataset) -> None:
+def test_the_state_is_that_after_the_last_whole_global_batch(packed: Dataset) -> None:
     with loader_of(packed, BatchSplit(8, 1, 2)) as loader:
         batches = iter(loader)
         positions = []
@@ -150,7 +150,7 @@ def test_the_state_stands_at_the_last_whole_global_batch(packed: Dataset) -> Non
 
 
 @pytest.mark.parametrize("state", [{"epoch": 0, "position": 60}, {"epoch": -1, "position": 0}])
-def test_a_state_beyond_the_epoch_is_refused(packed: Dataset, state: LoaderState) -> None:
+def test_a_state_beyond_the_epoch_is_rejected(packed: Dataset, state: LoaderState) -> None:
     with pytest.raises(MaelstreamError, match="has positions 0 to 59; the state is another dataset's"):
         take(packed, BatchSplit(8, 1, 1), 1, state=state)
 
@@ -171,7 +171,7 @@ def test_threads_and_prefetch_change_nothing(packed: Dataset) -> None:
 
 
 def damaged_copy(packed: Dataset, folder: Path, marker: bytes, data: bytes) -> Dataset:
-    """The dataset with `data` written over sample 7, from the first `marker` on."""
+    """A copy of the dataset in which `data` overwrites sample 7, from its first `marker`."""
     shutil.copytree(packed.folder, folder)
     (sample,) = ShardReader(packed, check_crc=True).read(np.array([7]))
     with (folder / packed.shard_names[packed.shard[7]]).open("r+b") as shard:
@@ -183,7 +183,7 @@ def damaged_copy(packed: Dataset, folder: Path, marker: bytes, data: bytes) -> D
 DAMAGE = [
     (b"\xff\xd8", b"GIF89a", "not a JPEG, PNG, WebP or BMP"),
     (b"\xff\xd8", bytes(300), "not a JPEG, PNG, WebP or BMP"),
-    (b"\xff\xd9", bytes(2), "JPEG without an end marker"),  # as one that is cut
+    (b"\xff\xd9", bytes(2), "JPEG without an end marker"),  # as in a truncated file
     (b"\xff\xe0", bytes(300), "JPEG without a sound header"),  # DALI 2.4 segfaults on it
     (b"\xff\xc4", b"\xff\xc4\x00\x1f" + b"\xff" * 20, "cannot be decoded"),  # a Huffman table; DALI raises
 ]
@@ -191,25 +191,26 @@ DAMAGE = [
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("marker", "data", "reason"), DAMAGE)
-def test_a_bad_sample_is_named_replaced_and_the_rest_is_as_it_was(
+def test_a_bad_sample_is_reported_and_replaced_and_all_others_are_unchanged(
     packed: Dataset, tmp_path: Path, marker: bytes, data: bytes, reason: str, device: str
 ) -> None:
-    """Of a GPU without the pixels: which of its decoders gets an image depends on the images beside it."""
+    """Pixels are not compared on a GPU: which of its decoders gets an image depends on the rest of the batch."""
     decode, pixels = DecodeConfig(on="cpu" if device == "cpu" else "gpu"), device == "cpu"
     damaged = damaged_copy(packed, tmp_path / "damaged", marker, data)
-    told: list[BadSample] = []
-    with loader_of(damaged, BatchSplit(8, 1, 1), max_bad_share=0.02, on_bad=told.append, decode=decode) as loader:
+    reported: list[BadSample] = []
+    with loader_of(damaged, BatchSplit(8, 1, 1), max_bad_share=0.02, on_bad=reported.append, decode=decode) as loader:
         ours = content(islice(loader, 15), pixels)  # two epochs of 60
-    sound = content(take(packed, BatchSplit(8, 1, 1), 15), pixels)
-    assert {(bad.sample, bad.key) for bad in told} == {(7, packed.keys(np.array([7]))[0])}
-    assert reason in str(told[0]) and damaged.shard_names[packed.shard[7]] in str(told[0]) and len(told) == 1
-    differing = [(before, now) for before, now in zip(sound, ours, strict=True) if before != now]
+    undamaged = content(take(packed, BatchSplit(8, 1, 1), 15), pixels)
+    assert {(bad.sample, bad.key) for bad in reported} == {(7, packed.keys(np.array([7]))[0])}
+    (message,) = map(str, reported)
+    assert reason in message and damaged.shard_names[packed.shard[7]] in message
+    differing = [(before, now) for before, now in zip(undamaged, ours, strict=True) if before != now]
     assert [before[:2] for before, _ in differing] == [(7, 0), (7, 1)]
     assert all(now[0] != 7 and now[1] == before[1] for before, now in differing)
 
 
 @pytest.mark.parametrize(("marker", "data", "reason"), DAMAGE)
-def test_every_rank_and_every_resumed_run_puts_the_same_sample_in_a_bad_one_s_place(
+def test_every_rank_and_every_resumed_run_replaces_a_bad_sample_with_the_same_one(
     packed: Dataset, tmp_path: Path, marker: bytes, data: bytes, reason: str
 ) -> None:
     damaged = damaged_copy(packed, tmp_path / "damaged", marker, data)
@@ -223,7 +224,7 @@ def test_every_rank_and_every_resumed_run_puts_the_same_sample_in_a_bad_one_s_pl
     assert content(resumed) == whole[24:]
 
 
-def test_more_bad_samples_than_are_allowed_stop_the_run_with_the_list(packed: Dataset, tmp_path: Path) -> None:
+def test_more_bad_samples_than_allowed_raise_an_error_that_lists_them(packed: Dataset, tmp_path: Path) -> None:
     damaged = damaged_copy(packed, tmp_path / "damaged", b"\xff\xd8", b"GIF89a")
     key = damaged.keys(np.array([7]))[0]
     with pytest.raises(
@@ -238,28 +239,28 @@ def test_labels_are_those_of_the_folders(packed: Dataset) -> None:
     assert [packed.classes[label] for label in batch.labels] == folders
 
 
-def test_images_are_uint8_and_keys_are_what_masks_are_hashed_from(packed: Dataset) -> None:
+def test_images_are_uint8_and_every_sample_has_its_own_mask_key(packed: Dataset) -> None:
     (batch,) = take(packed, BatchSplit(8, 1, 1), 1)
     assert batch.images.shape == (8, 3, 32, 32) and batch.images.dtype == torch.uint8
     assert batch.keys.dtype == torch.int64 and len(set(batch.keys.tolist())) == 8
 
 
-def test_a_batch_larger_than_the_dataset_is_refused(packed: Dataset) -> None:
+def test_a_batch_larger_than_the_dataset_is_rejected(packed: Dataset) -> None:
     with pytest.raises(MaelstreamError, match=r"batch_size 61 is larger than the dataset: .* holds 60 samples"):
         loader_of(packed, BatchSplit(61, 1, 1))
 
 
-def test_more_ranks_than_samples_are_refused() -> None:
+def test_more_ranks_than_samples_are_rejected() -> None:
     with pytest.raises(MaelstreamError, match="a batch of 8 samples cannot be shared by 9 ranks"):
         BatchSplit(8, 9, 1)
 
 
-# --- block shuffle and stores
+# --- block shuffle and object stores
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """5,000 samples of one class, in several shards: 40 blocks, 3 windows."""
+    """5,000 samples of one class, in several shards: 40 blocks, 3 superblocks."""
     folder = tmp_path_factory.mktemp("many")
     (folder / "src" / "a").mkdir(parents=True)
     for number in range(5000):
@@ -270,7 +271,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_block_shuffle_hands_over_the_order_on_any_number_of_ranks(many: Dataset, world_size: int) -> None:
+def test_a_block_shuffle_delivers_its_order_on_any_number_of_ranks(many: Dataset, world_size: int) -> None:
     batch_split, steps = BatchSplit(500, world_size, 1), 11  # into the second epoch
     shares = [take(many, batch_split, steps, rank, shuffle="block") for rank in range(world_size)]
     order = SampleOrder(5000, 5, "block")
@@ -278,20 +279,20 @@ def test_a_block_shuffle_hands_over_the_order_on_any_number_of_ranks(many: Datas
         epochs, positions = np.divmod(step * 500 + np.arange(500), 5000)
         samples = np.concatenate([share[step].samples for share in shares])
         assert np.array_equal(samples, order.at(epochs, positions))
-    alone = ShardReader(many, check_crc=True).read(shares[0][3].samples)
-    decoder_input = [data.tobytes() for data in alone]
+    encoded_images = ShardReader(many, check_crc=True).read(shares[0][3].samples)
+    decoder_input = [data.tobytes() for data in encoded_images]
     assert len(set(decoder_input)) == len(decoder_input)
     assert content(shares[0][3:5]) == content(
         take(many, batch_split, 2, 0, state={"epoch": 0, "position": 1500}, shuffle="block")
     )
 
 
-def test_a_block_shuffle_of_a_store_takes_few_long_requests(many: Dataset) -> None:
+def test_a_block_shuffle_of_an_object_store_takes_few_long_requests(many: Dataset) -> None:
     store = SlowStorage.over(many, delay_s=0)
     remote = Dataset.open_storage(store)
-    taken = content(take(remote, BatchSplit(500, 1, 1), 10, shuffle="block"))
-    assert taken == content(take(many, BatchSplit(500, 1, 1), 10, shuffle="block"))
-    assert store.requests[0] < 100  # 40 blocks, some cut by a shard's end, and a window of the next epoch
+    delivered = content(take(remote, BatchSplit(500, 1, 1), 10, shuffle="block"))
+    assert delivered == content(take(many, BatchSplit(500, 1, 1), 10, shuffle="block"))
+    assert store.requests[0] < 100  # 40 blocks, some split by a shard's end, and a superblock of the next epoch
     store.requests[0] = 0
     assert content(take(remote, BatchSplit(500, 1, 1), 10)) == content(take(many, BatchSplit(500, 1, 1), 10))
 
@@ -299,12 +300,12 @@ def test_a_block_shuffle_of_a_store_takes_few_long_requests(many: Dataset) -> No
 def test_a_bad_sample_of_a_block_shuffle_is_replaced(packed: Dataset, tmp_path: Path) -> None:
     damaged = damaged_copy(packed, tmp_path / "damaged", b"\xff\xd8", b"GIF89a")
     ours = content(take(damaged, BatchSplit(8, 1, 1), 8, shuffle="block", max_bad_share=0.02))
-    sound = content(take(packed, BatchSplit(8, 1, 1), 8, shuffle="block"))
-    assert [before[0] for before, now in zip(sound, ours, strict=True) if before != now] == [7]
+    undamaged = content(take(packed, BatchSplit(8, 1, 1), 8, shuffle="block"))
+    assert [before[0] for before, now in zip(undamaged, ours, strict=True) if before != now] == [7]
 
 
 class FlakyFile:
-    """A store's file that fails before it answers."""
+    """A file of an object store whose requests often fail."""
 
     def __init__(self, store: "FlakyStorage", file: Any):
         self.store, self.file = store, file
@@ -314,26 +315,26 @@ class FlakyFile:
 
     def read_at(self, size: int, offset: int) -> bytes:
         self.store.requests[0] += 1
-        if self.store.requests[0] % self.store.answers_every:
+        if self.store.requests[0] % self.store.succeeds_every:
             raise OSError("the store is busy")
         return self.file.read_at(size, offset)
 
 
 @dataclass(frozen=True)
 class FlakyStorage(SlowStorage):
-    answers_every: int = 1
+    succeeds_every: int = 1
 
     def open(self, name: str) -> Any:
         return FlakyFile(self, Storage.open(self, name)) if name.endswith(".tar") else Storage.open(self, name)
 
 
-def test_a_store_that_fails_now_and_then_is_asked_again(packed: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_requests_to_an_object_store_are_repeated(packed: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maelstream.shards.reader._PAUSES_S", (0.001,) * 4)
-    place = packed.storage.filesystem, packed.storage.path, packed.storage.shown, 0.0, [0]
-    remote = Dataset.open_storage(FlakyStorage(*place, answers_every=3))
+    arguments = packed.storage.filesystem, packed.storage.path, packed.storage.shown, 0.0, [0]
+    remote = Dataset.open_storage(FlakyStorage(*arguments, succeeds_every=3))
     samples = np.array([3])
     (data,) = ShardReader(remote, check_crc=True).read(samples)
     assert data.tobytes() == ShardReader(packed, check_crc=True).read(samples)[0].tobytes()
-    never = Dataset.open_storage(FlakyStorage(*place, answers_every=10**9))
+    never = Dataset.open_storage(FlakyStorage(*arguments, succeeds_every=10**9))
     with pytest.raises(DatasetError, match=r"\.tar cannot be read \(the store is busy\); asked 5 times"):
         take(never, BatchSplit(8, 1, 1), 1)

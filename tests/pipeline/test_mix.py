@@ -1,4 +1,4 @@
-"""Mixes: every dataset gets its share of any stretch of the stream, and the stream is exact like that of one."""
+"""Mixes: every dataset has its share of any range of positions, and a mix is as exact as one dataset."""
 
 import shutil
 from collections.abc import Callable
@@ -50,8 +50,8 @@ def take(
 
 
 @dataclass(frozen=True)
-class Made:
-    """A dataset that is nothing but its size."""
+class SizedDataset:
+    """A dataset that has only a size."""
 
     size: int
 
@@ -64,21 +64,21 @@ class Made:
     start=st.integers(0, 10**11),
     length=st.integers(1, 500),
 )
-def test_every_dataset_has_its_share_of_any_stretch(weights: list[float], start: int, length: int) -> None:
-    made = Mix(tuple(Made(100 + n) for n in range(len(weights))), tuple(weights))  # type: ignore[misc]
-    line = np.arange(start, start + length)
-    _, _, samples = MixOrder(made, 1).lookup(line)
-    counts = np.bincount(np.searchsorted(made.starts, samples, "right") - 1, minlength=len(weights))
-    assert (np.abs(counts - length * np.array(made.parts) / 1e6) <= len(weights)).all()
+def test_every_dataset_has_its_share_of_any_range_of_positions(weights: list[float], start: int, length: int) -> None:
+    mix = Mix(tuple(SizedDataset(100 + n) for n in range(len(weights))), tuple(weights))  # type: ignore[misc]
+    global_positions = np.arange(start, start + length)
+    _, _, samples = MixOrder(mix, 1).lookup(global_positions)
+    counts = np.bincount(np.searchsorted(mix.starts, samples, "right") - 1, minlength=len(weights))
+    assert (np.abs(counts - length * np.array(mix.parts) / 1e6) <= len(weights)).all()
 
 
-def test_each_dataset_is_gone_through_in_whole_epochs(mix: Mix) -> None:
+def test_each_dataset_has_whole_epochs(mix: Mix) -> None:
     epochs, positions, samples = MixOrder(mix, 1).lookup(np.arange(480))  # 360 of the first, 120 of the second
     for first, count in ((0, 6), (60, 2)):
-        mine = (samples >= first) & (samples < first + 60)
+        own = (samples >= first) & (samples < first + 60)
         for epoch in range(count):
-            assert sorted(samples[mine & (epochs == epoch)]) == list(range(first, first + 60))
-        assert mine.sum() == 60 * count and sorted(positions[mine & (epochs == 0)]) == list(range(60))
+            assert sorted(samples[own & (epochs == epoch)]) == list(range(first, first + 60))
+        assert own.sum() == 60 * count and sorted(positions[own & (epochs == 0)]) == list(range(60))
 
 
 def test_samples_are_those_of_their_datasets(mix: Mix, packed: Dataset) -> None:
@@ -89,7 +89,7 @@ def test_samples_are_those_of_their_datasets(mix: Mix, packed: Dataset) -> None:
     assert mix.path_and_key(61) == Dataset.open(mix.datasets[1].folder).path_and_key(1)
 
 
-def test_a_mix_is_the_same_on_any_number_of_ranks_and_goes_on_exactly(mix: Mix) -> None:
+def test_a_mix_is_the_same_on_any_number_of_ranks_and_resumes_exactly(mix: Mix) -> None:
     alone = take(mix, BatchSplit(8, 1, 1), 20)
     for world_size in (2, 3):
         shares = [take(mix, BatchSplit(8, world_size, 1), 20, rank) for rank in range(world_size)]
@@ -101,33 +101,33 @@ def test_a_mix_is_the_same_on_any_number_of_ranks_and_goes_on_exactly(mix: Mix) 
 def test_a_bad_sample_is_replaced_by_one_of_its_own_dataset(packed: Dataset, tmp_path: Path) -> None:
     damaged = damaged_copy(packed, tmp_path / "damaged", b"\xff\xd8", b"GIF89a")
     mix = Mix((packed, damaged), (1.0, 1.0))
-    told: list[BadSample] = []
-    rows = take(mix, BatchSplit(8, 1, 1), 15, on_bad=told.append, max_bad_share=0.02)
-    assert [bad.sample for bad in told] == [67] and str(tmp_path / "damaged") in told[0].shard
+    reported: list[BadSample] = []
+    rows = take(mix, BatchSplit(8, 1, 1), 15, on_bad=reported.append, max_bad_share=0.02)
+    assert [bad.sample for bad in reported] == [67] and str(tmp_path / "damaged") in reported[0].shard
     assert sum(sample >= 60 for sample, *_ in rows) == 60 and 67 not in {sample for sample, *_ in rows}
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, -1.0), (1.0, 1e-9)])
-def test_weights_that_leave_a_dataset_out_are_refused(packed: Dataset, weights: tuple[float, float]) -> None:
+def test_weights_that_leave_out_a_dataset_are_rejected(packed: Dataset, weights: tuple[float, float]) -> None:
     with pytest.raises(MaelstreamError, match="each must be positive"):
         Mix((packed, packed), weights)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_mix_shuffled_by_blocks_hands_over_its_order(mix: Mix, world_size: int) -> None:
-    """From windows of each dataset, fetched at once; the pictures are those of any other order."""
+def test_a_mix_shuffled_by_blocks_delivers_its_order(mix: Mix, world_size: int) -> None:
+    """Images come from superblocks of each dataset, and equal those of any other order."""
     batch_split, order = BatchSplit(8, world_size, 1), MixOrder(mix, 5, "block")
     shares = [take(mix, batch_split, 15, rank, shuffle="block") for rank in range(world_size)]
     rows = sorted(row for share in shares for row in share)
     epochs, _, samples = order.lookup(np.arange(120))
     assert [row[:2] for row in rows] == sorted(zip(samples.tolist(), epochs.tolist(), strict=True))
-    pictures = {row[:2]: row for row in take(mix, BatchSplit(8, 1, 1), 40)}
-    assert all(pictures.get(row[:2], row) == row for row in rows) and len(pictures.keys() & {r[:2] for r in rows}) > 60
+    images = {row[:2]: row for row in take(mix, BatchSplit(8, 1, 1), 40)}
+    assert all(images.get(row[:2], row) == row for row in rows) and len(images.keys() & {r[:2] for r in rows}) > 60
     resumed = take(mix, BatchSplit(8, 1, 1), 5, state={"epoch": 0, "position": 80}, shuffle="block")
     assert sorted(resumed) == sorted(row for row in rows if row[:2] in {r[:2] for r in resumed}) and len(resumed) == 40
 
 
-def test_a_block_shuffle_of_a_mix_of_stores_is_that_of_disks(packed: Dataset) -> None:
+def test_a_block_shuffle_of_a_mix_is_the_same_from_object_stores_as_from_disks(packed: Dataset) -> None:
     stores = [SlowStorage.over(packed, delay_s=0) for _ in range(2)]
     remote = Mix(tuple(map(Dataset.open_storage, stores)), (3.0, 1.0))
     rows = take(remote, BatchSplit(60, 1, 1), 3, shuffle="block")
@@ -136,10 +136,10 @@ def test_a_block_shuffle_of_a_mix_of_stores_is_that_of_disks(packed: Dataset) ->
 
 
 @given(weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=5), start=st.integers(0, 10**11))
-def test_places_of_a_dataset_s_own_line_are_found_in_the_mix_s(weights: list[float], start: int) -> None:
-    mix = Mix(tuple(Made(100 + n) for n in range(len(weights))), tuple(weights))  # type: ignore[misc]
-    order, line = MixOrder(mix, 1), np.arange(start, start + 200)
-    epochs, positions, samples = order.lookup(line)
-    for number, (places, _) in enumerate(mix.split(samples)):
-        own = epochs[places] * (100 + number) + positions[places]
-        assert np.array_equal(order.mix_positions(number, own), line[places])
+def test_mix_positions_is_the_inverse_of_lookup(weights: list[float], start: int) -> None:
+    mix = Mix(tuple(SizedDataset(100 + n) for n in range(len(weights))), tuple(weights))  # type: ignore[misc]
+    order, global_positions = MixOrder(mix, 1), np.arange(start, start + 200)
+    epochs, positions, samples = order.lookup(global_positions)
+    for number, (indices, _) in enumerate(mix.split(samples)):
+        dataset_positions = epochs[indices] * (100 + number) + positions[indices]
+        assert np.array_equal(order.mix_positions(number, dataset_positions), global_positions[indices])

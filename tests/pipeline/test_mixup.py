@@ -27,7 +27,7 @@ def test_images_and_targets_are_those_of_timm(config: MixupConfig, key: int) -> 
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(6))
 
 
-def test_the_same_keys_mix_alike_and_numpy_s_generator_is_where_it_was() -> None:
+def test_the_same_keys_give_the_same_images_and_numpy_s_generator_is_restored() -> None:
     np.random.seed(3)
     expected = np.random.rand()
     np.random.seed(3)
@@ -43,11 +43,11 @@ def test_an_odd_batch_s_middle_image_is_mixed_with_itself() -> None:
     assert targets[2].argmax() == 2 and targets[2].max() == pytest.approx(0.91)
 
 
-def test_nothing_is_mixed_when_nothing_is_asked_for() -> None:
+def test_without_mixup_and_cutmix_images_are_unchanged() -> None:
     images, targets = apply_mixup(batch(), LABELS, torch.tensor([1]), 10, MixupConfig(0.0, 0.0, 0.0))
     assert torch.equal(images, batch()) and torch.equal(targets, torch.nn.functional.one_hot(LABELS, 10).float())
 
 
-def test_settings_that_make_no_sense_are_refused() -> None:
+def test_invalid_settings_are_rejected() -> None:
     with pytest.raises(ValueError, match="must not be negative"):
         MixupConfig(mixup=-1)

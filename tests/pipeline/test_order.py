@@ -1,4 +1,4 @@
-"""SampleOrder: a permutation of each epoch, computed anywhere, by nobody's memory."""
+"""SampleOrder: a permutation per epoch, computed at any position without a table."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def epoch_of(order: SampleOrder, epoch: int) -> np.ndarray:
 
 
 @given(size=st.integers(1, 3000), seed=st.integers(-(2**63), 2**64 - 1), epoch=st.integers(0, 10**6))
-def test_every_sample_once_an_epoch(size: int, seed: int, epoch: int) -> None:
+def test_every_sample_comes_once_per_epoch(size: int, seed: int, epoch: int) -> None:
     assert np.array_equal(np.sort(epoch_of(SampleOrder(size, seed), epoch)), np.arange(size))
 
 
@@ -30,19 +30,19 @@ def test_epochs_and_seeds_give_unrelated_orders() -> None:
     orders = [epoch_of(SampleOrder(5000, seed), epoch) for seed in (0, 1) for epoch in (0, 1)]
     for number, left in enumerate(orders):
         for right in orders[:number]:
-            # Two random permutations agree in one place on average: a Poisson(1) count is below 12 but for 1e-10.
+            # Random permutations agree at one position on average; Poisson(1) reaches 12 with probability 1e-10.
             assert (left == right).sum() < 12
 
 
 def test_order_is_uniform_by_chi_square() -> None:
-    """Where the first sample lands over 20,000 epochs of 10; 45 bounds chi-square(9) but for a chance below 1e-6."""
+    """Samples at a position over 20,000 epochs of 10; chi-square(9) exceeds 45 with probability below 1e-6."""
     epochs = np.arange(20_000)
     for position in (0, 4, 9):
         counts = np.bincount(SampleOrder(10, 0).at(epochs, np.full_like(epochs, position)), minlength=10)
         assert ((counts - 2000) ** 2 / 2000).sum() < 45
 
 
-def test_neighbours_are_scattered_as_a_uniform_shuffle_scatters_them() -> None:
+def test_samples_move_as_far_as_in_a_uniform_shuffle() -> None:
     """Mean displacement of a uniform shuffle of n is n/3 (a 1,024-sample shuffle buffer reaches 736 of 6,667)."""
     size = 20_000
     displacement = np.abs(epoch_of(SampleOrder(size, 5), 0) - np.arange(size)).mean()
@@ -56,11 +56,11 @@ def test_a_billion_samples_need_no_table(position: int) -> None:
 
 
 def test_the_order_is_pinned() -> None:
-    """A change of these numbers changes what every old run would resume with."""
+    """If these numbers change, old runs resume with other samples."""
     assert epoch_of(SampleOrder(12, seed=0), 0).tolist() == PINNED
 
 
-def test_positions_out_of_range_are_refused() -> None:
+def test_positions_out_of_range_are_rejected() -> None:
     with pytest.raises(IndexError, match=r"0\.\.4"):
         SampleOrder(5, 0).at(np.array([0]), np.array([5]))
 
@@ -69,7 +69,7 @@ PINNED = [5, 6, 1, 10, 4, 11, 7, 0, 9, 8, 3, 2]
 
 
 @given(size=st.integers(1, 6000), seed=st.integers(0, 1000), epoch=st.integers(0, 100))
-def test_a_block_shuffle_gives_every_sample_once_and_a_window_holds_16_blocks(size: int, seed: int, epoch: int) -> None:
+def test_a_block_shuffle_has_every_sample_once_and_superblocks_of_16_blocks(size: int, seed: int, epoch: int) -> None:
     order = SampleOrder(size, seed, "block")
     samples, epochs, positions = epoch_of(order, epoch), np.full(size, epoch), np.arange(size)
     assert np.array_equal(np.sort(samples), positions)
@@ -82,8 +82,8 @@ def test_a_block_shuffle_gives_every_sample_once_and_a_window_holds_16_blocks(si
     assert order.superblock_bounds(epoch, superblocks.max() + 1) == (size, size)
 
 
-def test_a_block_shuffle_leaves_nothing_where_it_was() -> None:
-    """Blocks move as far as in a uniform shuffle, and within a window no run of neighbours is left."""
+def test_a_block_shuffle_moves_blocks_and_samples_within_them() -> None:
+    """Blocks move as far as in a uniform shuffle, and neighbours rarely stay neighbours."""
     order, size = SampleOrder(50_000, 1, "block"), 50_000
     samples = epoch_of(order, 0)
     assert abs(np.abs(samples - np.arange(size)).mean() / (size / 3) - 1) < 0.1
@@ -91,5 +91,5 @@ def test_a_block_shuffle_leaves_nothing_where_it_was() -> None:
     assert not np.array_equal(samples, epoch_of(order, 1))
 
 
-def test_without_a_shuffle_samples_come_as_they_were_packed() -> None:
+def test_without_a_shuffle_samples_come_in_packed_order() -> None:
     assert epoch_of(SampleOrder(100, 1, "none"), 3).tolist() == list(range(100))

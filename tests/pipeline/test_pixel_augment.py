@@ -1,4 +1,4 @@
-"""RandAugment and erasing: timm's results, by tensors instead of PIL."""
+"""RandAugment and erasing give timm's results, with tensors instead of PIL."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_each_operation_gives_timm_s_picture(monkeypatch: pytest.MonkeyPatch, op
     theirs = auto_augment.NAME_TO_OP[name](picture, *arguments, fillcolor=FILL, resample=Image.Resampling.BILINEAR)
     ours = rand_augment(tensor_of(picture), operation, magnitude, MEAN)
     difference = (ours.int() - tensor_of(theirs).int()).abs().float()
-    # Interpolation is rounded another way, and a pixel at an edge may be filled or not.
+    # Interpolation rounds differently, and a pixel at an edge may be filled or not.
     assert difference.mean() < 2.5 and (difference > 8).float().mean() < 0.03, name
 
 
@@ -54,7 +54,7 @@ def test_an_erased_box_holds_normal_noise_and_the_rest_is_untouched() -> None:
     assert torch.equal(erased, augment_pixels(image, box, 0, MEAN, STD))
 
 
-def test_no_change_is_no_change() -> None:
+def test_parameters_that_apply_nothing_leave_the_image_unchanged() -> None:
     image = tensor_of(photograph(64, 64))
     nothing = params_of(operations=np.array([[-1, -1]]), magnitudes=np.zeros((1, 2)), boxes=np.zeros((1, 4), np.int32))
     assert torch.equal(augment_pixels(image, nothing, 0, MEAN, STD), image)

@@ -1,4 +1,4 @@
-"""The halves of the decoder, put together again, are the decoder."""
+"""The two halves of the decoder together give the decoder's images."""
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ def batches() -> list[EncodedBatch]:
     ]
 
 
-def test_windows_come_in_turn_and_become_the_decoder_s_images() -> None:
+def test_the_halves_process_batches_in_turn_and_give_the_decoder_s_images() -> None:
     data = batches()
     decoder = CpuDecoder(lambda number: data[number % 2], 2, SIZE, 1, CPU)
     expected = [decoder.run() for _ in range(3)]

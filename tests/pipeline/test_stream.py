@@ -1,4 +1,4 @@
-"""Shards that are read through, from a server on loopback, a pipe and a disk: one pass each, resume by shard."""
+"""Streams from a server on loopback, a pipe and a disk: one pass per epoch, resume by shard."""
 
 import http.server
 import json
@@ -28,10 +28,10 @@ from tests.shards.test_sources import write_tar
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder; every file's first `failures` requests get but its first half."""
+    """Serves a folder; the first `failures` requests for each file get only its first half."""
 
     def __init__(self, folder: Path, failures: int):
-        self.folder, self.failures, self.asked = folder, failures, Counter[str]()
+        self.folder, self.failures, self.requests = folder, failures, Counter[str]()
         super().__init__(("127.0.0.1", 0), Handler)
 
 
@@ -44,21 +44,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(404)
             return
         data = path.read_bytes()
-        self.server.asked[path.name] += 1
+        self.server.requests[path.name] += 1
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data[: len(data) // 2] if self.server.asked[path.name] <= self.server.failures else data)
+        self.wfile.write(data[: len(data) // 2] if self.server.requests[path.name] <= self.server.failures else data)
 
     def log_message(self, *_: object) -> None:
-        """Nothing on the terminal."""
+        """Prints nothing."""
 
 
 @pytest.fixture
 def serve() -> Iterator[Any]:
-    """`serve(folder, failures)` is the URL of a server of that folder."""
+    """`serve(folder, failures)` starts a server of that folder and returns its URL."""
     if shutil.which("curl") is None:
-        pytest.skip("webdataset fetches http by curl, which is not here")
+        pytest.skip("webdataset needs curl for http, and curl is not installed")
     servers: list[Server] = []
 
     def start(folder: Path | str, failures: int = 0) -> str:
@@ -73,7 +73,7 @@ def serve() -> Iterator[Any]:
 
 
 def pattern(dataset: Dataset) -> str:
-    """Braces for a packed dataset's shards."""
+    """Names of a packed dataset's shards as one pattern with braces."""
     stem = dataset.shard_names[0].removesuffix("000000.tar")
     return f"{stem}{{000000..{len(dataset.shard_names) - 1:06d}}}.tar"
 
@@ -103,7 +103,7 @@ def test_a_server_a_pipe_and_a_disk_give_the_same_stream(packed: Dataset, serve:
     assert len(first) == 120 and all(other == first for other in others)
 
 
-def test_every_sample_comes_once_a_pass_in_another_order_each_epoch(packed: Dataset, serve: Any) -> None:
+def test_every_sample_comes_once_per_epoch_and_each_epoch_has_another_order(packed: Dataset, serve: Any) -> None:
     stream = Stream(f"{serve(packed.folder)}/{pattern(packed)}", 60, shuffle_buffer=1)
     rows = content(take(stream, BatchSplit(60, 1, 1), 2))
     passes = [[sample for sample, epoch, *_ in rows if epoch == number] for number in (0, 1)]
@@ -112,17 +112,17 @@ def test_every_sample_comes_once_a_pass_in_another_order_each_epoch(packed: Data
     assert labels == dict.fromkeys(range(3), 40)
 
 
-def test_a_buffer_shuffles_what_it_holds_and_loses_nothing(packed: Dataset) -> None:
-    straight, shuffled = (
+def test_the_shuffle_buffer_changes_the_order_and_loses_nothing(packed: Dataset) -> None:
+    in_order, shuffled = (
         content(take(Stream(f"{packed.folder}/{pattern(packed)}", 60, buffer), BatchSplit(30, 1, 1), 6))
         for buffer in (1, 16)
     )
-    assert [row[:2] for row in straight] != [row[:2] for row in shuffled]
-    assert len({row[:2] for row in shuffled}) == 180 and len(set(straight) - set(shuffled)) <= 16
+    assert [row[:2] for row in in_order] != [row[:2] for row in shuffled]
+    assert len({row[:2] for row in shuffled}) == 180 and len(set(in_order) - set(shuffled)) <= 16
 
 
 def test_images_are_those_of_the_indexed_dataset(packed: Dataset) -> None:
-    """Nothing cropped at random, so that the draws, which hang on the sample's number, do not matter."""
+    """Centre crops, because random crops depend on sample numbers, which differ."""
     centre = AugmentSampler(5, CropConfig("none"), (32, 32))
     stream = Stream(f"{packed.folder}/{pattern(packed)}", 60, shuffle_buffer=1)
     found = []
@@ -132,8 +132,8 @@ def test_images_are_those_of_the_indexed_dataset(packed: Dataset) -> None:
     assert found[0] == found[1]
 
 
-def test_ranks_take_turns_at_the_shards(packed: Dataset) -> None:
-    """Each shard once an epoch by one of them; several micro-batches follow one another in a rank's stream."""
+def test_ranks_take_shards_in_turn(packed: Dataset) -> None:
+    """One rank reads each shard once per epoch; consecutive micro-batches continue the rank's stream."""
     stream = Stream(f"{packed.folder}/{pattern(packed)}", 60, shuffle_buffer=1)
     alone = take(stream, BatchSplit(6, 1, 1), 10, shuffle="none")
     assert [row[0] for row in content(alone)] == sorted(row[0] for row in content(alone))
@@ -143,12 +143,12 @@ def test_ranks_take_turns_at_the_shards(packed: Dataset) -> None:
     assert content(halves[0]) == content(halves[1])
 
 
-def test_a_stream_is_the_same_again_and_with_other_threads(packed: Dataset) -> None:
+def test_a_stream_is_reproducible(packed: Dataset) -> None:
     stream = Stream(f"{packed.folder}/{pattern(packed)}", 60, shuffle_buffer=16)
     assert content(take(stream, BatchSplit(8, 1, 1), 9)) == content(take(stream, BatchSplit(8, 1, 1), 9))
 
 
-def test_a_resumed_stream_begins_with_the_shard_where_it_stood(packed: Dataset) -> None:
+def test_a_resumed_stream_begins_with_the_shard_of_its_position(packed: Dataset) -> None:
     stream = Stream(f"{packed.folder}/{pattern(packed)}", 60, shuffle_buffer=1)
     shards, order = len(stream.shards), SampleOrder(len(stream.shards), 5)
     resumed = content(take(stream, BatchSplit(6, 1, 1), 4, state={"epoch": 3, "position": 30}))
@@ -156,7 +156,7 @@ def test_a_resumed_stream_begins_with_the_shard_where_it_stood(packed: Dataset) 
     assert resumed[0][:2] == (int(expected[0]) << 32, 3)
 
 
-def test_what_breaks_off_is_fetched_again_and_nothing_comes_twice(
+def test_a_truncated_download_is_repeated_and_no_sample_comes_twice(
     packed: Dataset, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("maelstream.pipeline.stream_source._PAUSES_S", (0.001,) * 4)
@@ -166,29 +166,31 @@ def test_what_breaks_off_is_fetched_again_and_nothing_comes_twice(
 
 
 @pytest.mark.parametrize("failures", [0, 9])
-def test_what_never_comes_is_named(packed: Dataset, serve: Any, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+def test_an_unreadable_shard_is_named(
+    packed: Dataset, serve: Any, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
     monkeypatch.setattr("maelstream.pipeline.stream_source._PAUSES_S", (0.001,) * 4)
     url = f"{serve(packed.folder, failures)}/{'nowhere.tar' if not failures else packed.shard_names[0]}"
-    with pytest.raises(StorageError, match=rf"{url} cannot be read \(.+\); asked 5 times"):
+    with pytest.raises(StorageError, match=rf"{url} cannot be read \(.+\); tried 5 times"):
         take(Stream(url, 60), BatchSplit(8, 1, 1), 1)
 
 
 @pytest.mark.parametrize(("marker", "data", "reason"), DAMAGE)
-def test_a_bad_sample_is_named_and_left_out(
+def test_a_bad_sample_is_reported_and_left_out(
     packed: Dataset, tmp_path: Path, marker: bytes, data: bytes, reason: str
 ) -> None:
     damaged = damaged_copy(packed, tmp_path / "damaged", marker, data)
-    told: list[BadSample] = []
+    reported: list[BadSample] = []
     stream = Stream(f"{damaged.folder}/{pattern(packed)}", 60)
-    rows = content(take(stream, BatchSplit(8, 1, 1), 15, max_bad_share=0.02, on_bad=told.append))
-    (bad,) = told
+    rows = content(take(stream, BatchSplit(8, 1, 1), 15, max_bad_share=0.02, on_bad=reported.append))
+    (bad,) = reported
     assert bad.key == packed.keys(np.array([7]))[0] and reason in bad.reason and bad.shard.endswith(".tar")
     assert len(rows) == 120 and bad.sample not in {row[0] for row in rows}
     with pytest.raises(DatasetError, match="1 bad samples, max_bad_share allows 0"):
         take(stream, BatchSplit(8, 1, 1), 15, max_bad_share=0.0)
 
 
-def test_labels_are_numbers_of_cls_or_json_or_none(packed: Dataset, tmp_path: Path) -> None:
+def test_labels_come_from_cls_or_json_and_are_minus_1_otherwise(packed: Dataset, tmp_path: Path) -> None:
     images = [path.read_bytes() for path in sorted(Path(packed.folder).parent.glob("images/*/*.jpg"))[:4]]
     members = []
     kinds = [("cls", b"7"), ("json", json.dumps({"label": 5}).encode()), ("cls", b"cat"), ("txt", b"a picture")]
@@ -205,7 +207,7 @@ def test_a_shard_without_images_is_named(tmp_path: Path) -> None:
         take(Stream(str(tmp_path / "text.tar"), 4), BatchSplit(4, 1, 1), 1)
 
 
-def test_the_length_of_an_epoch_must_be_told() -> None:
+def test_the_length_of_an_epoch_is_required() -> None:
     with pytest.raises(MaelstreamError, match="samples is how many its shards hold"):
         Stream("somewhere.tar", 0)
 

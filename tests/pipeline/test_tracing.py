@@ -1,4 +1,4 @@
-"""Ranges reach whoever looks, from any thread, and nobody else."""
+"""Ranges of all threads reach the active profiler, and cost nothing without one."""
 
 import threading
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ import torch
 from maelstream.pipeline.tracing import trace_range, traced_with
 
 
-def test_an_observer_sees_the_ranges_of_all_threads_while_it_looks() -> None:
+def test_a_profiler_gets_the_ranges_of_all_threads_while_it_is_active() -> None:
     seen: list[tuple[str, str]] = []
 
     @contextmanager
-    def observer(name: str) -> Iterator[None]:
+    def make_range(name: str) -> Iterator[None]:
         seen.append(("in", name))
         yield
         seen.append(("out", name))
@@ -22,7 +22,7 @@ def test_an_observer_sees_the_ranges_of_all_threads_while_it_looks() -> None:
         with trace_range("decode"):
             pass
 
-    with traced_with(observer):
+    with traced_with(make_range):
         with trace_range("read"):
             pass
         thread = threading.Thread(target=decode)
@@ -32,6 +32,6 @@ def test_an_observer_sees_the_ranges_of_all_threads_while_it_looks() -> None:
     assert seen == [("in", "read"), ("out", "read"), ("in", "decode"), ("out", "decode")]
 
 
-def test_where_nobody_looks_and_no_gpu_is_every_range_is_the_same_nothing() -> None:
+def test_without_a_profiler_and_a_gpu_all_ranges_are_the_same_empty_object() -> None:
     if not torch.cuda.is_available():
         assert trace_range("read") is trace_range("step")
