@@ -1,4 +1,4 @@
-"""`maelstream runs` and `maelstream watch`: what their files tell of runs, alive and dead."""
+"""`maelstream runs` and `maelstream watch`: the state of runs from their files, while they run and after they died."""
 
 import fcntl
 import json
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from maelstream.jobs.command import run
-from maelstream.jobs.format import format_ago
 from maelstream.jobs.recipe import Recipe
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.run_folder.status import Status, state_of
@@ -16,7 +15,7 @@ from maelstream.jobs.watch import curve
 
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
-    """A run that says it is running."""
+    """A run whose status is `running`; no process holds its lock."""
     folder = RunFolder(tmp_path / "runs" / "one")
     folder.start(Recipe(), 0)
     line = {"step": 7, "epoch": 0.5, "loss": 0.25, "lr": 1e-3, "images_per_s": 1234.5, "data_wait": 0.01}
@@ -26,7 +25,7 @@ def folder(tmp_path: Path) -> RunFolder:
     return folder
 
 
-def test_a_run_whose_trainer_is_gone_without_a_word_is_dead(folder: RunFolder) -> None:
+def test_a_running_run_whose_lock_nobody_holds_has_died(folder: RunFolder) -> None:
     with folder.lock.open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert state_of(folder) == "running"
@@ -38,29 +37,22 @@ def test_a_run_whose_trainer_is_gone_without_a_word_is_dead(folder: RunFolder) -
 def test_runs_lists_every_run_below_a_folder(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     RunFolder(folder.path.with_name("two")).start(Recipe(), 0)
     assert run("runs", [str(folder.path.parent)]) == 0
-    said = capsys.readouterr().out
-    assert "7/100" in said and "0.2500" in said and "not begun" in said
+    printed = capsys.readouterr().out
+    assert "7/100" in printed and "0.2500" in printed and "not begun" in printed
 
 
-def test_a_folder_without_runs_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_runs_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("runs", [str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
 
 
-def test_watch_shows_a_run_from_its_files(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_watch_prints_the_run_once_without_a_terminal(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("watch", [str(folder.path)]) == 0
-    said = capsys.readouterr().out
-    assert "7 of 100" in said and "0.2500, lowest 0.2500, first 0.5000" in said and "1 steps skipped" in said
+    printed = capsys.readouterr().out
+    assert "7 of 100" in printed and "0.2500, lowest 0.2500, first 0.5000" in printed and "1 steps skipped" in printed
     assert run("watch", [str(folder.path.parent)]) == 2
 
 
-def test_curves_and_times_are_short() -> None:
+def test_curves_fit_their_width() -> None:
     assert curve([0.0, 1.0, 0.5], 10) == "▁█▅" and len(curve([float(n) for n in range(1000)], 40)) == 40
     assert curve([2.0, 2.0], 10) == "▁▁"
-    times = [format_ago(seconds) for seconds in (5, 300, 7200, 200_000)]
-    assert times == [
-        "5 s ago",
-        "5 min ago",
-        "2 h ago",
-        "2 d ago",
-    ]
