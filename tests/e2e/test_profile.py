@@ -1,4 +1,4 @@
-"""`maelstream profile` as a user types it: what is slow is what it names."""
+"""`maelstream profile` as a user types it: it names the stage that is slow."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,8 @@ from maelstream.pipeline.tracing import STAGES
 from maelstream.shards.dataset import Dataset
 from tests.helpers.forked import run_ranks, start
 
-NUMBERS = {"images_per_s", "bytes_per_s", "limit_images_per_s"}
-WHOLE = {
+RATES = {"images_per_s", "bytes_per_s", "limit_images_per_s"}
+END_TO_END = {
     "steps",
     "images_per_s",
     "images_per_s_with_the_recipe_s_batch",
@@ -36,30 +36,30 @@ WHOLE = {
 
 
 def profile(tiny: str, folder: Path, *options: str, ranks: int = 1, fault: str = "") -> tuple[dict[str, Any], str]:
-    """The figures, and what was said."""
+    """The figures of the JSON file, and the output."""
     files = ["--json", str(folder / "p.json"), "--out", str(folder / "p.png")]
     output = folder / "output"
     done = run_ranks(ranks, tiny, "--seconds", "0.2", *files, *options, output=output, fault=fault, command="profile")
-    return json.loads((folder / "p.json").read_text()), done.said
+    return json.loads((folder / "p.json").read_text()), done.printed
 
 
-def test_all_stages_the_whole_a_picture_and_a_trace(tiny: str, tmp_path: Path) -> None:
-    figures, said = profile(tiny, tmp_path, "--trace", str(tmp_path / "trace.json"))
+def test_all_stages_the_run_end_to_end_a_chart_and_a_trace(tiny: str, tmp_path: Path) -> None:
+    figures, printed = profile(tiny, tmp_path, "--trace", str(tmp_path / "trace.json"))
     assert figures["version"] == 1 and list(figures["stages"]) == list(STAGES)
     for name, stage in figures["stages"].items():
-        assert stage.keys() == NUMBERS | {"why"}
+        assert stage.keys() == RATES | {"why"}
         if name in ("copy", "comm"):
             assert stage["images_per_s"] is None and stage["why"]
         else:
             assert stage["images_per_s"] > 0
-    whole = figures["whole"]
-    assert whole.keys() == WHOLE
-    assert 0 <= whole["data_wait_p50_s"] <= whole["data_wait_p99_s"] <= 10 * whole["step_s"]
-    assert 0 <= whole["data_wait"] <= 1 and 0 < whole["mfu_measured"] < 1 and whole["rss_bytes"] > 2**27
+    run = figures["whole"]
+    assert run.keys() == END_TO_END
+    assert 0 <= run["data_wait_p50_s"] <= run["data_wait_p99_s"] <= 10 * run["step_s"]
+    assert 0 <= run["data_wait"] <= 1 and 0 < run["mfu_measured"] < 1 and run["rss_bytes"] > 2**27
     assert figures["verdict"].keys() == {"limit", "factor", "advice", "words"}
     assert figures["verdict"]["limit"] in STAGES and figures["verdict"]["factor"] >= 1
     for word in ("storage", "optimizer", "one rank", "MFU", "data wait", "p99", "limits the run"):
-        assert word in said
+        assert word in printed
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.width > 800
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
@@ -68,7 +68,7 @@ def test_all_stages_the_whole_a_picture_and_a_trace(tiny: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("stage", ["storage", "decode", "step"])
-def test_what_is_slow_is_what_holds_the_run_back(stage: str, tiny: str, tmp_path: Path) -> None:
+def test_the_slow_stage_is_the_bottleneck(stage: str, tiny: str, tmp_path: Path) -> None:
     figures, _ = profile(tiny, tmp_path, fault=f"slow_{stage}:0.25")
     assert figures["verdict"]["limit"] == stage
     assert figures["verdict"]["factor"] > 1.5
@@ -76,17 +76,17 @@ def test_what_is_slow_is_what_holds_the_run_back(stage: str, tiny: str, tmp_path
     assert waits < 0.2 if stage == "step" else waits > 0.5
 
 
-def test_two_ranks_exchange_gradients_and_tell_rates_of_both(tiny: str, tmp_path: Path) -> None:
+def test_two_ranks_exchange_gradients_and_report_their_rates_together(tiny: str, tmp_path: Path) -> None:
     figures, _ = profile(tiny, tmp_path, "--stages", "step,optimizer,comm", ranks=2)
     assert figures["ranks"] == 2 and list(figures["stages"]) == ["step", "optimizer", "comm"]
     assert figures["stages"]["comm"]["bytes_per_s"] > 0
     assert figures["whole"]["steps"] >= 3
 
 
-def test_some_stages_alone_leave_the_engine_out(tiny: str, tmp_path: Path) -> None:
-    figures, said = profile(tiny, tmp_path, "--stages", "read,decode")
+def test_stages_of_the_data_path_alone_start_no_engine(tiny: str, tmp_path: Path) -> None:
+    figures, printed = profile(tiny, tmp_path, "--stages", "read,decode")
     assert list(figures["stages"]) == ["read", "decode"] and figures["whole"] is None
-    assert "data wait" not in said
+    assert "data wait" not in printed
 
 
 @pytest.mark.parametrize(
@@ -105,40 +105,44 @@ def test_bad_input_is_one_line(
     tiny: str, capsys: pytest.CaptureFixture[str], options: list[str], complaint: str
 ) -> None:
     assert run("profile", [tiny, *options]) == 2
-    said = capsys.readouterr().err
-    assert complaint in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert complaint in printed and printed.count("\n") == 1
 
 
+@pytest.mark.parametrize("bf16", [False, True], ids=["no bf16 instructions", "bf16 instructions"])
 @pytest.mark.parametrize("images", [0, 2])
-def test_a_micro_batch_that_a_cpu_has_no_memory_for_is_one_line(tiny: str, tmp_path: Path, images: int) -> None:
+def test_a_micro_batch_that_a_cpu_has_no_memory_for_is_one_line(
+    tiny: str, tmp_path: Path, images: int, bf16: bool
+) -> None:
+    """With bf16 instructions an activation has 2 bytes, without them 4."""
     recipe = load_recipe(Path(tiny))
-    image = activation_bytes(recipe.model, False, 4)
-    room = sum(state_bytes(recipe.model, 1, 1)[:5]) + images * image + image // 2
+    image = activation_bytes(recipe.model, False, 2 if bf16 else 4)
+    free = sum(state_bytes(recipe.model, 1, 1)[:5]) + images * image + image // 2
     advice = f"the largest that does is {images}: --engine.micro-batch-size {images}" if images else "not even 1 does"
-    assert refused(tiny, tmp_path, f"little_memory:{room}") == (
+    assert error_line(tiny, tmp_path, f"little_memory:{free},{bf16:d}") == (
         f"maelstream profile: engine.micro_batch_size 6 does not fit into the memory of cpu; {advice}, or "
         "--engine.activation-checkpointing"
     )
 
 
 def test_a_micro_batch_that_runs_out_of_a_gpu_s_memory_is_one_line(tiny: str, tmp_path: Path) -> None:
-    said = refused(tiny, tmp_path, "out_of_memory:4")
-    assert "engine.micro_batch_size 6 does not fit" in said and "the largest that does is 4: --engine" in said
+    printed = error_line(tiny, tmp_path, "out_of_memory:4")
+    assert "engine.micro_batch_size 6 does not fit" in printed and "the largest that does is 4: --engine" in printed
 
 
 def test_a_profiler_that_is_not_permitted_is_one_line(tiny: str, tmp_path: Path) -> None:
     trace = ["--trace", str(tmp_path / "trace.json")]
-    said = refused(tiny, tmp_path, "no_profiler:CUPTI_ERROR_INSUFFICIENT_PRIVILEGES", *trace)
-    assert said.startswith("maelstream profile: --trace: the profiler is not permitted here (CUPTI_ERROR_INSUFF")
+    printed = error_line(tiny, tmp_path, "no_profiler:CUPTI_ERROR_INSUFFICIENT_PRIVILEGES", *trace)
+    assert printed.startswith("maelstream profile: --trace: the profiler is not permitted here (CUPTI_ERROR_INSUFF")
 
 
-def refused(tiny: str, folder: Path, fault: str, *options: str) -> str:
-    """The one line, with exit code 2."""
+def error_line(tiny: str, folder: Path, fault: str, *options: str) -> str:
+    """The line that the command prints; its exit code must be 2."""
     files = ["--out", str(folder / "p.png"), "--stages", "step", "--seconds", "0.1"]
     running = start(1, tiny, *files, *options, output=folder / "output", fault=fault, command="profile")
-    assert running.wait() == [2], running.said
-    assert running.said.count("\n") == 1 and not (folder / "p.png").exists()
-    return running.said.strip()
+    assert running.wait() == [2], running.printed
+    assert running.printed.count("\n") == 1 and not (folder / "p.png").exists()
+    return running.printed.strip()
 
 
 def test_a_recipe_comes_first(capsys: pytest.CaptureFixture[str], packed: Dataset) -> None:
