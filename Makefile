@@ -1,12 +1,12 @@
-# `make demo` and `make test` are all that a new user needs; both set everything up in .venv first.
+# A new user needs only `make demo` and `make test`; both first install everything into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 comma := ,
-# A folder of images for the demo; without one it makes crops of the photographs that scikit-image ships.
+# A folder of images for the demo; by default it uses crops of the photographs in scikit-image and scikit-learn.
 SRC ?=
-# 12 on a machine whose driver has no CUDA 13.
+# Set it to 12 if the NVIDIA driver does not support CUDA 13.
 CUDA ?= 13
-# A folder of wheels for gpu-check on a machine without a network.
+# A folder of wheels, for gpu-check on a machine without a network.
 WHEELS ?=
 
 .PHONY: setup demo test check bench gpu-check soak evidence
@@ -35,12 +35,12 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Beside the peers of the extra `bench`, where they are installed; ARGS=--quick for a look. Writes docs/measured/.
+# Compares with the peers of the extra `bench`, if they are installed. ARGS=--quick is short. Writes docs/measured/.
 bench: setup
 	$(BIN)/python -m benchmarks.run $(if $(SRC),--data '$(SRC)') $(ARGS)
 
-# What only a GPU can show. Without a network: PYTHON is one that has torch and timm, WHEELS a folder of what else is
-# needed (docs/gpu.md); nothing is installed outside of .gpu.
+# Checks what only a GPU can show. Without a network, PYTHON must have torch and timm, and WHEELS is a folder with the
+# other packages (docs/gpu.md); they are installed into .gpu.
 ifneq ($(WHEELS),)
 gpu-check: .gpu/installed
 	PYTHONPATH=.gpu/site $(PYTHON) -m benchmarks.gpu $(if $(SRC),--src '$(SRC)') $(ARGS)
@@ -54,10 +54,11 @@ endif
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --target .gpu/site $^
 	touch $@
 
-# The fault table in full: about an hour on 2 cores; the figures go to docs/measured/faults.md.
+# Runs the whole fault table: about an hour on 2 cores. The figures are in docs/measured/faults.md.
 soak: setup
 	$(BIN)/python -m benchmarks.faults
 
-# What the paper says of features, on CIFAR-10; stops and goes on at any time. SRC=cifar10.tar.gz, ARGS='--size whole' on a GPU.
+# Tests the paper's claims about features on CIFAR-10; it can be stopped and resumed at any time.
+# SRC=cifar10.tar.gz; ARGS='--size whole' needs a GPU.
 evidence: setup
 	$(BIN)/python -m benchmarks.evidence '$(SRC)' $(ARGS)

@@ -1,10 +1,10 @@
-"""The fault table: what a run survives, how often it was tried, and the worst that was seen.
+"""The fault table: which faults a run survives, how often each was tried, and the worst result.
 
     python -m benchmarks.faults                       # all rows, about an hour on 2 cores
     python -m benchmarks.faults --rows kills damage --times 10
 
-A small model on 2 CPU ranks; each row compares with a run that nobody disturbed. Full disks need the right to mount a
-tmpfs. The short versions of these are tests (tests/e2e/test_faults.py, tests/e2e/test_launch.py).
+It trains a small model on 2 CPU ranks and compares each run with one without faults. The row of full disks needs the
+right to mount a tmpfs. Short versions of these rows are tests (tests/e2e/test_faults.py, tests/e2e/test_launch.py).
 """
 
 import contextlib
@@ -38,7 +38,7 @@ STEPS = 12
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one row."""
+    """The result of one row."""
 
     times: int
     passed: int
@@ -47,14 +47,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where rows work."""
+    """What all rows share: the folder for runs, the recipe and a random generator."""
 
     folder: Path
     recipe: str
     draw: random.Random
 
     def run(self, name: str) -> RunFolder:
-        """A fresh run folder."""
+        """An empty run folder."""
         shutil.rmtree(self.folder / name, ignore_errors=True)
         return RunFolder(self.folder / name)
 
@@ -71,14 +71,14 @@ def losses(folder: RunFolder) -> list[float]:
 
 
 def same(ours: RunFolder, theirs: RunFolder) -> bool:
-    """Every loss and every parameter, to the last bit."""
+    """Whether all losses and all parameters are bit-identical."""
     one, other = ours.checkpoints.weights(STEPS), theirs.checkpoints.weights(STEPS)
     return losses(ours) == losses(theirs) and all(torch.equal(one[name], other[name]) for name in other)
 
 
 def kills(bench: Bench, times: int) -> Outcome:
     """kill -9 of all ranks at random moments, a third of them while a save is being written; saves at every step."""
-    unbroken, passed, done, in_save, refused = bench.run("unbroken"), 0, 0, 0, 0
+    unbroken, passed, done, in_save, damaged = bench.run("unbroken"), 0, 0, 0, 0
     bench.finish(2, unbroken)
     while done < times:
         folder = bench.run("killed")
@@ -95,10 +95,10 @@ def kills(bench: Bench, times: int) -> Outcome:
             in_save += bool(list(folder.checkpoints.folder.glob("*.writing")))
             running.kill()
             done += 1
-            refused += bool([step for step in folder.checkpoints.steps() if folder.checkpoints.fault(step)])
+            damaged += bool([step for step in folder.checkpoints.steps() if folder.checkpoints.fault(step)])
         bench.finish(2, folder)
         passed += same(folder, unbroken) * min(10, times)
-    return Outcome(done, min(passed, done) if not refused else 0, f"{in_save} kills fell into a save; all bits equal")
+    return Outcome(done, min(passed, done) if not damaged else 0, f"{in_save} kills hit a save; all bits equal")
 
 
 def file_operations(bench: Bench, times: int) -> Outcome:
@@ -111,7 +111,7 @@ def file_operations(bench: Bench, times: int) -> Outcome:
         code = save_in_a_process(folder.folder, 2, f"kill_at_file_operation:{operation}")
         passed += bool(folder.steps()) and not any(map(folder.fault, folder.steps()))
         if code == 0:
-            return Outcome(operation, passed, "no partial checkpoint was ever listed or loaded")
+            return Outcome(operation, passed, "no partial checkpoint was listed or loaded")
 
 
 def damage(bench: Bench, times: int) -> Outcome:
@@ -133,12 +133,12 @@ def damage(bench: Bench, times: int) -> Outcome:
         began = time.monotonic()
         done = bench.finish(2, folder, "--stop-at-step", "5")
         slowest = max(slowest, time.monotonic() - began)
-        passed += str(folder.checkpoints.at(8)) in done.said and "going on from step-00000004" in done.said
-    return Outcome(times, passed, f"found, fallen back and trained on within {slowest:.1f} s")
+        passed += str(folder.checkpoints.at(8)) in done.printed and "going on from step-00000004" in done.printed
+    return Outcome(times, passed, f"detected, and resumed from the checkpoint before, within {slowest:.1f} s")
 
 
 def orphans(bench: Bench, times: int) -> Outcome:
-    """The launcher, or one rank, is killed, in turn; is anything left after 10 s, and is the code not 0?"""
+    """The launcher and one rank are killed in turn; within 10 s no process may be left, and the exit code is not 0."""
     passed, slowest = 0, 0.0
     for number in range(2 * times):
         folder = bench.run("orphans")
@@ -155,17 +155,17 @@ def orphans(bench: Bench, times: int) -> Outcome:
         for process in alive:
             process.kill()
         passed += not alive and launcher.wait(20) != 0
-    return Outcome(2 * times, passed, f"all gone after {slowest:.1f} s")
+    return Outcome(2 * times, passed, f"all processes ended after {slowest:.1f} s")
 
 
 def stops(bench: Bench, times: int) -> Outcome:
-    """SIGTERM at a random moment, as the launcher hands it on: in the start, in a step, in a save."""
+    """SIGTERM to all ranks, as from the launcher, at a random moment: at the start, in a step, in a save."""
     passed, longest, lost, in_start = 0, 0.0, 0, 0
     for number in range(times):
         folder = bench.run("stopped")
         options = ("--checkpoint.every-steps", "2", "--optim.epochs", "400")
         running = bench.start(2, folder, *options, fault="slow_save:0.05")
-        while number % 3 and not folder.read_metrics():  # one in three comes at any moment, the others after a step
+        while number % 3 and not folder.read_metrics():  # one in three comes at any moment, the others come after a step
             time.sleep(0.01)
         time.sleep(bench.draw.uniform(0.0, 2.0))
         began = time.monotonic()
@@ -175,17 +175,18 @@ def stops(bench: Bench, times: int) -> Outcome:
         lines, steps = folder.read_metrics(), folder.checkpoints.steps()
         unsaved = (lines[-1]["step"] if lines else 0) - (steps[-1] if steps else 0)
         lost, in_start = max(lost, unsaved), in_start + (not lines)
-        # Before the handlers stand, SIGTERM ends the rank itself: -15, which a shell tells as 143. In the start a rank
-        # may lose the other (69) before its own signal is there; the launcher returns the other's code then.
+        # Before the signal handlers are installed, SIGTERM ends the process with -15, which a shell reports as 143. At
+        # the start a rank may lose the other one (69) before it gets its own signal; the launcher then returns the
+        # other's code.
         ended = set(codes) <= {143, -15} or (not lines and set(codes) <= {143, -15, 69} and set(codes) != {69})
         passed += unsaved <= 1 and ended
         if not (unsaved <= 1 and ended):
-            print(codes, unsaved, running.said)
-    return Outcome(times, passed, f"at most {lost} steps lost, ended within {longest:.1f} s; {in_start} in the start")
+            print(codes, unsaved, running.printed)
+    return Outcome(times, passed, f"at most {lost} steps lost, ended within {longest:.1f} s; {in_start} at the start")
 
 
 def elastic(bench: Bench, times: int) -> Outcome:
-    """2 -> 1 -> 3 -> 4 -> 2 ranks in mid-epoch, under ZeRO 1, 2 and 3, in bf16 and float32."""
+    """2 -> 1 -> 3 -> 4 -> 2 ranks in mid-epoch, with ZeRO 1, 2 and 3, in bf16 and float32."""
     passed, done, worst = 0, 0, {"bf16": 0.0, "fp32": 0.0}
     for zero in ("1", "2", "3"):
         for precision, limit in (("bf16", 1e-4), ("fp32", 1e-6)):
@@ -197,10 +198,10 @@ def elastic(bench: Bench, times: int) -> Outcome:
                 for ranks, stop in zip((2, 1, 3, 4, 2), [*stops, STEPS], strict=True):
                     bench.finish(ranks, folder, *engine, "--stop-at-step", str(stop))
                 pairs = zip(losses(folder), losses(unbroken), strict=True)
-                off = max(abs(ours - theirs) / theirs for ours, theirs in pairs)
-                worst[precision] = max(worst[precision], off)
-                passed, done = passed + (off < limit), done + 1
-    return Outcome(done, passed, f"losses off by {worst['bf16']:.1e} in bf16, {worst['fp32']:.1e} in float32")
+                difference = max(abs(ours - theirs) / theirs for ours, theirs in pairs)
+                worst[precision] = max(worst[precision], difference)
+                passed, done = passed + (difference < limit), done + 1
+    return Outcome(done, passed, f"losses differ by {worst['bf16']:.1e} in bf16, {worst['fp32']:.1e} in float32")
 
 
 @contextlib.contextmanager
@@ -214,23 +215,23 @@ def small_disk(folder: Path, kib: int) -> Iterator[None]:
 
 
 def full_disk(bench: Bench, times: int) -> Outcome:
-    """A tmpfs with room for one checkpoint and some of the next; later there is room again."""
-    passed = went_on = 0
+    """A tmpfs has space for one checkpoint and part of the next; later there is space again."""
+    passed = continued = 0
     for number in range(times):
         folder = bench.run("full")
-        with small_disk(folder.path, 1500 + 60 * number):  # a save takes 1400 KiB, of which 350 go again
+        with small_disk(folder.path, 1500 + 60 * number):  # a save needs 1400 KiB, of which it frees 350
             running = bench.start(2, folder)
             codes = running.wait(60)
             steps = folder.checkpoints.steps()
             whole = bool(steps) and not any(map(folder.checkpoints.fault, steps))
-            clear = "cannot be written" in running.said and "Traceback" not in running.said
-            went_on += "training goes on" in running.said
+            clear = "cannot be written" in running.printed and "Traceback" not in running.printed
+            continued += "training continues" in running.printed
             passed += whole and clear and set(codes) <= {0, 2}
-    return Outcome(times, passed, f"earlier checkpoint whole; {went_on} went on to the next save")
+    return Outcome(times, passed, f"the earlier checkpoint is intact; {continued} runs continued to the next save")
 
 
 def nan(bench: Bench, times: int) -> Outcome:
-    """NaN in the loss or the gradient of one rank, under ZeRO 1, 2, 3: all skip the step, and count it."""
+    """NaN in the loss or the gradient of one rank, with ZeRO 1, 2, 3: all ranks skip and count the step."""
     passed = 0
     for number in range(times):
         folder = bench.run("nan")
@@ -238,11 +239,11 @@ def nan(bench: Bench, times: int) -> Outcome:
         running = bench.start(2, folder, "--engine.zero", str(number % 3 + 1), fault=fault, faulty_rank=number % 2)
         lines = (running.wait(60), folder.read_metrics())[1]
         passed += len(lines) == STEPS and lines[-1]["skipped"] == 1 and lines[4]["loss"] is None
-    return Outcome(times, passed, "skipped on all ranks, the others taken")
+    return Outcome(times, passed, "all ranks skip this step and take the others")
 
 
 def silence(bench: Bench, times: int) -> Outcome:
-    """SIGSTOP to one rank, 3 s of silence allowed: the others name it, and the run ends with a code."""
+    """SIGSTOP to one rank, with `silent_s` 3: the others name it, and the run ends with an exit code."""
     passed, longest = 0, 0.0
     for _ in range(times):
         folder = bench.run("silent")
@@ -252,7 +253,7 @@ def silence(bench: Bench, times: int) -> Outcome:
             time.sleep(0.01)
         codes = running.wait(1)
         longest = max(longest, time.time() - folder.metrics.stat().st_mtime)
-        passed += codes[0] == 70 and "rank 1: silent for 3 s" in running.said
+        passed += codes[0] == 70 and "rank 1: silent for 3 s" in running.printed
     return Outcome(times, passed, f"ended within {longest:.1f} s of the last step")
 
 
@@ -261,8 +262,8 @@ ROWS: dict[str, tuple[str, int, Callable[[Bench, int], Outcome]]] = {
     "operations": ("kill at every file operation of a save", 1, file_operations),
     "damage": ("checkpoint file cut, removed, one bit flipped", 100, damage),
     "orphans": ("launcher, or one rank, killed", 10, orphans),
-    "stops": ("SIGTERM in start, step, save", 20, stops),
-    "elastic": ("ranks 2 -> 1 -> 3 -> 4 -> 2 in mid-epoch, each of ZeRO 1, 2, 3 in bf16 and float32", 5, elastic),
+    "stops": ("SIGTERM at the start, in a step, in a save", 20, stops),
+    "elastic": ("ranks 2 -> 1 -> 3 -> 4 -> 2 in mid-epoch, ZeRO 1, 2, 3, each in bf16 and float32", 5, elastic),
     "disk": ("disk full during a save (small tmpfs)", 15, full_disk),
     "nan": ("NaN injected on one rank", 3, nan),
     "silence": ("one rank stopped with SIGSTOP", 3, silence),
@@ -271,18 +272,18 @@ ROWS: dict[str, tuple[str, int, Callable[[Bench, int], Outcome]]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """Carry out the fault table."""
+    """Measure the fault table."""
 
     rows: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROW")] = tuple(ROWS)
-    """Of kills, operations, damage, orphans, stops, elastic, disk, nan, silence."""
+    """Rows to run: kills, operations, damage, orphans, stops, elastic, disk, nan, silence."""
     times: int | None = None
-    """How often each; the table's own counts if not given."""
+    """Repetitions per row; the table's own numbers if not given."""
 
 
 def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.faults", description=__doc__)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    table = Table("fault", "times", "passed", "what was seen", "seconds")
+    table = Table("fault", "times", "passed", "result", "seconds")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder / "images", classes=3, per_class=20)

@@ -1,6 +1,9 @@
 """Imports run downwards only, between the four rooms and between the sub-rooms of jobs/ (docs/design.md)."""
 
 import ast
+import re
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -96,3 +99,30 @@ def test_shards_import_no_tensor_library_and_the_model_no_file_library(room: str
             if isinstance(node, ast.Import | ast.ImportFrom)
         }
         assert not {name.split(".")[0] for name in names} & foreign, path
+
+
+def imported_packages(folder: str) -> set[str]:
+    names = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module or "")
+    return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {*OWN, "no_such_package"}
+
+
+@pytest.mark.parametrize("folder", ["shards", "pipeline", "model", "jobs", "benchmarks", "tests"])
+def test_every_package_that_the_code_imports_is_declared(folder: str) -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    texts = [*project["dependencies"], *(text for extra in extras.values() for text in extra)]
+    declared = {canonical(re.split(r"[<>=\[; ]", text)[0]) for text in texts}
+    providers = packages_distributions()
+    for name in imported_packages(folder) - {"spdl", "grain"}:  # peers of `make bench`, seldom installed
+        assert {canonical(provider) for provider in providers[name]} & declared, f"{name} is not in pyproject.toml"
+
+
+def canonical(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
