@@ -1,6 +1,5 @@
-"""`maelstream runs` and `maelstream watch`: the state of runs from their files, while they run and after they died."""
+"""`maelstream runs` and `maelstream watch`: the state of runs from their files."""
 
-import fcntl
 import json
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 from maelstream.jobs.command import run
 from maelstream.jobs.recipe import Recipe
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.jobs.run_folder.status import Status, state_of
+from maelstream.jobs.run_folder.status import Status
 from maelstream.jobs.watch import curve
 
 
@@ -23,15 +22,6 @@ def folder(tmp_path: Path) -> RunFolder:
     folder.metrics.write_text(json.dumps(line | {"step": 6, "loss": 0.5}) + "\n" + json.dumps(line) + "\n")
     Status("running", 7, 100, 4).write(folder.status)
     return folder
-
-
-def test_a_running_run_whose_lock_nobody_holds_has_died(folder: RunFolder) -> None:
-    with folder.lock.open("a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        assert state_of(folder) == "running"
-    assert state_of(folder) == "died"
-    Status("failed", 7, 100, 4, "NaN everywhere").write(folder.status)
-    assert state_of(folder) == "failed: NaN everywhere"
 
 
 def test_runs_lists_every_run_below_a_folder(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
