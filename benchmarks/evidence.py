@@ -25,8 +25,8 @@ import torch
 import tyro
 import yaml
 
+from maelstream.jobs.distributed.launching import SignalForwarder, gpu_count
 from maelstream.jobs.evaluation.results import read_evaluations
-from maelstream.jobs.launch import Signals, gpus
 from maelstream.shards.durable import written_whole
 
 SEEDS = (0, 1, 2)
@@ -46,7 +46,7 @@ class Options:
     size: Literal["reduced", "whole"] = "reduced"
     dir: Path = Path("runs/evidence")
     out: Path = Path("docs/measured")
-    workers: int = 1 if gpus() else len(os.sched_getaffinity(0))
+    workers: int = 1 if gpu_count() else len(os.sched_getaffinity(0))
     """Parts at a time; without a GPU each on cores of its own."""
 
 
@@ -104,7 +104,7 @@ class Evidence:
                 data = [str(self._dir / f"labelled-{self._size}"), str(self._dir / "test")]
                 epochs = ["--optim.epochs", str(times * self._finetune_epochs), "--seed", str(seed)]
                 recipe = ["--recipe", str(self._recipes / "scratch.yaml"), "--run", str(run)]
-                yield ["launch", "--nproc", str(max(1, gpus())), "scratch", *data, *recipe, *epochs]
+                yield ["launch", "--nproc", str(max(1, gpu_count())), "scratch", *data, *recipe, *epochs]
 
     def settings(self) -> list[Setting]:
         runs = [("random 75 % (the recipe)", "base/the-recipe"), ("no pre-training", "random/random-encoder")]
@@ -223,13 +223,13 @@ def run_side_by_side(commands: Iterable[list[str]], workers: int, told: Callable
     share = max(1, len(cores) // workers)
     running: dict[int, subprocess.Popen] = {}
     code = 0
-    with Signals() as signals:
+    with SignalForwarder() as signals:
         while running or waiting:
             for place in range(workers):
                 if place not in running and waiting:
                     own = cores[place * share % len(cores) :][:share] if workers > 1 else cores
                     running[place] = started(waiting.popleft(), own)
-                    signals.to([*running.values()])
+                    signals.forward_to([*running.values()])
             time.sleep(0.2)
             ended = {place: process.returncode for place, process in running.items() if process.poll() is not None}
             for place in ended:

@@ -69,7 +69,7 @@ PARTS = (
     Part("H/14", f"{TRAIN}:rates", 70, ("H/14",), DATA),
     Part("trace", f"{TRAIN}:trace", 35, (), DATA),
 )
-RECIPES = {"demo": "demo", "B/16": "pretrain_vit_b16", "L/16": "pretrain_vit_l16", "H/14": "pretrain_vit_h14"}
+RECIPES = {"demo": "demo", "B/16": "vit_b16", "L/16": "vit_l16", "H/14": "vit_h14"}
 MICRO_BATCHES = {"B/16": 512, "L/16": 256, "H/14": 128}  # 25, 20 and 30 GB by jobs/plan.py; H/14's state among them
 
 
@@ -228,7 +228,7 @@ def main() -> int:
         work=str(options.work.absolute()),
         seconds=4 * scale,
         images=20_000,
-        recipes={name: str(ROOT / "recipes" / f"{stem}.yaml") for name, stem in RECIPES.items()},
+        recipes={name: str(ROOT / "recipes" / "pretrain" / f"{stem}.yaml") for name, stem in RECIPES.items()},
         micro_batches=MICRO_BATCHES,
         compile=options.compile,
     )

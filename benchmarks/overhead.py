@@ -1,9 +1,9 @@
-"""What measuring adds to what is measured: steps inside `maelstream profile` beside those of pre-training's own loop.
+"""Measures the overhead of profiling: CPU time per step inside `maelstream profile` and in pre-training's own loop.
 
     python -m benchmarks.overhead [--json FILE]      # under a minute
 
-Both take the recipe's steps by the same engine, on one thread and on images that lie in memory, in turns. CPU seconds
-count, which other work on the machine does not stretch. The third row is what `--trace` does to the steps it records.
+Both take steps of the recipe with the same engine, on one thread and on images in memory, in turns. CPU seconds are
+compared, because other work on the machine does not change them. The third row is a step that `--trace` records.
 """
 
 import contextlib
@@ -43,16 +43,16 @@ PLAIN, PROFILED, TRACED = "pre-training's loop", "inside the profile", "under to
 
 @dataclass(frozen=True)
 class Options:
-    recipe: Path = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+    recipe: Path = Path(__file__).parents[1] / "recipes" / "pretrain" / "demo.yaml"
     rounds: int = 7
     seconds: float = 1.5
-    """Of each candidate in a round."""
+    """Seconds per candidate and round."""
     json: Path | None = None
-    """Write the medians, too: CPU seconds of a step, by name."""
+    """Write the medians to this JSON file: CPU seconds per step, by name."""
 
 
-class Held(NamedTuple):
-    """In the place of what a loader streams: one batch for ever."""
+class OneBatch(NamedTuple):
+    """A data path that yields the same batch without end."""
 
     batch_split: BatchSplit
     batch: Batch
@@ -62,15 +62,15 @@ class Held(NamedTuple):
         yield repeat(self.batch)
 
 
-def held(recipe: Any, device: torch.device) -> Held:
-    """Noise of the recipe's shape."""
+def one_batch(recipe: Any, device: torch.device) -> OneBatch:
+    """A batch of random pixels with the recipe's shape."""
     batch_split = batch_split_of(recipe, 1)
     images, keys = DeviceBatch.random(batch_split.largest, recipe, device)
     numbers = np.arange(batch_split.largest)
-    return Held(batch_split, Batch(images, keys, numbers, numbers, numbers.astype(np.int32), 1.0))
+    return OneBatch(batch_split, Batch(images, keys, numbers, numbers, numbers.astype(np.int32), 1.0))
 
 
-def plain_s(engine: Any, source: Held, control_group: ControlGroup, steps: int) -> float:
+def plain_s(engine: Any, source: OneBatch, control_group: ControlGroup, steps: int) -> float:
     """CPU seconds of a step, taken as jobs/training/trainer.py takes it."""
     clock, batches, micro_batches = Clock(), repeat(source.batch), source.batch_split.micro_batches
 
@@ -84,14 +84,14 @@ def plain_s(engine: Any, source: Held, control_group: ControlGroup, steps: int) 
 
 
 def profiled_s(engine: Any, source: Any, control_group: ControlGroup, seconds: float) -> tuple[float, int]:
-    """CPU seconds of a step as the profile's own figures tell them; and how many it took."""
-    whole = measure_end_to_end(engine, source, control_group, source.batch_split.micro_batches, seconds, None)
+    """CPU seconds per step, from the profile's own figures; and the number of steps."""
+    stats = measure_end_to_end(engine, source, control_group, source.batch_split.micro_batches, seconds, None)
     cores = len(os.sched_getaffinity(0))
-    return whole.cpu_utilisation * cores * source.batch_split.batch_size / whole.images_per_s, whole.steps
+    return stats.cpu_utilisation * cores * source.batch_split.batch_size / stats.images_per_s, stats.steps
 
 
-def traced_s(engine: Any, source: Held, control_group: ControlGroup, steps: int) -> float:
-    """CPU seconds of a step under torch.profiler, without writing the file."""
+def traced_s(engine: Any, source: OneBatch, control_group: ControlGroup, steps: int) -> float:
+    """CPU seconds per step under torch.profiler, without the time to write the file."""
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         write_trace(
@@ -102,13 +102,13 @@ def traced_s(engine: Any, source: Held, control_group: ControlGroup, steps: int)
     return seconds[0]
 
 
-def measured(options: Options) -> dict[str, float]:
-    """Median CPU seconds of a step, by name."""
+def measure(options: Options) -> dict[str, float]:
+    """Median CPU seconds per step, by name."""
     recipe = load_recipe(options.recipe)
     ranks, found = ranks_from_environment(), {name: list[float]() for name in (PLAIN, PROFILED, TRACED)}
     with process_group(ranks, 600) as control_group:
         torch.set_num_threads(1)
-        source = held(recipe, process_device())
+        source = one_batch(recipe, process_device())
         engine = build_engine(recipe, source.batch_split, build_model(recipe, None))
         plain_s(engine, source, control_group, 2)
         for _ in range(options.rounds):
@@ -122,8 +122,8 @@ def measured(options: Options) -> dict[str, float]:
 def main() -> None:
     """Prints one table."""
     options = tyro.cli(Options, prog="python -m benchmarks.overhead", description=__doc__)
-    medians = measured(options)
-    table = Table("steps", "CPU ms", "more than pre-training's", title=f"{options.recipe.stem}, one thread")
+    medians = measure(options)
+    table = Table("steps", "CPU ms", "over pre-training's", title=f"{options.recipe.stem}, one thread")
     for name, seconds in medians.items():
         table.add_row(name, f"{1e3 * seconds:.2f}", f"{seconds / medians[PLAIN] - 1:+.2%}")
     Console().print(table)

@@ -20,7 +20,7 @@ from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
 
 STEPS = 800
-RECIPE = RECIPES / "demo.yaml"
+RECIPE = RECIPES / "pretrain" / "demo.yaml"
 # Photographs in scikit-image and scikit-learn. Diagrams are left out, and so are textures: their patches are unrelated.
 _SKIMAGE = "astronaut camera chelsea coffee coins hubble_deep_field ihc moon motorcycle_left retina rocket"
 _SKLEARN = "china flower"

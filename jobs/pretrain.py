@@ -15,12 +15,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import option_value, parsed
 from maelstream.jobs.command import run
 from maelstream.jobs.distributed.ranks import ranks_from_environment
-from maelstream.jobs.recipe import Recipe, RecipeError, dump_recipe, load_recipe
+from maelstream.jobs.recipe import Recipe, RecipeError, dump_recipe
 from maelstream.jobs.reporting.checkpoint_reconstructions import CheckpointReconstructor
 from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.sweeps.grid import load_recipe_or_row, slug
 from maelstream.jobs.training.pretraining import Pretraining
 from maelstream.jobs.training.run_options import RunOptions
 from maelstream.jobs.training.trainer import train
@@ -32,18 +33,21 @@ class Pretrain(RunOptions):
     """Train a masked autoencoder from a recipe, or resume the run in --run."""
 
     recipe_file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")]
-    """A YAML file of recipes/, or your own with one of them as its `base:`."""
+    """A YAML file of recipes/, or your own with one of them as its `base:`; a file of recipes/grids/ needs --row."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    row: str | None = None
+    """The row of a grid to run, by its name or its value: recipes/grids/decoder_depth.yaml --row 4."""
 
 
 def main(args: list[str]) -> int:
     """Runs `maelstream pretrain`; 0 when the run reached its end or --stop-at-step."""
     default: Any = Pretrain(tyro.MISSING, Recipe(), run=Path("runs/RECIPE"))  # for --help
     if args and not args[0].startswith("-"):
-        file = Path(args[0])
-        default = Pretrain(file, load_recipe(file), run=Path("runs") / file.stem)
+        file, row = Path(args[0]), option_value(args, "--row")
+        name = file.stem if row is None else f"{file.stem}-{slug(row)}"
+        default = Pretrain(file, load_recipe_or_row(file, row), row=row, run=Path("runs") / name)
     elif not {"-h", "--help"} & set(args):
-        raise RecipeError("RECIPE comes first: `maelstream pretrain recipes/pretrain_vit_b16.yaml --run DIR ...`")
+        raise RecipeError("RECIPE comes first: `maelstream pretrain recipes/pretrain/vit_b16.yaml --run DIR ...`")
     command = parsed(Pretrain, args, "pretrain", default)
     recipe = command.recipe
     if command.print_config:

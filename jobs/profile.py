@@ -68,7 +68,7 @@ def main(args: list[str]) -> int:
     if args and not args[0].startswith("-"):
         default = Profile(Path(args[0]), load_recipe(Path(args[0])))
     elif not {"-h", "--help"} & set(args):
-        raise RecipeError("RECIPE comes first: `maelstream profile recipes/pretrain_vit_b16.yaml ...`")
+        raise RecipeError("RECIPE comes first: `maelstream profile recipes/pretrain/vit_b16.yaml ...`")
     command = parsed(Profile, args, "profile", default)
     names, recipe = stages_of(command.stages), command.recipe
     if command.seconds <= 0:

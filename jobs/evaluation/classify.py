@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import option_value, parsed
 from maelstream.jobs.distributed.ranks import ranks_from_environment
 from maelstream.jobs.evaluation.classification import Classification
 from maelstream.jobs.recipe import (
@@ -93,16 +93,19 @@ def recipe_of(
         encoder = {}
     if file is None:
         size = encoder.get("model", {})
-        name = "finetune" if job == "partial" else job
-        encoder_name = paper_name(size.get("dim", 0), size.get("depth", 0))
-        file = RECIPES / (f"{name}_{encoder_name}.yaml" if encoder_name else f"{name}.yaml")
+        file = default_recipe(job, paper_name(size.get("dim", 0), size.get("depth", 0)))
     values = read_values(file)
     if (other := values.get("job", job)) != job and (job, other) != ("partial", "finetune"):
-        raise RecipeError(f"{file} is a recipe of {other}; give {job} a recipe whose base is recipes/{job}.yaml")
+        raise RecipeError(f"{file} is a recipe of {other}; give {job} a recipe whose base is {default_recipe(job)}")
     classes = {"model": {"classes": max(1, len(train.classes))}}
     return resolve_as(
         ClassificationRecipe, merged_values(merged_values(merged_values(encoder, classes), values), fixed), str(file)
     )
+
+
+def default_recipe(job: Job, encoder: str | None = None) -> Path:
+    """The recipe of the paper for an encoder such as `vit_b16`; without one, the base of the job's recipes."""
+    return RECIPES / ("finetune" if job == "partial" else job) / f"{encoder or 'base'}.yaml"
 
 
 def check_datasets(train: Dataset, val: Dataset) -> None:
@@ -157,8 +160,8 @@ def classify(job: Job, args: list[str]) -> int:
         weights = "" if job == "scratch" else given[0]
         train_set, val_set = (Dataset.open(folder) for folder in given[-2:])
         check_datasets(train_set, val_set)
-        run = Path(_option(args, "--run") or f"runs/{job}-{Path(weights or given[-2]).name}")
-        file = _option(args, "--recipe") or _option(args, "--recipe-file")
+        run = Path(option_value(args, "--run") or f"runs/{job}-{Path(weights or given[-2]).name}")
+        file = option_value(args, "--recipe") or option_value(args, "--recipe-file")
         recipe = recipe_of(job, weights, train_set, val_set, Path(file) if file else None, RunFolder(run))
         default = schema(*given, recipe=recipe, run=run)
     command = parsed(schema, args, job, default)
@@ -170,13 +173,3 @@ def classify(job: Job, args: list[str]) -> int:
     folder, ranks = RunFolder(command.run), ranks_from_environment()
     folder.check_same_experiment(recipe, command.allow)
     return train(Classification(recipe, train_set, val_set, ranks), folder, command.stop_at_step, ranks)
-
-
-def _option(args: list[str], name: str) -> str | None:
-    """The value of an option that is needed before the others can be parsed."""
-    for number, arg in enumerate(args):
-        if arg == name and number + 1 < len(args):
-            return args[number + 1]
-        if arg.startswith(f"{name}="):
-            return arg.partition("=")[2]
-    return None

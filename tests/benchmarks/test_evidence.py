@@ -14,8 +14,9 @@ import benchmarks.evidence as evidence_module
 from benchmarks.evidence import SEEDS, Evidence, Options, page, run_side_by_side, spread
 from maelstream.jobs.evaluation.results import Evaluation, Job, record
 from maelstream.jobs.recipe import load_any_recipe, load_recipe
-from maelstream.jobs.sweep import Sweep, steps_of
+from maelstream.jobs.sweep import Sweep
 from maelstream.jobs.sweeps.grid import cells_of, grid_of
+from maelstream.jobs.sweeps.sweeping import steps_of
 
 
 def options(tmp_path: Path, size: str = "reduced") -> Options:

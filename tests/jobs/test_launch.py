@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from maelstream.jobs import launch
 from maelstream.jobs.command import run
+from maelstream.jobs.distributed import launching
 
 PYTHON = sys.executable
 RANK_SCRIPT = """#!/bin/bash
@@ -35,8 +35,8 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("LOG", str(tmp_path / "log"))
     monkeypatch.setenv("DOWN", str(tmp_path / "down"))
-    monkeypatch.setattr(launch.sys, "executable", str(tmp_path / "rank"))
-    monkeypatch.setattr(launch, "gpus", lambda: 0)
+    monkeypatch.setattr(launching.sys, "executable", str(tmp_path / "rank"))
+    monkeypatch.setattr(launching, "gpu_count", lambda: 0)
     return tmp_path / "log"
 
 
@@ -57,7 +57,7 @@ def test_the_true_exit_code_is_that_of_the_rank_at_fault(log: Path) -> None:
 
 
 def test_ranks_that_do_not_end_by_themselves_are_killed(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_KILL_AFTER_S", 0.5)
+    monkeypatch.setattr(launching, "_KILL_AFTER_S", 0.5)
     start = time.monotonic()
     assert run("launch", ["--nproc", "2", "pretrain", "[ $RANK = 0 ] && exit 3; kill -STOP $$; sleep 100"]) == 3
     assert time.monotonic() - start < 5
@@ -101,7 +101,8 @@ def test_a_hostfile_starts_a_launcher_on_each_host_and_goes_on_without_one_that_
     """The launchers that ssh starts are real ones."""
     rank = tmp_path / "rank"
     launcher = (
-        f"import sys; from jobs import launch; launch.sys.executable, launch.gpus = {str(rank)!r}, lambda: 0; "
+        f"import sys; from maelstream.jobs import launch; from maelstream.jobs.distributed import launching; "
+        f"launching.sys.executable, launching.gpu_count = {str(rank)!r}, lambda: 0; "
         "sys.exit(launch.main(sys.argv[4:]))"
     )
     rank.write_text(
@@ -133,9 +134,9 @@ def test_a_bad_hostfile_gets_one_line(
     log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, complaint: str
 ) -> None:
     assert run("launch", ["--hostfile", hostfile(tmp_path, text), "pretrain", "exit 0"]) == 2
-    said = capsys.readouterr().err
-    assert re.search(complaint, said)
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert re.search(complaint, printed)
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -152,14 +153,14 @@ def test_bad_options_get_one_line(
     log: Path, capsys: pytest.CaptureFixture[str], options: list[str], complaint: str
 ) -> None:
     assert run("launch", options) == 2
-    said = capsys.readouterr().err
-    assert complaint in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert complaint in printed and printed.count("\n") == 1
 
 
 def test_more_ranks_than_gpus_get_one_line(
     log: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "gpus", lambda: 2)
+    monkeypatch.setattr(launching, "gpu_count", lambda: 2)
     assert run("launch", ["--nproc", "3", "pretrain"]) == 2
     assert "--nproc 3: this machine has 2 GPUs; start 1 to 2" in capsys.readouterr().err
 
@@ -171,6 +172,6 @@ def test_no_free_port_gets_one_line(
         def __init__(self) -> None:
             raise OSError(98, "Address already in use")
 
-    monkeypatch.setattr(launch.socket, "socket", Full)
+    monkeypatch.setattr(launching.socket, "socket", Full)
     assert run("launch", ["--nproc", "1", "pretrain", "exit 0"]) == 2
     assert "no free port for the ranks to meet at" in capsys.readouterr().err

@@ -69,8 +69,8 @@ def test_every_cell_is_a_run_with_its_evaluations_and_the_table_has_means_and_sp
     assert RunFolder(cell).recipe().model.mask_ratio == 0.5 and RunFolder(cell).recipe().seed == 1
     own = ["--run", str(cell / "linprobe-optim.epochs-3"), "--seed", "1"]
     assert ["linprobe", str(cell), "train", "val", "--optim.epochs", "3", *own] in machine.commands
-    said = capsys.readouterr().out
-    assert "61.0 ± 1.4" in said and "70.5 ± 0.7" in said and "71.0 ± 1.4" in said
+    printed = capsys.readouterr().out
+    assert "61.0 ± 1.4" in printed and "70.5 ± 0.7" in printed and "71.0 ± 1.4" in printed
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["rows"][1]["finetune"] == {"mean": 80.5, "deviation": pytest.approx(0.7071, 1e-3), "seeds": 2}
     with (tmp_path / "out" / "results.csv").open() as file:
@@ -87,7 +87,7 @@ def test_a_stopped_sweep_goes_on_and_does_nothing_twice(
     options = [recipe, "--dir", str(tmp_path / "out"), *RATIOS, "--then", "linprobe", "--val", "val"]
     machine.fails = fails
     assert run("sweep", options) == 130
-    assert "the same command goes on from here" in capsys.readouterr().out
+    assert "the same command resumes from here" in capsys.readouterr().out
     before, machine.commands, machine.fails = machine.commands, [], 0
     assert run("sweep", options) == 0
     assert machine.commands[0] == before[-1] and len(before) + len(machine.commands) == 8 + 1
@@ -124,7 +124,7 @@ def test_a_changed_recipe_or_other_data_is_refused_before_anything_starts(
     assert run("sweep", [*options, "val"]) == 0
     machine.commands = []
     assert run("sweep", [*options, "other"]) == 2
-    assert "measured on val; give these --train and --val" in capsys.readouterr().err
+    assert "scored on val; give these as --train and --val" in capsys.readouterr().err
     Path(recipe).write_text("data: {dataset: train}\nmodel: {depth: 3}\n")
     assert run("sweep", [*options, "val"]) == 2
     assert "another model.depth (2, now 3)" in capsys.readouterr().err.replace("\n", " ") and not machine.commands
@@ -133,7 +133,7 @@ def test_a_changed_recipe_or_other_data_is_refused_before_anything_starts(
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ([], "a sweep has a --grid"),
+        ([], "a sweep needs --grid"),
         (["--grid", "model.depth=2", "--then", "linprobe"], "needs --val"),
         (["--grid", "model.depth=2", "--then", "reconstruct"], "finetune, linprobe, partial, knn"),
         (["--grid", "model.depth=2", "--then", "knn", "--then", "knn", "--val", "v"], "comes twice"),
@@ -147,5 +147,5 @@ def test_bad_options_are_one_line(
     tmp_path: Path, machine: Machine, recipe: str, capsys: Any, options: list[str], complaint: str
 ) -> None:
     assert run("sweep", [recipe, "--dir", str(tmp_path / "out"), *options]) == 2
-    said = capsys.readouterr().err
-    assert complaint in said and said.count("\n") == 1 and not machine.commands
+    printed = capsys.readouterr().err
+    assert complaint in printed and printed.count("\n") == 1 and not machine.commands

@@ -29,31 +29,31 @@ def test_a_loss_far_above_the_last_fifty_is_a_spike_and_noise_is_none() -> None:
 
 @pytest.fixture
 def watches(tmp_path: Path) -> Callable[..., list[Watchdog]]:
-    def make(count: int, said: list[str]) -> list[Watchdog]:
-        return [Watchdog(tmp_path / "ranks", rank, count, 0.5, said.append) for rank in range(count)]
+    def make(count: int, printed: list[str]) -> list[Watchdog]:
+        return [Watchdog(tmp_path / "ranks", rank, count, 0.5, printed.append) for rank in range(count)]
 
     return make
 
 
 def test_the_rank_that_is_behind_is_named(watches: Callable[..., list[Watchdog]]) -> None:
-    said: list[str] = []
-    first, second, third = watches(3, said)
+    printed: list[str] = []
+    first, second, third = watches(3, printed)
     with first, second, third:
         for watch in (first, second, third, first, third):
             watch.heartbeat()
         end = time.monotonic() + 5
-        while len(said) < 3 and time.monotonic() < end:
+        while len(printed) < 3 and time.monotonic() < end:
             time.sleep(0.02)
-    assert len(said) == 3 and all("rank 1: silent for 0.5 s (the others have come further)" in text for text in said)
+    assert len(printed) == 3 and all("rank 1: silent for 0.5 s (the others have come further)" in text for text in printed)
 
 
 def test_ranks_that_get_on_are_never_named_and_who_waits_for_them_waits(watches: Callable[..., list[Watchdog]]) -> None:
     """Rank 0 writes a checkpoint for longer than silence is allowed; it beats, the other waits."""
-    said: list[str] = []
-    first, second = watches(2, said)
+    printed: list[str] = []
+    first, second = watches(2, printed)
     with first, second:
         end = time.monotonic() + 1.5
         while time.monotonic() < end:
             first.heartbeat()
             time.sleep(0.02)
-    assert said == []
+    assert printed == []

@@ -1,23 +1,33 @@
-"""Grids: values and names become cells, the shipped ones are Table 1's recipes, and what makes no sense is one line."""
+"""Grids: values and names become cells, the shipped grids are the paper's tables, and each error is one line."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from maelstream.jobs.recipe import Recipe, RecipeError, differing_keys, load_recipe
-from maelstream.jobs.sweep import steps_of
-from maelstream.jobs.sweeps.grid import GRIDS, Grid, Row, cells_of, grid_of, read_grid
+from maelstream.jobs.sweeps.grid import (
+    GRIDS,
+    Grid,
+    Row,
+    cells_of,
+    grid_of,
+    load_recipe_or_row,
+    read_grid,
+    recipe_of_row,
+)
+from maelstream.jobs.sweeps.sweeping import steps_of
 
-RECIPES = GRIDS.parent
-DEFAULT = "table1_default"
-TABLE_1 = {
-    "decoder_depth": [f"table1_decoder_depth_{n}" if n != 8 else DEFAULT for n in (1, 2, 4, 8, 12)],
-    "decoder_width": [f"table1_decoder_width_{n}" if n != 512 else DEFAULT for n in (128, 256, 512, 768, 1024)],
-    "mask_tokens": ["table1_encoder_mask_tokens", DEFAULT],
-    "targets": [DEFAULT, "pretrain_vit_l16", "table1_target_pca", "table1_target_token"],
-    "augmentation": ["table1_augment_none", "table1_augment_fixed_size", DEFAULT, "table1_augment_jitter"],
-    "masks": [DEFAULT, "table1_mask_block_50", "table1_mask_block_75", "table1_mask_grid_75"],
+DEFAULT = GRIDS.parent / "pretrain" / "vit_l16_pixels.yaml"
+TABLE_1: dict[str, list[dict[str, Any]]] = {
+    "decoder_depth": [{"model.decoder_depth": n} if n != 8 else {} for n in (1, 2, 4, 8, 12)],
+    "decoder_width": [{"model.decoder_dim": n} if n != 512 else {} for n in (128, 256, 512, 768, 1024)],
+    "mask_tokens": [{"model.encoder_mask_tokens": True}, {}],
+    "targets": [{}, *({"model.target": target} for target in ("normalised_pixel", "pca", "token"))],
+    "augmentation": [{"data.crop.kind": "none"}, {"data.crop.kind": "fixed_size"}, {}, {"data.crop.jitter": 0.4}],
+    "masks": [{}, {"model.mask": "block", "model.mask_ratio": 0.5}, {"model.mask": "block"}, {"model.mask": "grid"}],
 }
+"""The keys of each row that differ from the default of Table 1, with their values."""
 
 
 def test_values_multiply_and_every_cell_has_its_own_recipe_and_folder() -> None:
@@ -33,19 +43,67 @@ def test_values_multiply_and_every_cell_has_its_own_recipe_and_folder() -> None:
 
 
 @pytest.mark.parametrize("name", TABLE_1)
-def test_the_grids_of_table_1_are_its_recipes_with_its_numbers(name: str) -> None:
-    default = load_recipe(RECIPES / "table1_default.yaml")
-    cells = cells_of(default, [grid_of(name)], [0])
-    readme = (RECIPES / "README.md").read_text()
-    assert len(cells) == len(TABLE_1[name])
-    for cell, file in zip(cells, TABLE_1[name], strict=True):
-        assert differing_keys(cell.recipe, load_recipe(RECIPES / f"{file}.yaml")) == {}
-        assert cell.recipe.target_file == load_recipe(RECIPES / f"{file}.yaml").target_file
-        assert f"| `{file}.yaml` | {cell.paper['finetune']} | {cell.paper['linprobe']} |" in readme
+def test_a_row_of_table_1_differs_from_the_default_only_where_the_paper_does(name: str) -> None:
+    default = load_recipe(DEFAULT)
+    cells = cells_of(default, [grid_of(name)], [default.seed])
+    for cell, differences in zip(cells, TABLE_1[name], strict=True):
+        found = {key: new for key, (_, new) in differing_keys(default, cell.recipe).items()}
+        assert found == differences
+        assert cell.recipe.engine == default.engine and cell.paper.keys() == {"finetune", "linprobe"}
+        assert recipe_of_row(GRIDS / f"{name}.yaml", cell.row) == cell.recipe
+
+
+def test_the_targets_that_need_a_file_name_it() -> None:
+    pixel, normalised, pca, token = (cell.recipe for cell in cells_of(load_recipe(DEFAULT), [grid_of("targets")], [0]))
+    assert pixel.target_file == normalised.target_file == ""
+    assert (pca.target_file, pca.model.components) == ("data/pca.safetensors", 96)
+    assert (token.target_file, token.model.codes) == ("data/tokenizer.safetensors", 8192)
+
+
+GRID = """
+title: depth
+base: base.yaml
+rows:
+  - {name: "two blocks", set: {model.depth: 2}}
+  - {name: "4", set: {model.depth: 4, seed: 7}}
+  - {name: "small", set: {model.image_size: [32, 32]}}
+  - {name: "wrong", set: {model.depth: deep}}
+"""
+
+
+def test_a_row_is_found_by_its_name_its_file_name_or_its_only_value(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(GRID)
+    (tmp_path / "base.yaml").write_text("optim: {epochs: 50}\n")
+    by_name = [recipe_of_row(path, row) for row in ("two blocks", "two-blocks", "2")]
+    assert by_name[0] == by_name[1] == by_name[2] == load_recipe_or_row(path, "2")
+    assert (by_name[0].model.depth, by_name[0].optim.epochs) == (2, 50)
+    assert (recipe_of_row(path, "4").model.depth, recipe_of_row(path, "4").seed) == (4, 7)
+    assert recipe_of_row(path, "32x32").model.image_size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "row", "complaint"),
+    [
+        (GRID, "3", r"has no row '3'; its rows are \"two blocks\", 4, small, wrong"),
+        (GRID, None, r"is a grid; name one of its rows with --row: \"two blocks\", 4, small, wrong"),
+        (GRID, "wrong", "row wrong: model.depth: .*integer.*'deep'"),
+        (GRID.replace("base: base.yaml", ""), "4", "names no recipe as its `base:`; use it with `maelstream sweep"),
+        (GRID.replace("base.yaml", "no.yaml"), "4", "recipe .*no.yaml cannot be read"),
+        ("model: {depth: 2}", "2", "title: Field required; a grid has title, rows"),
+    ],
+)
+def test_a_row_that_cannot_be_run_gets_one_line(tmp_path: Path, text: str, row: str | None, complaint: str) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(text)
+    (tmp_path / "base.yaml").write_text("{}")
+    with pytest.raises(RecipeError, match=complaint) as error:
+        load_recipe_or_row(path, row)
+    assert "\n" not in str(error.value)
 
 
 def test_every_shipped_grid_makes_cells_and_its_evaluations_are_known() -> None:
-    recipe = load_recipe(RECIPES / "pretrain_vit_l16.yaml")
+    recipe = load_recipe(DEFAULT.with_name("vit_l16.yaml"))
     for path in sorted(GRIDS.glob("*.yaml")):
         grid = read_grid(path)
         assert len(cells_of(recipe, [grid], [0])) * max(1, len(steps_of(grid.then))) > 1, path
@@ -71,10 +129,10 @@ def test_every_shipped_grid_makes_cells_and_its_evaluations_are_known() -> None:
         (["no/such.yaml"], "no/such.yaml cannot be read"),
     ],
 )
-def test_a_grid_that_makes_no_sense_is_one_line(grids: list[str], complaint: str) -> None:
-    with pytest.raises(RecipeError, match=complaint) as refused:
+def test_an_invalid_grid_gets_one_line(grids: list[str], complaint: str) -> None:
+    with pytest.raises(RecipeError, match=complaint) as error:
         cells_of(Recipe(), [grid_of(text) for text in grids], [0])
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -86,14 +144,14 @@ def test_a_grid_that_makes_no_sense_is_one_line(grids: list[str], complaint: str
         ("a: b: c", "is not YAML"),
     ],
 )
-def test_a_bad_grid_file_is_named(tmp_path: Path, text: str, complaint: str) -> None:
+def test_an_error_names_the_grid_file(tmp_path: Path, text: str, complaint: str) -> None:
     path = tmp_path / "grid.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError, match=complaint):
         grid_of(str(path))
 
 
-def test_the_same_cell_twice_is_refused_whatever_it_is_called() -> None:
+def test_the_same_cell_twice_is_an_error_under_any_name() -> None:
     grid = Grid("x", (Row("a", {"model.depth": 2}), Row("b", {"model.depth": 2})))
     with pytest.raises(RecipeError, match="a and b, seed 0, are the same cell twice"):
         cells_of(Recipe(), [grid], [0])
