@@ -58,9 +58,13 @@ class Bench:
         shutil.rmtree(self.folder / name, ignore_errors=True)
         return RunFolder(self.folder / name)
 
-    def start(self, ranks: int, folder: RunFolder, *args: str, fault: str = "", faulty_rank: int | None = None) -> Running:
+    def start(
+        self, ranks: int, folder: RunFolder, *args: str, fault: str = "", faulty_rank: int | None = None
+    ) -> Running:
         output = self.folder / "output"
-        return start(ranks, self.recipe, "--run", str(folder.path), *args, output=output, fault=fault, faulty_rank=faulty_rank)
+        return start(
+            ranks, self.recipe, "--run", str(folder.path), *args, output=output, fault=fault, faulty_rank=faulty_rank
+        )
 
     def finish(self, ranks: int, folder: RunFolder, *args: str) -> Running:
         return run_ranks(ranks, self.recipe, "--run", str(folder.path), *args, output=self.folder / "output")
@@ -133,7 +137,7 @@ def damage(bench: Bench, times: int) -> Outcome:
         began = time.monotonic()
         done = bench.finish(2, folder, "--stop-at-step", "5")
         slowest = max(slowest, time.monotonic() - began)
-        passed += str(folder.checkpoints.at(8)) in done.printed and "going on from step-00000004" in done.printed
+        passed += str(folder.checkpoints.at(8)) in done.printed and "resuming from step-00000004" in done.printed
     return Outcome(times, passed, f"detected, and resumed from the checkpoint before, within {slowest:.1f} s")
 
 
@@ -165,7 +169,7 @@ def stops(bench: Bench, times: int) -> Outcome:
         folder = bench.run("stopped")
         options = ("--checkpoint.every-steps", "2", "--optim.epochs", "400")
         running = bench.start(2, folder, *options, fault="slow_save:0.05")
-        while number % 3 and not folder.read_metrics():  # one in three comes at any moment, the others come after a step
+        while number % 3 and not folder.read_metrics():  # one in three comes at any time, the others after a step
             time.sleep(0.01)
         time.sleep(bench.draw.uniform(0.0, 2.0))
         began = time.monotonic()

@@ -1,10 +1,10 @@
-"""`make gpu-check`: what only a GPU can show, in one table; for a machine with a CUDA GPU and no network (docs/gpu.md).
+"""`make gpu-check`: checks what needs a GPU and prints one table; needs a CUDA GPU and no network (docs/gpu.md).
 
     python -m benchmarks.gpu --src IMAGES --out docs/measured/gpu-x.json
 
-Each part is a process of its own with a time limit (benchmarks/gpu_part.py): one that crashes, hangs or lacks something
-is told with its reason, and the others go on. Limits add up to less than `--seconds`. Exit code 0: everything ran and
-passed; 1: something failed; 3: nothing failed, but something could not run.
+Each part is a process of its own with a time limit (benchmarks/gpu_part.py). If one crashes, hangs or lacks something,
+the table gives the reason, and the other parts still run. The limits add up to less than `--seconds`. Exit code 0:
+everything ran and passed; 1: something failed; 3: nothing failed, but something could not run.
 """
 
 import json
@@ -26,29 +26,29 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.gpu_part import Setting, first_line, last_words, written
+from benchmarks.gpu_part import Setting, first_line, last_words, write_setting
 from benchmarks.run import PACKAGES, file_name, version_of
 from maelstream.shards.durable import written_whole
 
 VERSION = 1
-"""Of the figures' form."""
+"""Version of the format of the JSON file."""
 ROOT = Path(__file__).parents[1]
-BUDGET_S = 540.0  # what the limits below are for
+BUDGET_S = 540.0  # the sum of the limits below must not exceed it
 FAILED, INCOMPLETE = 1, 3
 DECODE, TRAIN, PART = "benchmarks.gpu_decode", "benchmarks.gpu_train", "benchmarks.gpu_part"
-State = Literal["passed", "failed", "could not run", "told"]
-STYLES: dict[State, str] = {"passed": "green", "failed": "bold red", "could not run": "yellow", "told": ""}
+State = Literal["passed", "failed", "could not run", "reported"]
+STYLES: dict[State, str] = {"passed": "green", "failed": "bold red", "could not run": "yellow", "reported": ""}
 
 
 class Part(NamedTuple):
-    """A function of a module and how long it may take."""
+    """A check: a function of a module and its time limit."""
 
     name: str
     call: str
     limit_s: float
     arguments: tuple[str | int, ...] = ()
     needs: tuple[str, ...] = ("device",)
-    """Parts without which it cannot run."""
+    """Parts that must have run before this one can."""
 
 
 DATA = ("device", "data")
@@ -70,24 +70,24 @@ PARTS = (
     Part("trace", f"{TRAIN}:trace", 35, (), DATA),
 )
 RECIPES = {"demo": "demo", "B/16": "vit_b16", "L/16": "vit_l16", "H/14": "vit_h14"}
-MICRO_BATCHES = {"B/16": 512, "L/16": 256, "H/14": 128}  # 25, 20 and 30 GB by jobs/plan.py; H/14's state among them
+MICRO_BATCHES = {"B/16": 512, "L/16": 256, "H/14": 128}  # 25, 20 and 30 GB by `maelstream plan`, with the model's state
 
 
 @dataclass(frozen=True)
 class Options:
     src: Path | None = None
-    """A packed dataset, or a folder of images; the demo's photographs, which are smaller than ImageNet's, if not
-    given."""
+    """A packed dataset or a folder of images. If not given, the demo's photographs, which are smaller than
+    ImageNet's."""
     out: Path | None = None
-    """The JSON; docs/measured/gpu-<device>.json if not given."""
+    """The JSON file to write; docs/measured/gpu-<device>.json if not given."""
     work: Path = Path("runs/gpu")
-    """A folder for shards, what the parts print, and the trace."""
+    """A folder for shards, the output of the parts, and the trace."""
     seconds: float = BUDGET_S
-    """For all of it; each part's limit is in proportion."""
+    """Seconds for all parts; the limit of each part is in proportion."""
     parts: tuple[str, ...] = ()
-    """Some of them, by name, with what they need; all if not given."""
+    """Names of the parts to run, with those that they need; all if not given."""
     compile: bool = False
-    """`torch.compile` the models: faster steps, and minutes of compiling that `--seconds` must have room for."""
+    """Compile the models: steps are faster, but compiling takes minutes, which `--seconds` must include."""
 
 
 class Outcome(NamedTuple):
@@ -100,11 +100,11 @@ class Outcome(NamedTuple):
     state: State
     figures: dict[str, Any]
     seconds: float
-    """Of the whole part."""
+    """Seconds of the whole part."""
 
 
 def outcomes_of(part: Part, setting_file: Path, folder: Path, limit_s: float) -> list[Outcome]:
-    """Runs it in a process group of its own, of which nothing is left afterwards."""
+    """Runs a part in its own process group and kills what is left of the group afterwards."""
     stem = re.sub(r"[^a-z0-9]+", "-", part.name.lower())
     result, log = folder / f"{stem}.json", folder / f"{stem}.log"
     result.unlink(missing_ok=True)
@@ -120,7 +120,7 @@ def outcomes_of(part: Part, setting_file: Path, folder: Path, limit_s: float) ->
         except subprocess.TimeoutExpired:
             ending = f"not done after {limit_s:,.0f} s"
             with suppress(subprocess.TimeoutExpired):
-                child.send_signal(signal.SIGABRT)  # faulthandler writes where it stands
+                child.send_signal(signal.SIGABRT)  # faulthandler writes the stack to the log
                 child.wait(1)
         finally:
             with suppress(ProcessLookupError):
@@ -140,14 +140,14 @@ def outcomes_of(part: Part, setting_file: Path, folder: Path, limit_s: float) ->
 
 
 def state_of(row: dict[str, Any]) -> State:
-    """A figure of which nothing is asked is told."""
+    """The state of a row of a part; a row without a requirement only reports a figure."""
     if not row["passed"]:
         return "failed"
-    return "passed" if row["asked"] else "told"
+    return "passed" if row["asked"] else "reported"
 
 
 def chosen(names: tuple[str, ...], parts: tuple[Part, ...]) -> tuple[Part, ...]:
-    """Those of `names` with what they need, in the order of `parts`; SystemExit 2 for one that there is not."""
+    """The parts called `names` and those that they need, in the order of `parts`; exits with 2 for an unknown name."""
     known = {part.name: part for part in parts}
     for name in names:
         if name not in known:
@@ -160,10 +160,13 @@ def chosen(names: tuple[str, ...], parts: tuple[Part, ...]) -> tuple[Part, ...]:
 def check(
     parts: tuple[Part, ...], setting: Setting, scale: float, note: Callable[[list[Outcome]], None]
 ) -> list[Outcome]:
-    """All rows; `note` is told of them after each part. What one part cannot run for, those that need it cannot."""
+    """Runs the parts and returns all rows; calls `note` with the rows so far after each part.
+
+    If a part cannot run, the parts that need it cannot run either, for the same reason.
+    """
     folder = Path(setting.work) / "parts"
     folder.mkdir(parents=True, exist_ok=True)
-    written(setting, folder / "setting.json")
+    write_setting(setting, folder / "setting.json")
     outcomes: list[Outcome] = []
     missing: dict[str, str] = {}
     for part in parts:
@@ -179,26 +182,26 @@ def check(
 
 
 def exit_code(outcomes: list[Outcome]) -> int:
-    """As the module's docstring has it."""
+    """The exit code, as in the module's docstring."""
     states = {outcome.state for outcome in outcomes}
     return FAILED if "failed" in states else INCOMPLETE if "could not run" in states else 0
 
 
 def table(outcomes: list[Outcome], title: str) -> Table:
-    """A row an outcome."""
-    result = Table("part", "", "asked", "found", "", "s", title=title)
+    """One row per outcome."""
+    result = Table("part", "", "required", "found", "", "s", title=title)
     shown = ""
     for row in outcomes:
         first = row.part != shown
         name, seconds = (row.part, f"{row.seconds:,.0f}") if first else ("", "")
-        texts = map(escape, (row.what, row.asked, row.found))  # "[dev]" is no markup
+        texts = map(escape, (row.what, row.asked, row.found))  # "[dev]" is not markup
         result.add_row(name, *texts, row.state, seconds, style=STYLES[row.state])
         shown = row.part
     return result
 
 
 def document(outcomes: list[Outcome], device: str, seconds: float) -> dict[str, Any]:
-    """What the JSON holds."""
+    """The content of the JSON file."""
     names = dict.fromkeys((*PACKAGES, "nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12", "pytest"))
     versions = {name: version for name in names if (version := version_of(name))}
     return {
@@ -213,13 +216,13 @@ def document(outcomes: list[Outcome], device: str, seconds: float) -> dict[str, 
 
 
 def main() -> int:
-    """Prints the table and writes the JSON, after each part anew, so that what was found stays."""
+    """Prints the table and writes the JSON file; writes it after each part, so that no result is lost."""
     options = tyro.cli(Options, prog="python -m benchmarks.gpu", description=__doc__)
     if options.seconds <= 0:
         print(f"gpu-check: --seconds {options.seconds} must be more than 0", file=sys.stderr)
         return 2
     if options.src is not None and not options.src.is_dir():
-        print(f"gpu-check: --src {options.src} is no folder", file=sys.stderr)
+        print(f"gpu-check: --src {options.src} is not a folder", file=sys.stderr)
         return 2
     scale, began = options.seconds / BUDGET_S, time.monotonic()
     setting = Setting(

@@ -1,9 +1,9 @@
-"""One part of `make gpu-check` in a process of its own, so that a crash or a hang ends this part alone.
+"""One part of `make gpu-check` in its own process, so that a crash or a hang ends this part alone.
 
     python -m benchmarks.gpu_part MODULE:FUNCTION ARGUMENTS SETTING OUT     # JSON, a file, a file
 
-The function gets the setting and its arguments and gives rows, which go to OUT. What it cannot do here, for want of a
-device, a package or data, is `CannotRun`; any other exception is a failure. Here are, too, the parts that need neither
+The function gets the setting and its arguments and returns rows, which are written to OUT. It raises `CannotRun` if a
+device, a package or data is missing; any other exception is a failure. This file also holds the parts that need neither
 DALI nor DeepSpeed.
 """
 
@@ -23,32 +23,32 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-OURS = ("benchmarks", "jobs", "model", "pipeline", "shards", "tests")
-PHOTOGRAPHS = 40  # crops of each
+OWN_PACKAGES = ("benchmarks", "jobs", "model", "pipeline", "shards", "tests")
+CROPS_PER_PHOTOGRAPH = 40
 
 
 class CannotRun(Exception):
-    """Something that a part needs is not here; one line."""
+    """Something that a part needs is missing; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all parts share; plain values, since it travels as JSON."""
+    """What all parts share; plain values, because it is passed as JSON."""
 
     device: str
-    """`cuda`; `cpu` runs the same code to see that it runs, and shows nothing of a GPU."""
+    """`cuda`; `cpu` runs the same code as a test, but shows nothing about a GPU."""
     source: str
     """A packed dataset, or a folder of images; the demo's photographs if empty."""
     work: str
     """A folder for what the parts write."""
     seconds: float
-    """How long to measure a rate."""
+    """Seconds to measure a rate."""
     images: int
-    """How many each form of decoding has to get through."""
+    """Images that each form of decoding must decode."""
     recipes: dict[str, str]
-    """Files, by model."""
+    """Files of recipes, by model."""
     micro_batches: dict[str, int]
-    """Images that go through a model at once, by model."""
+    """Images per micro-batch, by model."""
     compile: bool
 
     @property
@@ -57,7 +57,7 @@ class Setting:
 
     @property
     def dataset(self) -> str:
-        """The packed folder that the parts read."""
+        """The packed dataset that the parts read."""
         return self.source if self.packed else f"{self.work}/shards"
 
 
@@ -66,19 +66,21 @@ class Row(NamedTuple):
 
     what: str
     asked: str
-    """Empty: nothing is; the figure is told."""
+    """The requirement; empty if the row only reports a figure."""
     found: str
     passed: bool
     figures: dict[str, Any]
 
 
 def device(setting: Setting) -> list[Row]:
-    """What the device is, and whether it multiplies."""
+    """The device's name and driver, and a small matrix product."""
     import torch
 
     found = torch.device(setting.device)
     numbers = torch.arange(256.0).reshape(16, 16)
-    right = torch.equal((numbers.to(found) @ numbers.to(found)).cpu(), numbers @ numbers)  # whole numbers: exact
+    right = torch.equal(
+        (numbers.to(found) @ numbers.to(found)).cpu(), numbers @ numbers
+    )  # integers, so the product is exact
     figures: dict[str, Any] = {"torch": torch.__version__}
     name = found.type
     if found.type == "cuda":
@@ -96,7 +98,7 @@ def device(setting: Setting) -> list[Row]:
 
 
 def driver_version() -> str | None:
-    """As the kernel's module tells it; None where it does not."""
+    """The version of NVIDIA's kernel module; None if it is not loaded."""
     with contextlib.suppress(OSError):
         if found := re.search(r"\s(\d+\.\d+(\.\d+)?)\s", Path("/proc/driver/nvidia/version").read_text()):
             return found[1]
@@ -104,7 +106,7 @@ def driver_version() -> str | None:
 
 
 def data(setting: Setting) -> list[Row]:
-    """Packs the source, or the demo's photographs, unless it is packed."""
+    """Packs the source, or the demo's photographs; a packed dataset is used as it is."""
     from maelstream.jobs.demo import write_crops
     from maelstream.shards.dataset import Dataset
     from maelstream.shards.errors import MaelstreamError
@@ -115,11 +117,11 @@ def data(setting: Setting) -> list[Row]:
     what = f"{setting.source}, packed" if setting.packed else setting.source or "the demo's photographs"
     if not setting.packed:
         images = Path(setting.source or f"{setting.work}/photographs")
-        for left in (setting.dataset, f"{setting.work}/photographs"):
-            shutil.rmtree(left, ignore_errors=True)
+        for earlier in (setting.dataset, f"{setting.work}/photographs"):
+            shutil.rmtree(earlier, ignore_errors=True)
         try:
             if not setting.source:
-                write_crops(images, PHOTOGRAPHS, seed=0)
+                write_crops(images, CROPS_PER_PHOTOGRAPH, seed=0)
             workers = Local(len(os.sched_getaffinity(0)))
             pack(str(images), setting.dataset, PackOptions("gpu", "train", 2**26, 0), workers, lambda _: None)
         except MaelstreamError as error:
@@ -131,17 +133,17 @@ def data(setting: Setting) -> list[Row]:
 
 
 def tests(setting: Setting, *files: str) -> list[Row]:
-    """The tests in `files` that are marked `gpu`: claims without figures are tests, here as elsewhere."""
+    """Runs the tests in `files` that are marked `gpu`."""
     for package in ("pytest", "hypothesis"):
         if importlib.util.find_spec(package) is None:
-            raise CannotRun(f"no module {package}, by which tests run")
+            raise CannotRun(f"no module {package}, which the tests need")
     report = Path(setting.work) / f"tests-{os.getpid()}.xml"
     # Verbose, so that the last line of a run that crashed or hung names the test.
     command = [sys.executable, "-X", "faulthandler", "-m", "pytest", *files, "-v", f"--junit-xml={report}"]
     marked = "gpu" if setting.device == "cuda" else "not gpu"
     plain = ["-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider", "-m", marked]
     code = subprocess.run([*command, *plain]).returncode
-    if code < 0:  # as the system would have told, had it been this process
+    if code < 0:  # ends this process in the same way, so that the table names the signal
         os.kill(os.getpid(), -code)
     if code == 5:
         raise CannotRun(f"no test of {' '.join(files)} is marked {marked}")
@@ -153,7 +155,7 @@ def tests(setting: Setting, *files: str) -> list[Row]:
 
 
 def row_of(report: "ElementTree.ElementTree[Any]", files: list[str]) -> Row:
-    """Of pytest's JUnit report."""
+    """The row for a JUnit report of pytest."""
     cases = list(report.iter("testcase"))
     failures = [
         (case.get("name"), fault) for case in cases for fault in (*case.findall("failure"), *case.findall("error"))
@@ -174,10 +176,10 @@ def first_line(text: str) -> str:
 
 
 def last_words(log: str, code: int, ending: str) -> str:
-    """Why a part ended: `ending`, a signal and where in Python it came, or the last line that was printed."""
+    """Why a part ended: `ending`, or a signal and where it came in the Python code, or the last line of the log."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     if not ending and code >= 0:
-        return f"exit code {code}: {lines[-1] if lines else 'no word'}"
+        return f"exit code {code}: {lines[-1] if lines else 'no output'}"
     ending = ending or f"killed by {signal.Signals(-code).name}"
     place = re.search(r'Current thread.*\n\s+File "(.+?)", line (\d+) in (.+)', log)
     test = [line for line in lines if re.match(r"\S+\.py::", line)]
@@ -188,21 +190,21 @@ def last_words(log: str, code: int, ending: str) -> str:
 
 @contextlib.contextmanager
 def missing_packages() -> Iterator[None]:
-    """Makes CannotRun of a package that is not installed; one of ours that is missing stays a fault."""
+    """Raises CannotRun for a package that is not installed; a missing module of this project stays an error."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] in OURS:
+        if error.name is None or error.name.partition(".")[0] in OWN_PACKAGES:
             raise
         raise CannotRun(f"no module {error.name}; see docs/gpu.md for the wheels") from None
 
 
 def rows_of(call: str, arguments: list[Any], setting: Setting) -> list[Row]:
-    """Does the part. CannotRun as its function, and where the device is not there."""
+    """Runs the part. Raises CannotRun as its function does, and if there is no CUDA device."""
     module, _, function = call.partition(":")
     with missing_packages():
         if setting.device == "cuda":
-            import torch  # takes seconds
+            import torch  # importing takes seconds
 
             if not torch.cuda.is_available():
                 raise CannotRun("no CUDA device")
@@ -210,7 +212,7 @@ def rows_of(call: str, arguments: list[Any], setting: Setting) -> list[Row]:
 
 
 def main(call: str, arguments: str, setting: str, out: str) -> int:
-    """0 when OUT holds rows, or why the part could not run."""
+    """Runs the part and writes OUT; returns 0 if OUT holds rows or the reason why the part could not run."""
     try:
         rows = rows_of(call, json.loads(arguments), Setting(**json.loads(Path(setting).read_text())))
         result: dict[str, Any] = {"rows": [row._asdict() for row in rows]}
@@ -224,12 +226,12 @@ def main(call: str, arguments: str, setting: str, out: str) -> int:
     return 0
 
 
-def written(setting: Setting, path: Path) -> None:
-    """For `main` of a part."""
+def write_setting(setting: Setting, path: Path) -> None:
+    """Writes the setting to the file that `main` reads."""
     path.write_text(json.dumps(asdict(setting)))
 
 
 if __name__ == "__main__":
-    from benchmarks import gpu_part  # this module once more, under the name by which parts know its CannotRun
+    from benchmarks import gpu_part  # import it by the name under which the parts know CannotRun
 
     sys.exit(gpu_part.main(*sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Training's parts of `make gpu-check`: a run stopped and resumed at each stage of ZeRO, and the models' rates."""
+"""The training parts of `make gpu-check`: runs stopped and resumed at each ZeRO stage, and rates of the models."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ from maelstream.shards.dataset import Dataset
 STEPS, STOP = 8, 3
 STAGES = (1, 2, 3)
 RUNS = {"once": "", "again": "the same run once more", "resumed": f"stopped at step {STOP} and resumed"}
-# Asked of one H100 (images/s of others are told): what is fed by the loader, of the measured rate of products.
+# Required of one H100, with the loader; MFU of the measured rate of matrix products. Rates of others are only reported.
 MFU = {"L/16": 0.5, "H/14": 0.55}
 IMAGES_PER_S = {"B/16": 6000.0}
 DATA_WAIT, ENGINE_SHARE = 0.01, {"H/14": 0.03}
@@ -30,27 +30,27 @@ TRACED = "B/16"
 
 
 class Running(Protocol):
-    """A process."""
+    """A process that was started."""
 
     def wait(self) -> int: ...
 
 
 def start(arguments: list[str], log: Path) -> Running:
-    """`maelstream pretrain` on one rank."""
+    """Starts `maelstream pretrain` on one rank."""
     with log.open("wb") as file:
         command = [sys.executable, "-X", "faulthandler", "-m", "maelstream.jobs.pretrain", *arguments]
         return subprocess.Popen(command, stdout=file, stderr=file)
 
 
 def resume(setting: Setting) -> list[Row]:
-    """One rank at each stage of ZeRO: some steps, the same once more, and the same stopped and resumed in between.
+    """Trains one rank at each ZeRO stage: once, once more, and once stopped and resumed.
 
-    Each run is a process, and all go on side by side, since what takes time is their start.
+    Each run is a process. They run at the same time, because most of the time goes into their start.
     """
     folders = {(stage, name): fresh(Path(setting.work) / f"zero{stage}-{name}") for stage in STAGES for name in RUNS}
 
-    def wave(names: tuple[str, ...], step: int) -> dict[tuple[int, str], str]:
-        """What went wrong in these runs, empty where nothing did, once they have come to `step`."""
+    def train_to_step(names: tuple[str, ...], step: int) -> dict[tuple[int, str], str]:
+        """Trains the runs `names` up to `step`; returns why each failed, or an empty string."""
         running = {}
         for (stage, name), folder in folders.items():
             if name in names:
@@ -62,17 +62,19 @@ def resume(setting: Setting) -> list[Row]:
         logs = {key: folders[key].with_suffix(".log").read_text(errors="replace") for key in codes}
         return {key: last_words(logs[key], code, "") if code else "" for key, code in codes.items()}
 
-    ends = wave(("once", "again"), STEPS)
-    first = wave(("resumed",), STOP)
-    second = wave(("resumed",), STEPS)
-    ends |= {key: first[key] or second[key] for key in first}
-    return [row for stage in STAGES for row in rows_of_runs(stage, folders, ends)]
+    failures = train_to_step(("once", "again"), STEPS)
+    first = train_to_step(("resumed",), STOP)
+    second = train_to_step(("resumed",), STEPS)
+    failures |= {key: first[key] or second[key] for key in first}
+    return [row for stage in STAGES for row in rows_of_runs(stage, folders, failures)]
 
 
-def rows_of_runs(stage: int, folders: dict[tuple[int, str], Path], ends: dict[tuple[int, str], str]) -> Iterator[Row]:
-    """Of one stage: whether it trains, and whether the other runs took the same steps."""
+def rows_of_runs(
+    stage: int, folders: dict[tuple[int, str], Path], failures: dict[tuple[int, str], str]
+) -> Iterator[Row]:
+    """Rows of one ZeRO stage: whether it trains, and whether the other runs took the same steps."""
     once, what = RunFolder(folders[stage, "once"]), f"ZeRO {stage}, {STEPS} steps"
-    if reason := ends[stage, "once"]:
+    if reason := failures[stage, "once"]:
         yield Row(what, "finite losses", reason, False, {})
         return
     losses = [line["loss"] for line in once.read_metrics()]
@@ -80,21 +82,21 @@ def rows_of_runs(stage: int, folders: dict[tuple[int, str], Path], ends: dict[tu
     yield Row(what, "finite losses", f"{losses[0]:.4f} -> {losses[-1]:.4f}" if sound else f"{losses}", sound, {})
     for name, what in RUNS.items():
         if name != "once":
-            reason = ends[stage, name] or difference_of(once, RunFolder(folders[stage, name]))
+            reason = failures[stage, name] or difference_of(once, RunFolder(folders[stage, name]))
             found = reason or "losses, norms and weights equal"
             yield Row(f"ZeRO {stage}, {what}", "bit-identical", found, not reason, {})
 
 
 def fresh(folder: Path) -> Path:
-    """`folder`, without what an earlier check left in it."""
+    """Removes the folder of an earlier check and returns its path."""
     shutil.rmtree(folder, ignore_errors=True)
     return folder
 
 
 def difference_of(one: RunFolder, other: RunFolder) -> str:
-    """The first that two runs differ in; empty if nothing."""
-    told = ([(line["step"], line["loss"], line["grad_norm"]) for line in run.read_metrics()] for run in (one, other))
-    for ours, theirs in zip(*told, strict=True):
+    """The first difference of two runs; empty if there is none."""
+    steps = ([(line["step"], line["loss"], line["grad_norm"]) for line in run.read_metrics()] for run in (one, other))
+    for ours, theirs in zip(*steps, strict=True):
         if ours != theirs:
             return f"step {ours[0]}: loss {ours[1]} and {theirs[1]}, norm {ours[2]} and {theirs[2]}"
     weights, others = one.checkpoints.weights(STEPS), other.checkpoints.weights(STEPS)
@@ -103,7 +105,7 @@ def difference_of(one: RunFolder, other: RunFolder) -> str:
 
 
 def recipe_of(setting: Setting, name: str) -> Recipe:
-    """The model's recipe with a micro-batch for a large GPU, and a batch of as many as the dataset has, at most."""
+    """The model's recipe with a micro-batch for a large GPU, and a batch no larger than the dataset."""
     recipe, count = load_recipe(Path(setting.recipes[name])), len(Dataset.open(setting.dataset))
     micro = min(setting.micro_batches[name], count)
     batch_size = max(1, min(recipe.optim.batch_size, count) // micro) * micro
@@ -118,12 +120,12 @@ def recipe_of(setting: Setting, name: str) -> Recipe:
 
 
 def rates(setting: Setting, name: str) -> list[Row]:
-    """The step alone, inside DeepSpeed's engine, and fed by the loader: `maelstream profile --stages step`."""
+    """Rows for the step alone, in DeepSpeed's engine, and with the loader: `maelstream profile --stages step`."""
     return rows_of_figures(name, profiled(setting, name, None))
 
 
 def trace(setting: Setting) -> list[Row]:
-    """A trace of three steps with their loader, for Perfetto."""
+    """Writes a trace of three steps with the loader, for Perfetto."""
     file = Path(setting.work) / "trace.json.gz"
     file.unlink(missing_ok=True)
     profiled(setting, TRACED, file)
@@ -140,7 +142,7 @@ def trace(setting: Setting) -> list[Row]:
 
 
 def profiled(setting: Setting, name: str, trace: Path | None) -> dict[str, Any]:
-    """The profile's figures of stage `step` and the whole."""
+    """The figures of a profile of the stage `step` and of the run end to end."""
     recipe, ranks = recipe_of(setting, name), ranks_from_environment()
     seconds = setting.seconds if trace is None else setting.seconds / 4
     try:
@@ -151,10 +153,10 @@ def profiled(setting: Setting, name: str, trace: Path | None) -> dict[str, Any]:
 
 
 def rows_of_figures(name: str, figures: dict[str, Any]) -> list[Row]:
-    """A profile's figures beside what the issue asks of them."""
+    """The figures of a profile, with their requirements."""
     machine, whole, alone = figures["machine"], figures["whole"], figures["stages"]["step"]["images_per_s"]
     peak, step_mfu = machine["matrix_flops_per_s"], alone * figures["flops_an_image"] / machine["matrix_flops_per_s"]
-    products = f"{peak / 1e12:,.3g} TFLOP/s of {machine['matrix_dtype']} products"
+    products = f"{peak / 1e12:,.3g} TFLOP/s of {machine['matrix_dtype']} matrix products"
     on_h100 = "H100" in machine["name"]
     rate, mfu, wait = whole["images_per_s"], whole["mfu_measured"], whole["data_wait"]
     least, share = IMAGES_PER_S.get(name) if on_h100 else None, whole["engine_share"]
@@ -164,14 +166,14 @@ def rows_of_figures(name: str, figures: dict[str, Any]) -> list[Row]:
     return [
         Row("step alone", "", f"{alone:,.0f} images/s, MFU {step_mfu:.1%}", True, {"profile": figures}),
         Row(
-            f"fed by the loader, micro-batch {figures['micro_batch_size']}",
+            f"with the loader, micro-batch {figures['micro_batch_size']}",
             f">= {least:,.0f} images/s" if least else "",
             f"{rate:,.0f} images/s",
             least is None or rate >= least,
             {"images_per_s": rate},
         ),
         Row(
-            "MFU, fed by the loader",
+            "MFU with the loader",
             f">= {MFU[name]:.0%}" if name in MFU else "",
             f"{mfu:.1%} of {products}",
             mfu >= MFU.get(name, 0.0),

@@ -71,7 +71,7 @@ def one_batch(recipe: Any, device: torch.device) -> OneBatch:
 
 
 def plain_s(engine: Any, source: OneBatch, control_group: ControlGroup, steps: int) -> float:
-    """CPU seconds of a step, taken as jobs/training/trainer.py takes it."""
+    """CPU seconds per step in a loop like that of jobs/training/trainer.py."""
     clock, batches, micro_batches = Clock(), repeat(source.batch), source.batch_split.micro_batches
 
     def loss(images: Tensor, batch: Batch, micro_batch: int) -> Tensor:

@@ -1,10 +1,10 @@
-"""What resuming in the middle of an epoch costs beside a fresh start: the same time is the aim, whatever was consumed.
+"""Compares resuming at 90 % of an epoch with a fresh start. Both should take the same time.
 
-loader  From making the loader to its first batch in hand: at the start, and at 90 % of an epoch.
-run     `maelstream pretrain` for one step, process and all: a new run, and one that goes on at 90 % of an epoch, which
-        also reads its checkpoint back.
+loader  From building the loader to its first batch.
+run     `maelstream pretrain` for one step, as a process: a new run, and one that resumes, which also reads its
+        checkpoint.
 
-They take turns; medians count.
+Fresh starts and resumed ones take turns; the medians are compared.
 
     python -m benchmarks.resume --data ../shared/imagenet-sample
 """
@@ -46,15 +46,15 @@ engine: {micro_batch_size: 16}
 @dataclass(frozen=True)
 class Options:
     data: Path = Path("../shared/imagenet-sample")
-    """A folder of images, one folder a class."""
+    """A folder of images, with one folder per class."""
     threads: int = 2
     rounds: int = 5
     json: Path | None = None
-    """Write the medians, too: seconds by name."""
+    """Write the medians to this JSON file: seconds by name."""
 
 
 def first_batch(dataset: Dataset, position: int, threads: int) -> float:
-    """Seconds to the first batch from `position`."""
+    """Seconds from building the loader to the batch at `position`."""
     began = time.perf_counter()
     order, draws = SampleOrder(len(dataset), 0), AugmentSampler(0, CropConfig(), SIZE)
     with ImageLoader(dataset, order, draws, BatchSplit(BATCH, 1, 1), config=LoaderConfig(threads)) as loader:
@@ -64,7 +64,7 @@ def first_batch(dataset: Dataset, position: int, threads: int) -> float:
 
 
 def run_to(recipe: Path, run: Path, step: int) -> float:
-    """Seconds of `maelstream pretrain` until `step` is taken and saved."""
+    """Seconds of `maelstream pretrain` from its start until `step` is saved."""
     command = [
         sys.executable,
         "-m",
@@ -89,7 +89,7 @@ def main() -> None:
         shards, pack_options = str(folder / "shards"), PackOptions("b", "train", 2**24, 0)
         pack(str(options.data), shards, pack_options, Local(options.threads), lambda _: None)
         dataset = Dataset.open(shards)
-        first_batch(dataset, 0, options.threads)  # the system's cache, DALI's first start
+        first_batch(dataset, 0, options.threads)  # fills the page cache and starts DALI once
         recipe = folder / "recipe.yaml"
         recipe.write_text(f"{RECIPE}data: {{dataset: {shards}}}\n")
         late = 9 * len(dataset) // (10 * RUN_BATCH)

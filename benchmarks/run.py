@@ -1,10 +1,10 @@
 """Every side-by-side timing in one command, `make bench`: loaders, step, pack and resume against the peers.
 
-Each benchmark runs in a process of its own, and what it prints goes into one file, docs/measured/<device>.md, with
-versions and the commands. A peer that is not installed is named, and so is a benchmark that fails; the others go on.
+Each benchmark runs in its own process. Its output goes into one file, docs/measured/<device>.md, with versions and
+commands. The file also names peers that are not installed and benchmarks that fail; the others still run.
 
-    python -m benchmarks.run                 # some twenty minutes on two cores
-    python -m benchmarks.run --quick         # a few minutes; fewer rounds, to see that all runs
+    python -m benchmarks.run                 # about twenty minutes on two cores
+    python -m benchmarks.run --quick         # a few minutes with fewer rounds, to check that everything runs
 """
 
 import importlib.metadata
@@ -28,7 +28,7 @@ PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120"
 PEERS = {"torchvision": "torchvision", "webdataset": "webdataset", "transformers": "transformers", "grain": "grain"}
 PEERS |= {"spdl": "spdl", "ffcv": "ffcv"}
 WHY_MISSING = {
-    "ffcv": "its source on PyPI builds only beside OpenCV and libjpeg-turbo with headers, and nothing here measures it",
+    "ffcv": "its source on PyPI needs the headers of OpenCV and libjpeg-turbo to build, and no benchmark here runs it",
 }
 
 
@@ -41,7 +41,7 @@ class Benchmark(NamedTuple):
 
 
 def benchmarks(data: Path, threads: int) -> dict[Part, Benchmark]:
-    """All of them, on the images of `data`."""
+    """All benchmarks, on the images of `data`."""
     given = ("--data", str(data), "--threads", str(threads))
     return {
         "loaders": Benchmark("benchmarks.loaders", given, ("--rounds", "1", "--batches", "8")),
@@ -58,28 +58,28 @@ def benchmarks(data: Path, threads: int) -> dict[Part, Benchmark]:
 @dataclass(frozen=True)
 class Options:
     data: Path = Path("../shared/imagenet-sample")
-    """A folder of images, one folder a class."""
+    """A folder of images, with one folder per class."""
     parts: tuple[Part, ...] = ("loaders", "step", "pack", "resume")
     threads: int = len(os.sched_getaffinity(0))
     out: Path | None = None
-    """The file; docs/measured/<device>.md if not given."""
+    """The Markdown file to write; docs/measured/<device>.md if not given."""
     json: Path | None = None
-    """A folder for the figures of each, as JSON."""
+    """A folder for the figures of each benchmark, as JSON."""
     quick: bool = False
 
 
 class Outcome(NamedTuple):
-    """Of one benchmark."""
+    """The result of one benchmark."""
 
     command: str
     printed: str
     failure: str
-    """Why it did not end well; empty if it did."""
+    """Why the benchmark failed; empty if it did not."""
     seconds: float
 
 
 def device_name() -> str:
-    """The GPU's name, or the CPU's with its cores."""
+    """The GPU's name, or the CPU's name and its number of cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     models = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
@@ -87,24 +87,24 @@ def device_name() -> str:
 
 
 def file_name(device: str) -> str:
-    """`NVIDIA H100 80GB HBM3` -> `nvidia-h100-80gb-hbm3.md`."""
+    """The file of a device's figures: `NVIDIA H100 80GB HBM3` -> `nvidia-h100-80gb-hbm3.md`."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".md"
 
 
 def outcome_of(module: str, arguments: tuple[str, ...]) -> Outcome:
-    """Runs it, and shows and keeps what it prints."""
+    """Runs a benchmark, prints its output and returns it."""
     began = time.monotonic()
     command = [sys.executable, "-m", module, *arguments]
-    # Wide enough for every table; the docs take what a terminal would wrap.
+    # Wide enough for every table, so that no line in the docs is wrapped.
     done = subprocess.run(command, env=os.environ | {"COLUMNS": "110"}, capture_output=True, text=True)
     print(done.stdout, flush=True)
     errors = done.stderr.strip().splitlines()
-    failure = f"exit code {done.returncode}: {errors[-1] if errors else 'no word'}" if done.returncode else ""
+    failure = f"exit code {done.returncode}: {errors[-1] if errors else 'no output'}" if done.returncode else ""
     return Outcome(" ".join(["python", "-m", module, *arguments]), done.stdout, failure, time.monotonic() - began)
 
 
 def version_of(package: str) -> str | None:
-    """As it is installed; None where it is not."""
+    """The installed version; None if the package is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -112,13 +112,13 @@ def version_of(package: str) -> str | None:
 
 
 def missing_peers() -> list[str]:
-    """A line for each peer that cannot be imported here."""
+    """One line per peer that cannot be imported here."""
     missing = [name for name, module in PEERS.items() if importlib.util.find_spec(module) is None]
     return [f"{name}: not measured, {WHY_MISSING.get(name, 'not installed here')}" for name in missing]
 
 
 def document(device: str, outcomes: dict[Part, Outcome], quick: bool) -> str:
-    """The Markdown file."""
+    """The text of the Markdown file."""
     names = dict.fromkeys((*PACKAGES, *PEERS))
     versions = ", ".join(f"{name} {version}" for name in names if (version := version_of(name)))
     lines = [
@@ -128,7 +128,7 @@ def document(device: str, outcomes: dict[Part, Outcome], quick: bool) -> str:
         "",
     ]
     if quick:
-        lines += ["Few rounds, to see that everything runs: ratios of a busy machine need the whole of it.", ""]
+        lines += ["Few rounds, to check that everything runs; reliable ratios need the full run.", ""]
     lines += [*(f"* {line}" for line in missing_peers()), ""]
     for part, outcome in outcomes.items():
         lines += [f"## {part.capitalize()}", "", f"    {outcome.command}", ""]
@@ -140,7 +140,7 @@ def document(device: str, outcomes: dict[Part, Outcome], quick: bool) -> str:
 
 
 def main() -> int:
-    """Writes the file; 1 when a benchmark failed."""
+    """Writes the file; returns 1 if a benchmark failed."""
     options = tyro.cli(Options, prog="python -m benchmarks.run", description=__doc__)
     device = device_name()
     outcomes: dict[Part, Outcome] = {}

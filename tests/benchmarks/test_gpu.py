@@ -1,4 +1,4 @@
-"""`make gpu-check`: the harness with parts made up, and every real part's code on the CPU, with tiny models."""
+"""`make gpu-check`: the harness with the parts of tests/helpers/gpu_check_parts.py; every real part on the CPU."""
 
 import io
 import json
@@ -16,18 +16,18 @@ from rich.console import Console
 
 from benchmarks import gpu, gpu_train
 from benchmarks.gpu import PARTS, Outcome, Part, check, exit_code, table
-from benchmarks.gpu_part import CannotRun, Setting, last_words, row_of, written
+from benchmarks.gpu_part import CannotRun, Setting, last_words, row_of, write_setting
 from benchmarks.gpu_part import main as part_main
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.shards.dataset import Dataset
 from tests.helpers.forked import CONTEXT, start
 
-MADE_UP = "tests.benchmarks.made_up"
+PARTS_FOR_TESTS = "tests.helpers.gpu_check_parts"
 
 
 @pytest.fixture
 def setting(packed: Dataset, tiny: str, tmp_path: Path) -> Setting:
-    """The CPU, 60 images, models of a few thousand weights."""
+    """The CPU, 60 images, and models with a few thousand weights."""
     return Setting(
         device="cpu",
         source=str(packed.folder),
@@ -41,7 +41,7 @@ def setting(packed: Dataset, tiny: str, tmp_path: Path) -> Setting:
 
 
 def part(function: str, limit_s: float = 20, needs: tuple[str, ...] = ()) -> Part:
-    return Part(function, f"{MADE_UP}:{function}", limit_s, (), needs)
+    return Part(function, f"{PARTS_FOR_TESTS}:{function}", limit_s, (), needs)
 
 
 # --- the harness
@@ -49,21 +49,21 @@ def part(function: str, limit_s: float = 20, needs: tuple[str, ...] = ()) -> Par
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
-    """Of every kind of part, one after the other."""
+    """Rows of parts that end in every possible way, by part."""
     work = tmp_path_factory.mktemp("work")
     setting = Setting("cpu", "", str(work), 1.0, 1, {}, {}, False)
-    parts = [part(name) for name in ("passes", "fails", "raises", "crashes", "says_nothing")]
-    parts += [part(name) for name in ("lacks_data", "lacks_a_package", "lacks_one_of_ours")]
-    parts += [part("hangs", 1.5), Part("last", f"{MADE_UP}:passes", 20, ("x", 1), ())]
-    parts += [Part("needy", f"{MADE_UP}:passes", 20, (), ("passes", "lacks_data"))]
-    told: list[int] = []
-    found = check(tuple(parts), setting, 1.0, lambda rows: told.append(len(rows)))
-    assert told == sorted(told) and len(told) == len(parts) and told[-1] == len(found)
+    parts = [part(name) for name in ("passes", "fails", "raises", "crashes", "writes_no_result")]
+    parts += [part(name) for name in ("lacks_data", "lacks_a_package", "lacks_a_module_of_this_project")]
+    parts += [part("hangs", 1.5), Part("last", f"{PARTS_FOR_TESTS}:passes", 20, ("x", 1), ())]
+    parts += [Part("needy", f"{PARTS_FOR_TESTS}:passes", 20, (), ("passes", "lacks_data"))]
+    row_counts: list[int] = []
+    found = check(tuple(parts), setting, 1.0, lambda rows: row_counts.append(len(rows)))
+    assert row_counts == sorted(row_counts) and len(row_counts) == len(parts) and row_counts[-1] == len(found)
     return {name: [row for row in found if row.part == name] for name in dict.fromkeys(row.part for row in found)}
 
 
-def test_a_part_s_rows_pass_fail_or_are_told(outcomes: dict[str, list[Outcome]]) -> None:
-    assert [row.state for row in outcomes["passes"]] == ["passed", "told"]
+def test_rows_of_a_part_pass_fail_or_report_a_figure(outcomes: dict[str, list[Outcome]]) -> None:
+    assert [row.state for row in outcomes["passes"]] == ["passed", "reported"]
     assert [row.state for row in outcomes["fails"]] == ["passed", "failed"]
     assert outcomes["fails"][1].found == "0" and outcomes["passes"][0].figures == {"number": 2}
 
@@ -72,38 +72,38 @@ def test_a_part_s_rows_pass_fail_or_are_told(outcomes: dict[str, list[Outcome]])
     ("name", "state", "found"),
     [
         ("raises", "failed", "exit code 1: ValueError: three is not four"),
-        ("crashes", "failed", "killed by SIGSEGV in made_up.py, line 27, crashes"),
-        ("says_nothing", "failed", "exit code 0: no word"),
-        ("hangs", "failed", "not done after 2 s in made_up.py, line 34, hangs"),
+        ("crashes", "failed", "killed by SIGSEGV in gpu_check_parts.py, line 27, crashes"),
+        ("writes_no_result", "failed", "exit code 0: no output"),
+        ("hangs", "failed", "not done after 2 s in gpu_check_parts.py, line 34, hangs"),
         ("lacks_data", "could not run", "no photographs[dev]"),
         ("lacks_a_package", "could not run", "no module no_such_package; see docs/gpu.md for the wheels"),
         (
-            "lacks_one_of_ours",
+            "lacks_a_module_of_this_project",
             "failed",
             "exit code 1: ModuleNotFoundError: No module named 'benchmarks.no_such_module'",
         ),
         ("needy", "could not run", "no photographs[dev]"),
     ],
 )
-def test_why_a_part_did_not_end_well_is_told(
+def test_the_table_says_why_a_part_failed_or_could_not_run(
     outcomes: dict[str, list[Outcome]], name: str, state: str, found: str
 ) -> None:
     (row,) = outcomes[name]
     assert (row.state, row.found) == (state, found)
 
 
-def test_the_parts_after_one_that_crashed_or_hung_run(outcomes: dict[str, list[Outcome]]) -> None:
+def test_parts_after_a_crash_or_a_hang_still_run(outcomes: dict[str, list[Outcome]]) -> None:
     assert outcomes["last"][0].found == "found ('x', 1)"
 
 
-def test_nothing_of_a_part_that_hung_is_left(outcomes: dict[str, list[Outcome]]) -> None:
+def test_no_process_of_a_part_that_hung_is_left(outcomes: dict[str, list[Outcome]]) -> None:
     assert outcomes["hangs"][0].seconds < 10
     time.sleep(0.1)
     lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
-    assert not any(f"{MADE_UP}:hangs".encode() in line for line in lines)
+    assert not any(f"{PARTS_FOR_TESTS}:hangs".encode() in line for line in lines)
 
 
-def test_the_exit_code_tells_failed_from_not_run(outcomes: dict[str, list[Outcome]]) -> None:
+def test_the_exit_code_distinguishes_failed_from_not_run(outcomes: dict[str, list[Outcome]]) -> None:
     assert exit_code(outcomes["passes"]) == 0
     assert exit_code([*outcomes["passes"], *outcomes["lacks_data"]]) == 3
     assert exit_code([*outcomes["lacks_data"], *outcomes["fails"]]) == 1
@@ -113,10 +113,10 @@ def test_the_table_has_every_row_with_its_state(outcomes: dict[str, list[Outcome
     rows = [row for each in outcomes.values() for row in each]
     console = Console(width=200, file=io.StringIO())
     console.print(table(rows, "a device"))
-    said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "a device" in said and said.count("could not run") == 3
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "a device" in printed and printed.count("could not run") == 3
     for row in rows:
-        assert any(row.found in line and row.state in line for line in said.splitlines()), row
+        assert any(row.found in line and row.state in line for line in printed.splitlines()), row
 
 
 def test_a_test_that_crashes_is_named() -> None:
@@ -124,7 +124,7 @@ def test_a_test_that_crashes_is_named() -> None:
     assert last_words(log, -11, "") == "killed by SIGSEGV in x.py::test_two[a]"
 
 
-def test_limits_fit_into_nine_minutes_and_needs_come_before() -> None:
+def test_limits_fit_into_nine_minutes_and_needed_parts_come_first() -> None:
     assert sum(part.limit_s for part in PARTS) <= gpu.BUDGET_S == 540
     names = [part.name for part in PARTS]
     assert len(set(names)) == len(names)
@@ -132,7 +132,7 @@ def test_limits_fit_into_nine_minutes_and_needs_come_before() -> None:
         assert all(need in names[:number] for need in part.needs)
 
 
-def test_tests_that_only_skip_did_not_run_and_failures_are_named() -> None:
+def test_a_part_whose_tests_all_skip_could_not_run_and_failures_are_named() -> None:
     def report(*cases: str) -> Any:
         return ElementTree.ElementTree(ElementTree.fromstring(f"<testsuite>{''.join(cases)}</testsuite>"))
 
@@ -155,7 +155,7 @@ def test_every_wheel_that_a_node_needs_is_pinned() -> None:
 
 
 def command(*options: str, code: int) -> str:
-    """What it says, of both streams."""
+    """The output of `python -m benchmarks.gpu`, of both streams."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     arguments = [sys.executable, "-m", "benchmarks.gpu", *options]
     done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=60)
@@ -163,19 +163,19 @@ def command(*options: str, code: int) -> str:
     return done.stdout + done.stderr
 
 
-def test_without_a_gpu_it_runs_to_its_end_and_every_part_says_why(tmp_path: Path) -> None:
-    said = command("--work", str(tmp_path), "--out", str(tmp_path / "g.json"), code=3)
+def test_without_a_gpu_it_runs_to_its_end_and_every_part_gives_the_reason(tmp_path: Path) -> None:
+    printed = command("--work", str(tmp_path), "--out", str(tmp_path / "g.json"), code=3)
     figures = json.loads((tmp_path / "g.json").read_text())
     assert figures["device"] == "no CUDA device" and figures["exit_code"] == 3 and figures["version"] == 1
     assert figures["versions"]["torch"] and figures["versions"]["nvidia-dali-cuda130"]
     assert [row["part"] for row in figures["rows"]] == [part.name for part in PARTS]
     assert {(row["state"], row["found"]) for row in figures["rows"]} == {("could not run", "no CUDA device")}
-    assert all(part.name in said for part in PARTS)
+    assert all(part.name in printed for part in PARTS)
 
 
 def test_bad_options_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     for options, complaint in (
-        (["--src", str(tmp_path / "none")], "is no folder"),
+        (["--src", str(tmp_path / "none")], "is not a folder"),
         (["--seconds", "0"], "more than 0"),
         (["--parts", "nothing"], "there is no 'nothing'; one of device, data"),
     ):
@@ -184,17 +184,17 @@ def test_bad_options_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             code = gpu.main()
         except SystemExit as end:
             code = end.code  # type: ignore[assignment]
-        said = capsys.readouterr().err
-        assert code == 2 and complaint in said and said.count("\n") == 1
+        printed = capsys.readouterr().err
+        assert code == 2 and complaint in printed and printed.count("\n") == 1
 
 
 # --- the parts' code, on the CPU
 
 
 def rows(call: str, setting: Setting, *arguments: Any) -> list[dict[str, Any]]:
-    """What a part finds, in a process that has imported everything already."""
+    """Rows of a part, in a process that has imported everything already."""
     folder = Path(setting.work)
-    written(setting, folder / "setting.json")
+    write_setting(setting, folder / "setting.json")
     result = folder / "result.json"
     given = (call, json.dumps(arguments), str(folder / "setting.json"), str(result))
     process = CONTEXT.Process(target=part_main, args=given)
@@ -204,7 +204,7 @@ def rows(call: str, setting: Setting, *arguments: Any) -> list[dict[str, Any]]:
     return found.get("rows", [found])
 
 
-def test_device_tests_and_what_cannot_run(setting: Setting) -> None:
+def test_the_device_part_the_tests_part_and_a_part_without_a_gpu(setting: Setting) -> None:
     (device,) = rows("benchmarks.gpu_part:device", setting)
     assert device["passed"] and device["found"] == "cpu"
     (found,) = rows("benchmarks.gpu_part:tests", setting, "tests/model/test_patches.py")
@@ -213,11 +213,11 @@ def test_device_tests_and_what_cannot_run(setting: Setting) -> None:
     assert nothing == {"cannot_run": "no CUDA device"}
 
 
-def test_images_of_a_folder_are_packed_and_a_packed_folder_is_taken(setting: Setting, packed: Dataset) -> None:
+def test_images_of_a_folder_are_packed_and_a_packed_folder_is_used_as_it_is(setting: Setting, packed: Dataset) -> None:
     (taken,) = rows("benchmarks.gpu_part:data", setting)
     assert taken["figures"]["images"] == 60 and "packed" in taken["found"]
     images = packed.folder.rpartition("/")[0] + "/images"
-    for _ in range(2):  # what an earlier check left is replaced
+    for _ in range(2):  # the files of an earlier check are replaced
         (made,) = rows("benchmarks.gpu_part:data", replace(setting, source=images))
         assert made["figures"]["images"] == 60 and Path(setting.work, "shards", "dataset.json").exists()
 
@@ -230,7 +230,7 @@ def test_a_form_of_decoding(setting: Setting, form: str) -> None:
     assert endurance["figures"]["images"] >= 130 or not endurance["passed"]
 
 
-def test_the_loader_beside_bare_decoding(setting: Setting) -> None:
+def test_the_loader_against_decoding_alone(setting: Setting) -> None:
     bare, loader = rows("benchmarks.gpu_decode:loader", setting)
     assert bare["asked"] == "" and loader["asked"] == ">= 90%"
     assert loader["figures"]["share"] * loader["figures"]["decode_images_per_s"] == pytest.approx(
@@ -239,7 +239,7 @@ def test_the_loader_beside_bare_decoding(setting: Setting) -> None:
 
 
 class Forked:
-    """A run without the seconds that imports take."""
+    """A run in a forked process, which saves the seconds of imports."""
 
     def __init__(self, arguments: list[str], log: Path):
         fault = "die:2" if "--engine.zero 2" in " ".join(arguments) and "again" in log.name else ""
@@ -249,7 +249,7 @@ class Forked:
         return self.running.wait()[0]
 
 
-def test_runs_stopped_and_resumed_at_each_stage_and_one_that_is_killed(
+def test_runs_that_are_stopped_and_resumed_at_each_zero_stage_and_one_that_is_killed(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_train, "start", Forked)
@@ -261,7 +261,7 @@ def test_runs_stopped_and_resumed_at_each_stage_and_one_that_is_killed(
     assert "->" in rows["ZeRO 3, 8 steps"].found
 
 
-def test_where_runs_differ_is_told(tmp_path: Path) -> None:
+def test_the_first_difference_of_two_runs_is_reported(tmp_path: Path) -> None:
     ours, theirs = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
     for run, loss in ((ours, 1.0), (theirs, 1.5)):
         run.path.mkdir()
@@ -269,16 +269,16 @@ def test_where_runs_differ_is_told(tmp_path: Path) -> None:
     assert gpu_train.difference_of(ours, theirs) == "step 1: loss 1.0 and 1.5, norm 2.0 and 2.0"
 
 
-def test_a_model_s_rates_and_its_trace(setting: Setting) -> None:
+def test_the_rates_of_a_model_and_its_trace(setting: Setting) -> None:
     found = {row["what"]: row for row in rows("benchmarks.gpu_train:rates", setting, "L/16")}
-    assert found["MFU, fed by the loader"]["asked"] == ">= 50%" and found["data wait"]["asked"] == "< 1%"
+    assert found["MFU with the loader"]["asked"] == ">= 50%" and found["data wait"]["asked"] == "< 1%"
     assert found["step alone"]["figures"]["profile"]["whole"]["steps"] >= 3
-    assert 0 < found["MFU, fed by the loader"]["figures"]["mfu"] < 1
+    assert 0 < found["MFU with the loader"]["figures"]["mfu"] < 1
     (trace,) = rows("benchmarks.gpu_train:trace", setting)
     assert trace["passed"] and Path(setting.work, "trace.json.gz").stat().st_size > 1000
 
 
 def test_a_micro_batch_is_no_larger_than_the_dataset(setting: Setting) -> None:
     found = {row["what"]: row for row in rows("benchmarks.gpu_train:rates", setting, "H/14")}
-    assert "fed by the loader, micro-batch 12" in found or "fed by the loader, micro-batch 60" in found
+    assert "with the loader, micro-batch 12" in found or "with the loader, micro-batch 60" in found
     assert found["DeepSpeed's share of forward and backward"]["asked"] == "< 3%"

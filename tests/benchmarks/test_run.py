@@ -1,4 +1,4 @@
-"""`make bench`: failures and missing peers are named, and what ran is kept."""
+"""`make bench` names failures and missing peers, and keeps the output of what ran."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from benchmarks import run
 
 
-def test_a_benchmark_that_fails_is_named_and_the_others_go_on(
+def test_a_benchmark_that_fails_is_named_and_the_others_still_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = run.Benchmark("benchmarks.nowhere", (), ())
@@ -23,7 +23,7 @@ def test_a_benchmark_that_fails_is_named_and_the_others_go_on(
     assert "loaders: exit code 1" in capsys.readouterr().err
 
 
-def test_versions_and_missing_peers_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_and_missing_peers_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(run.PEERS, "no-such-loader", "no_such_loader")
     text = run.document("a device", {}, quick=True)
     assert "* no-such-loader: not measured, not installed here" in text
@@ -31,6 +31,6 @@ def test_versions_and_missing_peers_are_told(monkeypatch: pytest.MonkeyPatch) ->
     assert "torch 2." in text and "Few rounds" in text
 
 
-def test_a_device_names_its_file() -> None:
+def test_the_file_is_named_after_the_device() -> None:
     assert run.file_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3.md"
     assert run.file_name("AMD EPYC, 2 cores") == "amd-epyc-2-cores.md"
