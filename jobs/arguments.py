@@ -16,7 +16,7 @@ _RULE = re.compile(r"[─╭╮╰╯]{2,}")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def parsed(schema: type[T], args: list[str], command: str, default: T | None = None) -> T:
+def parse_arguments(schema: type[T], args: list[str], command: str, default: T | None = None) -> T:
     """The arguments of `maelstream COMMAND` as an instance of the dataclass `schema`.
 
     Raises:
@@ -33,7 +33,7 @@ def parsed(schema: type[T], args: list[str], command: str, default: T | None = N
     except SystemExit as end:
         if end.code != 2:
             raise
-        raise MaelstreamError(f"{_line_of(box.getvalue())}; see `maelstream {command} --help`") from None
+        raise MaelstreamError(f"{_one_line(box.getvalue())}; see `maelstream {command} --help`") from None
     finally:
         os.environ.pop("COLUMNS", None)
         if before is not None:
@@ -50,7 +50,7 @@ def option_value(args: list[str], name: str) -> str | None:
     return None
 
 
-def _line_of(box: str) -> str:
+def _one_line(box: str) -> str:
     """The text of an error box up to its first horizontal rule, and the nearest option if the box suggests one."""
     sections: list[list[str]] = [[]]
     for line in _COLOUR.sub("", box).splitlines()[1:]:  # without the title

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.recipe import RECIPES
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
@@ -95,7 +95,7 @@ def run_command(*command: str) -> None:
 
 def main(args: list[str]) -> int:
     """Runs `maelstream demo`; returns 0 when the loss fell clearly and everything is written."""
-    command = parsed(Demo, args, "demo")
+    command = parse_arguments(Demo, args, "demo")
     if command.src is not None and not command.src.is_dir():
         raise MaelstreamError(f"--src {command.src} is not a folder; give one that holds images")
     clear(command.out, command.src)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.command import run
 from maelstream.jobs.evaluation.evaluating import evaluate
 from maelstream.jobs.evaluation.options import EvaluationOptions
@@ -31,7 +31,7 @@ class Evaluate(EvaluationOptions):
 
 def main(args: list[str]) -> int:
     """Runs `maelstream evaluate`; returns 0 when the result is written."""
-    command = parsed(Evaluate, args, "evaluate")
+    command = parse_arguments(Evaluate, args, "evaluate")
     evaluate(command.weights, command.val, command)
     return 0
 

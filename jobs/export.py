@@ -12,12 +12,12 @@ from typing import Annotated
 
 import tyro
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.reporting.model_card import model_card
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.weights.export_formats import FORMATS, Format, write_json
 from maelstream.jobs.weights.reading import EXPORT_NAME, mae_weights, read_weights
-from maelstream.model.formats import encoder_of, likely_model
+from maelstream.model.formats import describe_model, without_decoder
 from maelstream.model.mae import position_tables
 from maelstream.shards.durable import sync
 from maelstream.shards.errors import MaelstreamError
@@ -52,7 +52,7 @@ def export(folder: RunFolder, step: int, format: Format, encoder_only: bool, out
     stored = read_weights(folder.checkpoints.at(step))
     weights = mae_weights(stored, recipe.model) | position_tables(recipe.model)
     if encoder_only or format == "timm":
-        weights = encoder_of(weights)
+        weights = without_decoder(weights)
     unfinished, replaced = out.with_name(out.name + ".writing"), out.with_name(out.name + ".replaced")
     try:
         for leftover in (unfinished, replaced):
@@ -60,7 +60,7 @@ def export(folder: RunFolder, step: int, format: Format, encoder_only: bool, out
         unfinished.mkdir(parents=True)
         card = FORMATS[format](unfinished, weights, recipe.model)
         write_json(unfinished / EXPORT_NAME, {"format": format, "step": step, "model": asdict(recipe.model)})
-        (unfinished / "README.md").write_text(model_card(folder, step, likely_model(weights), card))
+        (unfinished / "README.md").write_text(model_card(folder, step, describe_model(weights), card))
         for path in [*unfinished.iterdir(), unfinished]:
             sync(path)
         if out.exists():
@@ -76,7 +76,7 @@ def export(folder: RunFolder, step: int, format: Format, encoder_only: bool, out
 
 def main(args: list[str]) -> int:
     """Runs `maelstream export`; returns 0 when the folder is written."""
-    command = parsed(Export, args, "export")
+    command = parse_arguments(Export, args, "export")
     folder = RunFolder(command.run)
     folder.recipe()  # raises if RUN is not a pre-training run
     step = folder.last_step() if command.step is None else command.step

@@ -1,4 +1,4 @@
-"""`maelstream fit-pca DST --out FILE`: the components of the target "pca", from a dataset's patches (table 1d)."""
+"""`maelstream fit-pca DST --out FILE`: principal components of patches, for the target "pca" (paper, table 1d)."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.recipe import RecipeError
 from maelstream.jobs.training.image_stream import image_stream, recipe_with
 from maelstream.jobs.weights.target_file import TargetFile
@@ -19,33 +19,37 @@ from maelstream.model.pca import PatchMoments, PrincipalComponents, principal_co
 from maelstream.pipeline.decode import decode_device
 from maelstream.shards.dataset import Dataset
 
-_BATCH = 64  # nothing depends on it
+_BATCH = 64  # images per batch; the result does not depend on it
 
 
 @dataclass(frozen=True)
 class FitPca:
-    """Fit the components of the target "pca" on patches as pre-training would see them."""
+    """Fit the components of the target "pca" on the patches that pre-training would see."""
 
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """A packed dataset; a folder, or a URI such as s3://bucket/folder."""
     out: Path
     """The file to write: FILE.safetensors."""
     recipe: Path | None = None
-    """Take crop, shuffle, seed, sizes, mean and std from a recipe; the paper's pre-training if not given."""
+    """Recipe with crop, shuffle, seed, sizes, mean and std; default: the paper's pre-training."""
     components: int | None = None
-    """How many of the largest; the recipe's (96) if not given."""
+    """Number of components; default: that of the recipe (96)."""
     patch_size: int | None = None
-    """Pixels of a side; the recipe's (16) if not given."""
+    """Side of a patch in pixels; default: that of the recipe (16)."""
     image_size: int | None = None
-    """Pixels of a side; the recipe's (224) if not given."""
+    """Side of an image in pixels; default: that of the recipe (224)."""
     images: int = 50_000
-    """How many images to take patches of, at most the whole dataset."""
+    """Number of images to use, at most the whole dataset."""
     threads: int = len(os.sched_getaffinity(0))
-    """Threads that decode."""
+    """Number of threads that decode images."""
 
 
 def fit(command: FitPca) -> tuple[TargetFile, PrincipalComponents]:
-    """The same components, to the last bit, however many threads decode."""
+    """Fit the components; they are bit-identical for any number of threads.
+
+    Raises:
+        RecipeError: the images have too few patches, or all patches are equal.
+    """
     dataset = Dataset.open(command.dst)
     side = command.image_size
     recipe = recipe_with(
@@ -80,11 +84,11 @@ def fit(command: FitPca) -> tuple[TargetFile, PrincipalComponents]:
 
 def main(args: list[str]) -> int:
     """`maelstream fit-pca`."""
-    command = parsed(FitPca, args, "fit-pca")
+    command = parse_arguments(FitPca, args, "fit-pca")
     if command.images < 1 or command.threads < 1:
         raise RecipeError(f"--images {command.images} and --threads {command.threads} must be at least 1")
     if command.out.suffix != ".safetensors":
-        raise RecipeError(f"--out {command.out}: the file's name ends in .safetensors")
+        raise RecipeError(f"--out {command.out}: the file name must end in .safetensors")
     file, found = fit(command)
     file.write(command.out)
     shares = found.variances / found.variances.sum()

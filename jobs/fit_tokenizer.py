@@ -1,7 +1,7 @@
-"""`maelstream fit-tokenizer DST --out FILE`: a discrete VAE on a dataset's images, for the target "token".
+"""`maelstream fit-tokenizer DST --out FILE`: train a discrete VAE on a dataset, for the target "token".
 
-Trained as DALL-E's was (arXiv 2102.12092, appendix A.2), on a smaller scale: its schedules are taken as shares of the
-steps.
+Training follows DALL-E (arXiv 2102.12092, appendix A.2) on a smaller scale: the lengths of its schedules are kept as
+fractions of the number of steps.
 """
 
 import math
@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.recipe import RecipeError
 from maelstream.jobs.training.image_stream import image_stream, recipe_with
 from maelstream.jobs.weights.target_file import tokenizer_file
@@ -28,62 +28,63 @@ from maelstream.pipeline.decode import decode_device
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
 
-_DIVERGENCE_WEIGHT, _COLDEST = 6.6, 1 / 16
-_WARM_UP, _DIVERGENCE_SHARE, _COOLING_SHARE, _JUDGED_FROM = 0.01, 0.1, 0.75, 0.5  # of the steps
+_DIVERGENCE_WEIGHT, _LOWEST_TEMPERATURE = 6.6, 1 / 16
+# Fractions of the steps.
+_LR_WARM_UP, _DIVERGENCE_RAMP, _COOLING, _COLLAPSE_CHECKED_FROM = 0.01, 0.1, 0.75, 0.5
 
 
 @dataclass(frozen=True)
 class FitTokenizer:
-    """Train the discrete VAE whose codes the target "token" asks for."""
+    """Train the discrete VAE whose codes are predicted with the target "token"."""
 
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """A packed dataset; a folder, or a URI such as s3://bucket/folder."""
     out: Path
     """The file to write: FILE.safetensors."""
     recipe: Path | None = None
-    """Take crop, shuffle, seed and sizes from a recipe; the paper's pre-training if not given."""
+    """Recipe with crop, shuffle, seed and sizes; default: the paper's pre-training."""
     codes: int | None = None
-    """How many; the recipe's (8192) if not given."""
+    """Size of the codebook; default: that of the recipe (8192)."""
     hidden: int = 64
-    """Channels of the first group; DALL-E's tokenizer has 256."""
+    """Channels of the first group of blocks; DALL-E's tokenizer has 256."""
     steps: int = 20_000
     batch_size: int = 64
     lr: float = 1e-3
-    """The highest, after the warm-up."""
+    """Peak learning rate, at the end of the warm-up."""
     log_every: int = 100
-    """Steps between two lines."""
+    """Steps per line of output."""
     threads: int = len(os.sched_getaffinity(0))
-    """Threads that decode."""
+    """Number of threads that decode images."""
 
 
-class Progressed(NamedTuple):
-    """Means since the last line."""
+class FitProgress(NamedTuple):
+    """Means over the steps since the previous line of output."""
 
     step: int
     reconstruction: float
     divergence: float
     perplexity: float
     used: int
-    """Codes that were the most likely one anywhere."""
+    """Number of codes that were the most likely code somewhere."""
 
 
 def perplexity(counts: Int64[Tensor, "codes"]) -> float:
-    """How many codes, equally used, would be as varied as these."""
+    """Perplexity of the code usage: the number of equally used codes with the same entropy."""
     shares = counts.double() / counts.sum()
     return math.exp(-torch.special.xlogy(shares, shares).sum().item())
 
 
 def collapsed(value: float, codes: int) -> bool:
-    """Whether a perplexity is that of a tokenizer that says next to nothing: a fifth of a percent of its codes."""
+    """Whether the perplexity `value` is so low (below 0.2 % of the codes) that the codes carry almost no information."""
     return value < max(2.0, 0.002 * codes)
 
 
 def anneal(step: int, steps: int) -> tuple[float, float]:
     """Temperature and divergence weight of `step` (from 0): half a cosine from 1 to 1/16, and from 0 to 6.6."""
-    cooled = min(1.0, step / (_COOLING_SHARE * steps))
-    temperature = _COLDEST + (1 - _COLDEST) * (1 + math.cos(math.pi * cooled)) / 2
-    weighed = min(1.0, step / (_DIVERGENCE_SHARE * steps))
-    return temperature, _DIVERGENCE_WEIGHT * (1 - math.cos(math.pi * weighed)) / 2
+    cooled = min(1.0, step / (_COOLING * steps))
+    temperature = _LOWEST_TEMPERATURE + (1 - _LOWEST_TEMPERATURE) * (1 + math.cos(math.pi * cooled)) / 2
+    ramped = min(1.0, step / (_DIVERGENCE_RAMP * steps))
+    return temperature, _DIVERGENCE_WEIGHT * (1 - math.cos(math.pi * ramped)) / 2
 
 
 def train(
@@ -93,8 +94,8 @@ def train(
     grid: tuple[int, int],
     seed: int,
     images: Iterator[Tensor],
-) -> Iterator[Progressed]:
-    """Trains both in place; yields every `log_every` steps, and at the last."""
+) -> Iterator[FitProgress]:
+    """Train encoder and decoder in place; yield progress every `log_every` steps and after the last step."""
     device = next(encoder.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     parameters = [*encoder.parameters(), *decoder.parameters()]
@@ -107,7 +108,7 @@ def train(
                 step,
                 peak=command.lr,
                 floor=command.lr / 80,
-                warmup_steps=_WARM_UP * command.steps,
+                warmup_steps=_LR_WARM_UP * command.steps,
                 total_steps=command.steps,
             )
         batch: UInt8[Tensor, "b 3 h w"] = next(images)
@@ -122,18 +123,18 @@ def train(
         since += 1
         if (step + 1) % command.log_every == 0 or step + 1 == command.steps:
             reconstruction, divergence = (sums / since).tolist()
-            yield Progressed(step + 1, reconstruction, divergence, perplexity(counts), int((counts > 0).sum()))
+            yield FitProgress(step + 1, reconstruction, divergence, perplexity(counts), int((counts > 0).sum()))
             counts.zero_()
             sums, since = torch.zeros_like(sums), 0
 
 
 def main(args: list[str]) -> int:
     """`maelstream fit-tokenizer`."""
-    command = parsed(FitTokenizer, args, "fit-tokenizer")
+    command = parse_arguments(FitTokenizer, args, "fit-tokenizer")
     if min(command.steps, command.batch_size, command.log_every, command.threads) < 1 or command.lr <= 0:
-        raise RecipeError("--steps, --batch-size, --log-every and --threads are at least 1, --lr is more than 0")
+        raise RecipeError("--steps, --batch-size, --log-every and --threads must be at least 1, and --lr above 0")
     if command.out.suffix != ".safetensors":
-        raise RecipeError(f"--out {command.out}: the file's name ends in .safetensors")
+        raise RecipeError(f"--out {command.out}: the file name must end in .safetensors")
     dataset, recipe = Dataset.open(command.dst), recipe_with(command.recipe, target="token", codes=command.codes)
     config, device = recipe.model, decode_device(recipe.loader.decode)
     try:
@@ -159,10 +160,11 @@ def main(args: list[str]) -> int:
             bar.update(task, completed=now.step, description=text)
             if not console.is_terminal:
                 print(f"step {now.step}/{command.steps}  {text}", flush=True)
-            if now.step >= _JUDGED_FROM * command.steps and collapsed(now.perplexity, shape.codes):
+            if now.step >= _COLLAPSE_CHECKED_FROM * command.steps and collapsed(now.perplexity, shape.codes):
                 raise MaelstreamError(
-                    f"the codes collapsed: at step {now.step} a perplexity of {now.perplexity:.1f} of {shape.codes:,} "
-                    "codes; nothing was written; another --lr, more --hidden, fewer --codes or more varied images help"
+                    f"the codes collapsed: at step {now.step} the perplexity of {shape.codes:,} codes is "
+                    f"{now.perplexity:.1f}; no file was written; try another --lr, a larger --hidden, fewer --codes or "
+                    "more varied images"
                 )
     settings = {
         "codes": shape.codes,

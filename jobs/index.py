@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.pack import Labels, Pack, Workers, run_shown
 from maelstream.shards.pack import index
 
@@ -29,7 +29,7 @@ class Index:
 
 def main(args: list[str]) -> int:
     """`maelstream index`; 0 when the dataset is whole, 130 after Ctrl-C."""
-    command = parsed(Index, args, "index")
+    command = parse_arguments(Index, args, "index")
     options = Pack(command.dst, command.dst, command.split, command.name, labels=command.labels).options()
     names, executor, strict = command.labels.names(), command.work.make(), command.work.strict
     return run_shown(lambda report: index(command.dst, options, executor, report, names, strict), command.dst)

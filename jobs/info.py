@@ -9,8 +9,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from maelstream.jobs.arguments import parsed
-from maelstream.jobs.reporting.dataset_facts import facts, left_out, short_sides
+from maelstream.jobs.arguments import parse_arguments
+from maelstream.jobs.reporting.dataset_facts import facts, quarantined_files, short_sides
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
 
@@ -77,14 +77,14 @@ def plot(dataset: Dataset, file: Path) -> None:
 
 def main(args: list[str]) -> int:
     """Entry point of `maelstream info`."""
-    command = parsed(Info, args, "info")
+    command = parse_arguments(Info, args, "info")
     dataset = Dataset.open(command.dst)
     console = Console()
     console.print(summary(dataset))
     console.print(resolutions(dataset))
     if dataset.manifest["quarantined"]:
         table = Table("files", "reason", "first file", title="not packed")
-        for row in left_out(dataset):
+        for row in quarantined_files(dataset):
             table.add_row(*row)
         console.print(table)
     if command.plot is not None:

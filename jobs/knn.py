@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.command import run
 from maelstream.jobs.evaluation.nearest_neighbours import KnnOptions, evaluate_neighbours
 from maelstream.jobs.recipe import RecipeError
@@ -29,7 +29,7 @@ class Knn(KnnOptions):
 
 def main(args: list[str]) -> int:
     """Runs `maelstream knn`; returns 0 when the result is written."""
-    command = parsed(Knn, args, "knn")
+    command = parse_arguments(Knn, args, "knn")
     if command.k < 1 or command.temperature <= 0:
         raise RecipeError(f"--k {command.k} must be at least 1, --temperature {command.temperature} must be positive")
     evaluate_neighbours(command.weights, command.train, command.val, command)

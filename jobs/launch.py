@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.distributed.launching import (
     LaunchError,
     LocalRanks,
@@ -50,7 +50,7 @@ def main(args: list[str]) -> int:
     cut = next((index for index, arg in enumerate(args) if arg in _LAUNCHED), len(args))
     if cut == len(args) and not {"-h", "--help"} & set(args):
         raise LaunchError("give the command after the options: `maelstream launch --nproc 8 pretrain RECIPE --run DIR`")
-    launch = replace(parsed(Launch, args[:cut], "launch", Launch(command=())), command=tuple(args[cut:]))
+    launch = replace(parse_arguments(Launch, args[:cut], "launch", Launch(command=())), command=tuple(args[cut:]))
     if launch.max_restarts < 0 or launch.nnodes < 1 or not 0 <= launch.node_rank < launch.nnodes:
         raise LaunchError("--max-restarts and --node-rank start at 0, --nnodes at 1, and --node-rank is below --nnodes")
     if launch.hostfile is not None:

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.profiling.data_stages import DataPath, measure_rate
 from maelstream.jobs.recipe import Recipe, RecipeError, StreamConfig, load_recipe
 from maelstream.jobs.training.data import open_data
@@ -98,7 +98,7 @@ def measure_stages(data_path: DataPath, seconds: float) -> dict[str, Any]:
 
 def main(args: list[str]) -> int:
     """`maelstream loader`."""
-    command = parsed(Loader, args, "loader")
+    command = parse_arguments(Loader, args, "loader")
     if command.batch_size < 1 or command.threads < 1 or command.prefetch < 1 or command.seconds <= 0:
         raise RecipeError("--batch-size, --threads and --prefetch are at least 1, --seconds is more than 0")
     data_path = data_path_of(command)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.reporting.progress import PackProgress, interruptible
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.executors import EXECUTORS, Executor
@@ -157,7 +157,7 @@ def run_shown(build: Callable[[Report], PackResult], dst: str) -> int:
 
 def main(args: list[str]) -> int:
     """`maelstream pack`; 0 when the dataset, or this part of it, is whole, 130 after Ctrl-C."""
-    command = parsed(Pack, args, "pack")
+    command = parse_arguments(Pack, args, "pack")
     options, names, part = command.options(), command.labels.names(), parse_part(command.part)
     executor, strict = command.work.make(), command.work.strict
     return run_shown(

@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.hardware import DEVICES, Device, measure_this_machine
 from maelstream.jobs.recipe import RecipeError, load_recipe
 from maelstream.model.config import MAEConfig
@@ -263,7 +263,7 @@ def show(run: PlannedRun, device: Device, memory: Memory, figures: dict[str, Any
 
 def main(args: list[str]) -> int:
     """Entry point of `maelstream plan`."""
-    command = parsed(Plan, args, "plan")
+    command = parse_arguments(Plan, args, "plan")
     positive = {
         "--gpus": command.gpus,
         "--epochs": command.epochs,

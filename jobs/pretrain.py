@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from maelstream.jobs.arguments import option_value, parsed
+from maelstream.jobs.arguments import option_value, parse_arguments
 from maelstream.jobs.command import run
 from maelstream.jobs.distributed.ranks import ranks_from_environment
 from maelstream.jobs.recipe import Recipe, RecipeError, dump_recipe
@@ -48,7 +48,7 @@ def main(args: list[str]) -> int:
         default = Pretrain(file, load_recipe_or_row(file, row), row=row, run=Path("runs") / name)
     elif not {"-h", "--help"} & set(args):
         raise RecipeError("RECIPE comes first: `maelstream pretrain recipes/pretrain/vit_b16.yaml --run DIR ...`")
-    command = parsed(Pretrain, args, "pretrain", default)
+    command = parse_arguments(Pretrain, args, "pretrain", default)
     recipe = command.recipe
     if command.print_config:
         print(dump_recipe(recipe), end="")

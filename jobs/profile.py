@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.command import run
 from maelstream.jobs.distributed.ranks import process_group, ranks_from_environment
 from maelstream.jobs.profiling.stage_chart import draw_stage_chart
@@ -69,7 +69,7 @@ def main(args: list[str]) -> int:
         default = Profile(Path(args[0]), load_recipe(Path(args[0])))
     elif not {"-h", "--help"} & set(args):
         raise RecipeError("RECIPE comes first: `maelstream profile recipes/pretrain/vit_b16.yaml ...`")
-    command = parsed(Profile, args, "profile", default)
+    command = parse_arguments(Profile, args, "profile", default)
     names, recipe = stages_of(command.stages), command.recipe
     if command.seconds <= 0:
         raise RecipeError(f"--seconds {command.seconds} must be more than 0")

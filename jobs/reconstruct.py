@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.reporting.reconstruction import (
     check_shows_pixels,
     dataset_images,
@@ -64,7 +64,7 @@ def ratios_from(text: str | None, config: MAEConfig) -> list[float]:
 
 def main(args: list[str]) -> int:
     """Runs `maelstream reconstruct`; returns 0 when the pictures are written."""
-    command = parsed(Reconstruct, args, "reconstruct")
+    command = parse_arguments(Reconstruct, args, "reconstruct")
     folder = RunFolder(command.run)
     recipe = folder.recipe()
     ratios = ratios_from(command.ratios, recipe.model)

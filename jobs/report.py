@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.format import format_bytes
 from maelstream.jobs.reporting.curves import Metrics
 from maelstream.jobs.reporting.html_report import comparison_page, run_page
@@ -40,7 +40,7 @@ def read_metrics(folder: RunFolder) -> Metrics:
 
 def main(args: list[str]) -> int:
     """Runs `maelstream report`; returns 0 when the page is written."""
-    command = parsed(Report, args, "report")
+    command = parse_arguments(Report, args, "report")
     if not command.runs:
         raise MaelstreamError("RUN is missing; give the folder of one or more runs")
     runs = [(folder := RunFolder(path), read_metrics(folder)) for path in command.runs]

@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.evaluation.results import best_of_each, read_evaluations
 from maelstream.jobs.format import format_ago
 from maelstream.jobs.run_folder.folder import RunFolder
@@ -49,7 +49,7 @@ def runs_table(folders: list[RunFolder]) -> Table:
 
 def main(args: list[str]) -> int:
     """Entry point of `maelstream runs`."""
-    command = parsed(Runs, args, "runs")
+    command = parse_arguments(Runs, args, "runs")
     folders = [RunFolder(path.parent) for path in sorted(command.dir.rglob("config.yaml"))]
     if not folders:
         raise MaelstreamError(f"{command.dir} holds no run; start one with `maelstream pretrain RECIPE --run DIR`")

@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.distributed.launching import gpu_count
 from maelstream.jobs.recipe import RecipeError, load_recipe
 from maelstream.jobs.sweeps.grid import cells_of, grid_of
@@ -45,7 +45,7 @@ class Sweep:
 
 def main(args: list[str]) -> int:
     """Runs `maelstream sweep`; returns 0 when every cell is finished, otherwise the exit code of the failed command."""
-    command = parsed(Sweep, args, "sweep")
+    command = parse_arguments(Sweep, args, "sweep")
     recipe, grids = load_recipe(command.recipe), [grid_of(text) for text in command.grid]
     steps = steps_of([*command.then, *(text for grid in grids for text in grid.then)])
     cells = cells_of(recipe, grids, seeds_of(command.seeds, recipe.seed))

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.hardware import free_bytes, multiplies_bf16, process_device, synchronise
 from maelstream.jobs.recipe import RecipeError
 from maelstream.model.config import MAEConfig
@@ -179,7 +179,7 @@ def measure(command: Table2, device: torch.device) -> list[dict[str, Any]]:
 
 def main(args: list[str]) -> int:
     """`maelstream table2`."""
-    command = parsed(Table2, args, "table2")
+    command = parse_arguments(Table2, args, "table2")
     if command.devices < 1 or command.rounds < 1 or command.batch < 0 or not command.size:
         raise RecipeError("--devices, --rounds and --batch are at least 1, and --size names at least one encoder")
     if command.json is not None and not command.json.absolute().parent.is_dir():

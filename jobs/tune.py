@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.profiling.settings_search import (
     MIN_GAIN,
     ROUNDS,
@@ -95,7 +95,7 @@ def _result(own: Setting, best: Setting, rates: tuple[list[float], list[float]],
 
 def main(args: list[str]) -> int:
     """`maelstream tune`."""
-    command = parsed(Tune, args, "tune")
+    command = parse_arguments(Tune, args, "tune")
     if command.minutes <= 0 or command.trial_seconds <= 0:
         raise RecipeError("--minutes and --trial-seconds must be more than 0")
     out = command.out or command.recipe.with_suffix(".tuned.yaml")

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 from rich.progress import Progress
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.executors import Local
 from maelstream.shards.verify import verify
@@ -28,7 +28,7 @@ class Verify:
 
 def main(args: list[str]) -> int:
     """`maelstream verify`; 0 when all is as it was packed, 1 when not."""
-    command = parsed(Verify, args, "verify")
+    command = parse_arguments(Verify, args, "verify")
     dataset = Dataset.open(command.dst)
     faults = 0
     with Progress(disable=not sys.stdout.isatty()) as bar:

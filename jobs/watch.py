@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.format import format_ago
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.run_folder.status import read_status, state_of
@@ -63,7 +63,7 @@ def progress_view(folder: RunFolder, metrics: list[dict[str, Any]], width: int) 
 
 def main(args: list[str]) -> int:
     """Entry point of `maelstream watch`: updates until the run ends, or prints once if the output is not a terminal."""
-    command = parsed(Watch, args, "watch")
+    command = parse_arguments(Watch, args, "watch")
     folder, console = RunFolder(command.run), Console()
     folder.any_recipe()  # raises if the folder is not a run
     width = max(20, min(80, console.width - 2))

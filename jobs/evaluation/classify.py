@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from maelstream.jobs.arguments import option_value, parsed
+from maelstream.jobs.arguments import option_value, parse_arguments
 from maelstream.jobs.distributed.ranks import ranks_from_environment
 from maelstream.jobs.evaluation.classification import Classification
 from maelstream.jobs.recipe import (
@@ -164,7 +164,7 @@ def classify(job: Job, args: list[str]) -> int:
         file = option_value(args, "--recipe") or option_value(args, "--recipe-file")
         recipe = recipe_of(job, weights, train_set, val_set, Path(file) if file else None, RunFolder(run))
         default = schema(*given, recipe=recipe, run=run)
-    command = parsed(schema, args, job, default)
+    command = parse_arguments(schema, args, job, default)
     recipe = command.recipe
     check_recipe(recipe, train_set)
     if command.print_config:

@@ -52,7 +52,7 @@ def short_sides(dataset: Dataset) -> dict[str, int]:
     return {name: int(count) for name, count in zip(names, counts, strict=True) if count}
 
 
-def left_out(dataset: Dataset) -> list[tuple[str, str, str]]:
+def quarantined_files(dataset: Dataset) -> list[tuple[str, str, str]]:
     """Files that were not packed: one row per reason, with the number of files, the reason and the first file."""
     lines = dataset.storage.read(QUARANTINE_NAME).decode().splitlines()
     rows = []

@@ -12,7 +12,7 @@ from maelstream.jobs.evaluation.results import Evaluation, read_evaluations
 from maelstream.jobs.format import format_ago, format_bytes, format_duration
 from maelstream.jobs.recipe import LabelledData, flat_values
 from maelstream.jobs.reporting.curves import Metrics
-from maelstream.jobs.reporting.dataset_facts import facts, left_out, short_sides
+from maelstream.jobs.reporting.dataset_facts import facts, quarantined_files, short_sides
 from maelstream.jobs.run_folder.environment import Start, read_starts
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.run_folder.status import read_status, state_of
@@ -99,7 +99,7 @@ def dataset_cards(folder: RunFolder) -> list[dict[str, Any]]:
 def _card(path: str) -> dict[str, Any]:
     try:
         dataset = Dataset.open(path)
-        reasons = left_out(dataset) if dataset.manifest["quarantined"] else []
+        reasons = quarantined_files(dataset) if dataset.manifest["quarantined"] else []
     except (MaelstreamError, OSError) as error:
         return {"title": path, "missing": f"The dataset cannot be opened now: {error}"}
     sides = short_sides(dataset)

@@ -7,7 +7,7 @@ from typing import Annotated
 import pytest
 import tyro
 
-from maelstream.jobs.arguments import parsed
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.shards.errors import MaelstreamError
 
 
@@ -31,14 +31,14 @@ class Command:
 def test_a_mistake_gives_one_line(args: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     with pytest.raises(MaelstreamError, match=message) as caught:
-        parsed(Command, args, "do")
+        parse_arguments(Command, args, "do")
     assert str(caught.value).endswith("; see `maelstream do --help`")
     assert not set("\n│─\x1b") & set(str(caught.value)) and os.environ["COLUMNS"] == "40"
 
 
 def test_given_arguments_override_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    assert parsed(Command, ["b"], "do", Command("a", 3)) == Command("b", 3) and "COLUMNS" not in os.environ
+    assert parse_arguments(Command, ["b"], "do", Command("a", 3)) == Command("b", 3) and "COLUMNS" not in os.environ
 
 
 def test_help_fits_the_width_of_the_terminal(
@@ -46,7 +46,7 @@ def test_help_fits_the_width_of_the_terminal(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     with pytest.raises(SystemExit) as end:
-        parsed(Command, ["--help"], "do")
+        parse_arguments(Command, ["--help"], "do")
     printed = capsys.readouterr().out
     assert end.value.code == 0 and "--batch-size" in printed and max(map(len, printed.splitlines())) <= 60
 
@@ -56,5 +56,5 @@ def test_help_without_a_width_in_the_environment(
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     with pytest.raises(SystemExit):
-        parsed(Command, ["--help"], "do")
+        parse_arguments(Command, ["--help"], "do")
     assert "usage: maelstream do" in capsys.readouterr().out and "COLUMNS" not in os.environ

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from maelstream.jobs.arguments import option_value, parsed
+from maelstream.jobs.arguments import option_value, parse_arguments
 from maelstream.jobs.command import run
 from maelstream.jobs.recipe import (
     ClassificationRecipe,
@@ -69,7 +69,7 @@ def test_a_command_with_labels_names_a_recipe_of_its_job(command: str) -> None:
 
 @pytest.mark.parametrize("command", commands("sweep"))
 def test_a_sweep_has_more_than_one_cell_or_evaluation(command: str) -> None:
-    options = parsed(Sweep, shlex.split(command)[1:], "sweep")
+    options = parse_arguments(Sweep, shlex.split(command)[1:], "sweep")
     grids = [grid_of(text) for text in options.grid]
     steps = steps_of([*options.then, *(text for grid in grids for text in grid.then)])
     assert len(cells_of(load_recipe(options.recipe), grids, [0])) * len(steps) > 1
@@ -78,7 +78,7 @@ def test_a_sweep_has_more_than_one_cell_or_evaluation(command: str) -> None:
 
 @pytest.mark.parametrize("command", commands("table2"))
 def test_the_hours_of_table_2_are_the_papers(command: str) -> None:
-    (size,) = parsed(Table2, shlex.split(command)[1:], "table2").size
+    (size,) = parse_arguments(Table2, shlex.split(command)[1:], "table2").size
     assert f"| `maelstream {command}` | {', '.join(map(str, PAPER_HOURS[size]))} |" in README
 
 
