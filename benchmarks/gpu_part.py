@@ -181,11 +181,11 @@ def last_words(log: str, code: int, ending: str) -> str:
     if not ending and code >= 0:
         return f"exit code {code}: {lines[-1] if lines else 'no output'}"
     ending = ending or f"killed by {signal.Signals(-code).name}"
-    place = re.search(r'Current thread.*\n\s+File "(.+?)", line (\d+) in (.+)', log)
+    frame = re.search(r'Current thread.*\n\s+File "(.+?)", line (\d+) in (.+)', log)
     test = [line for line in lines if re.match(r"\S+\.py::", line)]
     if test and not re.search(r"(PASSED|SKIPPED|FAILED)", test[-1]):
         return f"{ending} in {test[-1].split()[0].rpartition('/')[2]}"
-    return f"{ending} in {Path(place[1]).name}, line {place[2]}, {place[3]}" if place else ending
+    return f"{ending} in {Path(frame[1]).name}, line {frame[2]}, {frame[3]}" if frame else ending
 
 
 @contextlib.contextmanager
