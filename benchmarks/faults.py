@@ -51,7 +51,7 @@ class Bench:
 
     folder: Path
     recipe: str
-    draw: random.Random
+    rng: random.Random
 
     def run(self, name: str) -> RunFolder:
         """An empty run folder."""
@@ -95,7 +95,7 @@ def kills(bench: Bench, times: int) -> Outcome:
                         break
                     time.sleep(0.002)
             else:
-                time.sleep(bench.draw.uniform(0.2, 1.6))
+                time.sleep(bench.rng.uniform(0.2, 1.6))
             in_save += bool(list(folder.checkpoints.folder.glob("*.writing")))
             running.kill()
             done += 1
@@ -125,14 +125,14 @@ def damage(bench: Bench, times: int) -> Outcome:
     for number in range(times):
         folder = bench.run("damaged")
         shutil.copytree(whole.path, folder.path)
-        file = bench.draw.choice(sorted(folder.checkpoints.at(8).iterdir()))
+        file = bench.rng.choice(sorted(folder.checkpoints.at(8).iterdir()))
         data, kind = bytearray(file.read_bytes()), ("cut", "removed", "flipped")[number % 3]
         if kind == "removed":
             file.unlink()
         elif kind == "cut":
-            file.write_bytes(data[: bench.draw.randrange(len(data))])
+            file.write_bytes(data[: bench.rng.randrange(len(data))])
         else:
-            data[bench.draw.randrange(len(data))] ^= 1 << bench.draw.randrange(8)
+            data[bench.rng.randrange(len(data))] ^= 1 << bench.rng.randrange(8)
             file.write_bytes(data)
         began = time.monotonic()
         done = bench.finish(2, folder, "--stop-at-step", "5")
@@ -171,7 +171,7 @@ def stops(bench: Bench, times: int) -> Outcome:
         running = bench.start(2, folder, *options, fault="slow_save:0.05")
         while number % 3 and not folder.read_metrics():  # one in three comes at any time, the others after a step
             time.sleep(0.01)
-        time.sleep(bench.draw.uniform(0.0, 2.0))
+        time.sleep(bench.rng.uniform(0.0, 2.0))
         began = time.monotonic()
         running.kill(signal.SIGTERM)
         codes = running.wait(60)
@@ -198,7 +198,7 @@ def elastic(bench: Bench, times: int) -> Outcome:
             bench.finish(2, unbroken, *engine)
             for _ in range(times):
                 folder = bench.run("elastic")
-                stops = sorted(bench.draw.sample(range(1, STEPS), 4))
+                stops = sorted(bench.rng.sample(range(1, STEPS), 4))
                 for ranks, stop in zip((2, 1, 3, 4, 2), [*stops, STEPS], strict=True):
                     bench.finish(ranks, folder, *engine, "--stop-at-step", str(stop))
                 pairs = zip(losses(folder), losses(unbroken), strict=True)
