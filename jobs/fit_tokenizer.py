@@ -75,7 +75,7 @@ def perplexity(counts: Int64[Tensor, "codes"]) -> float:
 
 
 def collapsed(value: float, codes: int) -> bool:
-    """Whether the perplexity `value` is so low (below 0.2 % of the codes) that the codes carry almost no information."""
+    """Whether the perplexity `value` is below 0.2 % of the codes, so that they carry almost no information."""
     return value < max(2.0, 0.002 * codes)
 
 

@@ -1,4 +1,4 @@
-"""The images of a recipe on one process, in its order and with its augmentation: for what is fitted before training."""
+"""Images of a recipe on one process, in its order and with its augmentation, to fit a target before training."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,11 +16,15 @@ from maelstream.shards.dataset import Dataset
 
 
 def recipe_with(path: Path | None, **model: object) -> Recipe:
-    """The recipe of `path`, or the paper's, with what is not None of `model` in place of its values."""
+    """The recipe of `path`, or the paper's pre-training, with those `model` values that are not None.
+
+    Raises:
+        RecipeError: the recipe cannot be read, or the values are invalid.
+    """
     recipe = Recipe() if path is None else load_recipe(path)
-    given: dict = {name: value for name, value in model.items() if value is not None}
+    changed: dict = {name: value for name, value in model.items() if value is not None}
     try:
-        return replace(recipe, model=replace(recipe.model, **given))
+        return replace(recipe, model=replace(recipe.model, **changed))
     except ValueError as error:
         raise RecipeError(str(error)) from None
 
@@ -29,11 +33,12 @@ def recipe_with(path: Path | None, **model: object) -> Recipe:
 def image_stream(
     dataset: Dataset, recipe: Recipe, batch_size: int, threads: int
 ) -> Iterator[Iterator[UInt8[Tensor, "b 3 h w"]]]:
-    """Batches without end from the recipe's first step on, as `maelstream pretrain` would see them, on
-    `recipe.loader.decode.device`.
+    """An endless iterator of batches, from the recipe's first step, as `maelstream pretrain` would see them.
+
+    The images are on `recipe.loader.decode.device`.
 
     Raises:
-        RecipeError: a model of other than 3 channels.
+        RecipeError: the model does not have 3 channels.
     """
     if recipe.model.in_chans != 3:
         raise RecipeError(f"model.in_chans {recipe.model.in_chans}: images are decoded to 3 channels")

@@ -1,4 +1,4 @@
-"""The targets "pca" and "token" as a user has them: fitted on the shards, trained on, resumed, looked at."""
+"""The targets "pca" and "token" through the commands: fit, pre-train, resume, reconstruct."""
 
 import math
 from pathlib import Path
@@ -50,7 +50,7 @@ def pretrain(recipe: Path, folder: RunFolder, last: int, *more: str) -> None:
 
 @pytest.fixture(scope="module", params=FIT)
 def trained(request: pytest.FixtureRequest, packed: Dataset, recipes: dict[str, Path]) -> tuple[str, RunFolder]:
-    """A run that was stopped after 2 steps, and went on without the file that it began with."""
+    """A run that stopped after 2 steps and resumed without the target file that it started with."""
     kind = request.param
     recipe = recipes[kind]
     fitted = recipe.with_suffix(".safetensors")
@@ -62,7 +62,7 @@ def trained(request: pytest.FixtureRequest, packed: Dataset, recipes: dict[str, 
     return kind, folder
 
 
-def test_a_run_trains_on_the_target_and_goes_on_from_its_own_copy(trained: tuple[str, RunFolder]) -> None:
+def test_a_run_trains_on_the_target_and_resumes_from_its_own_copy(trained: tuple[str, RunFolder]) -> None:
     kind, folder = trained
     lines = folder.read_metrics()
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -76,17 +76,17 @@ def test_a_run_trains_on_the_target_and_goes_on_from_its_own_copy(trained: tuple
 
 
 @pytest.mark.parametrize("trained", ["token"], indirect=True)
-def test_a_run_on_tokens_that_was_stopped_is_bit_identical(
+def test_resuming_a_run_on_tokens_is_bit_identical(
     trained: tuple[str, RunFolder], recipes: dict[str, Path], tmp_path: Path
 ) -> None:
     kind, resumed = trained
-    undisturbed = RunFolder(tmp_path / "run")
-    pretrain(recipes[kind], undisturbed, STEPS, "--target-file", str(resumed.target_file))
-    losses = ([line["loss"] for line in folder.read_metrics()] for folder in (resumed, undisturbed))
+    uninterrupted = RunFolder(tmp_path / "run")
+    pretrain(recipes[kind], uninterrupted, STEPS, "--target-file", str(resumed.target_file))
+    losses = ([line["loss"] for line in folder.read_metrics()] for folder in (resumed, uninterrupted))
     assert next(losses) == next(losses)
-    ours, theirs = resumed.checkpoints.weights(STEPS), undisturbed.checkpoints.weights(STEPS)
+    ours, theirs = resumed.checkpoints.weights(STEPS), uninterrupted.checkpoints.weights(STEPS)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert resumed.target_file.read_bytes() == undisturbed.target_file.read_bytes()
+    assert resumed.target_file.read_bytes() == uninterrupted.target_file.read_bytes()
 
 
 def test_reconstruct_shows_predicted_targets_as_pixels(
@@ -97,7 +97,7 @@ def test_reconstruct_shows_predicted_targets_as_pixels(
     assert (folder.path / "reconstructions" / f"step-{STEPS:08d}" / "grid.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_another_file_than_the_run_began_with_is_refused(
+def test_a_different_target_file_than_that_of_the_run_is_an_error(
     trained: tuple[str, RunFolder], recipes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kind, folder = trained
@@ -107,11 +107,11 @@ def test_another_file_than_the_run_began_with_is_refused(
     other.write(tmp_path / "other.safetensors")
     options = [str(recipes[kind]), "--run", str(folder.path), "--target-file", str(tmp_path / "other.safetensors")]
     assert run("pretrain", options) == 2
-    said = capsys.readouterr().err
-    assert f"another target_file than {tmp_path / 'other.safetensors'}" in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert f"another target_file than {tmp_path / 'other.safetensors'}" in printed and printed.count("\n") == 1
 
 
-def test_tokens_of_an_encoder_alone_are_not_shown(
+def test_reconstruct_needs_the_decoder_of_the_tokenizer(
     recipes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], packed: Dataset
 ) -> None:
     folder = RunFolder(tmp_path / "run")
@@ -124,24 +124,24 @@ def test_tokens_of_an_encoder_alone_are_not_shown(
     file.write(folder.target_file)
     capsys.readouterr()
     assert run("reconstruct", [str(folder.path)]) == 2
-    said = capsys.readouterr().err
-    assert "has no decoder, so the run's tokens cannot be shown as pixels" in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "has no decoder, so the run's tokens cannot be shown as pixels" in printed and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", FIT)
-def test_the_same_file_whatever_number_of_threads_decodes(
+def test_fitting_writes_the_same_file_for_any_number_of_threads(
     kind: str, packed: Dataset, recipes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for threads in ("1", "2"):
         assert fit(kind, packed, recipes[kind], tmp_path / f"{threads}.safetensors", "--threads", threads) == 0
     assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
-    said = capsys.readouterr().out
-    assert ("explained variance" if kind == "pca" else "of 64 codes used, perplexity") in said
+    printed = capsys.readouterr().out
+    assert ("explained variance" if kind == "pca" else "of 64 codes used, perplexity") in printed
     settings = read_target_file(tmp_path / "1.safetensors").settings
     assert settings["dataset"] == packed.fingerprint and settings["images"] == {"pca": 50, "token": 96}[kind]
 
 
-def test_collapsed_codes_end_the_fit_and_nothing_is_written(
+def test_collapsed_codes_end_the_fit_without_writing_a_file(
     packed: Dataset,
     recipes: dict[str, Path],
     tmp_path: Path,
@@ -157,8 +157,8 @@ def test_collapsed_codes_end_the_fit_and_nothing_is_written(
     initialise = fit_tokenizer.initialise
     monkeypatch.setattr(fit_tokenizer, "initialise", one_code_wins)
     assert fit("token", packed, recipes["token"], tmp_path / "out.safetensors") == 2
-    said = capsys.readouterr().err
-    assert "the codes collapsed: at step 6 a perplexity of 1.0 of 64 codes" in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "the codes collapsed: at step 6 the perplexity of 64 codes is 1.0" in printed and printed.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -167,13 +167,13 @@ def test_collapsed_codes_end_the_fit_and_nothing_is_written(
     [
         ("pca", ["--components", "193"], "components 193 is not in 1..192"),
         ("pca", ["--images", "1", "--components", "16"], "16 patches are too few for 16 components"),
-        ("pca", ["--out", "pca.bin"], "the file's name ends in .safetensors"),
+        ("pca", ["--out", "pca.bin"], "the file name must end in .safetensors"),
         ("token", ["--hidden", "6"], "hidden 6 is not a multiple of 4"),
         ("token", ["--batch-size", "61"], "batch_size 61 is larger than the dataset"),
-        ("token", ["--steps", "0"], "are at least 1"),
+        ("token", ["--steps", "0"], "must be at least 1"),
     ],
 )
-def test_bad_options_are_one_line(
+def test_invalid_options_are_an_error_of_one_line(
     packed: Dataset,
     recipes: dict[str, Path],
     tmp_path: Path,
@@ -183,12 +183,12 @@ def test_bad_options_are_one_line(
     complaint: str,
 ) -> None:
     assert fit(kind, packed, recipes[kind], tmp_path / "out.safetensors", *options) == 2
-    said = capsys.readouterr().err
-    assert complaint in said and "Traceback" not in said
+    printed = capsys.readouterr().err
+    assert complaint in printed and "Traceback" not in printed
     assert not list(tmp_path.iterdir())
 
 
-def test_images_of_other_than_three_channels_are_refused(
+def test_a_model_without_three_channels_is_an_error(
     packed: Dataset, recipes: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grey = tmp_path / "grey.yaml"
@@ -203,7 +203,7 @@ def test_perplexity_counts_equally_used_codes() -> None:
     assert fit_tokenizer.collapsed(1.9, 64) and not fit_tokenizer.collapsed(2.1, 64)
 
 
-def test_temperature_falls_and_the_divergence_s_weight_rises() -> None:
+def test_temperature_falls_and_the_divergence_weight_rises() -> None:
     assert fit_tokenizer.anneal(0, 100) == (1.0, 0.0)
     cold, weight = fit_tokenizer.anneal(75, 100)
     assert (cold, weight) == (pytest.approx(1 / 16), pytest.approx(6.6))

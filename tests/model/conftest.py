@@ -1,4 +1,4 @@
-"""The reference implementation's outputs (tests/golden), read by name."""
+"""Fixtures: outputs of the reference implementation (tests/golden) and the devices to test on."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,11 +14,11 @@ FOLDER = Path(__file__).parents[1] / "golden"
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], Mapping[str, np.ndarray]]:
-    """`golden("f64/mae_small")` is the mapping that file holds."""
+    """A function: `golden("f64/mae_small")` returns the arrays of that file by name."""
     return lambda name: np.load(FOLDER / f"{name}.npz")
 
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """The CPU, and the GPU where there is one."""
+    """The CPU, and the GPU if there is one."""
     return torch.device(request.param)

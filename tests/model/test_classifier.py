@@ -1,4 +1,4 @@
-"""Classifiers: logits, drop path and layer-wise lr decay of the reference; where their weights come from."""
+"""Classifiers: logits and drop path equal the reference; initial weights; linear probes and partial fine-tuning."""
 
 import json
 import zlib
@@ -37,7 +37,7 @@ def small_mae(image_size: tuple[int, int] = (64, 64)) -> MAE:
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_logits_and_names_are_the_reference_s(golden: Golden, pool: str) -> None:
+def test_logits_and_names_equal_the_reference(golden: Golden, pool: str) -> None:
     vectors = golden("f64/vit_small")
     model = build_classifier(ClassifierConfig(**(vars(SMALL) | {"pool": POOLS[pool]}))).double().eval()
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -49,13 +49,13 @@ def test_logits_and_names_are_the_reference_s(golden: Golden, pool: str) -> None
     np.testing.assert_allclose(model(images).detach(), vectors[f"vit_small_{pool}_logits_f64"], rtol=0, atol=1e-10)
 
 
-def test_drop_path_is_linear_from_0(golden: Golden) -> None:
+def test_drop_path_grows_linearly_from_0(golden: Golden) -> None:
     with torch.device("meta"):
         rates = drop_path_rates(build_classifier(ClassifierConfig(drop_path=0.1)))
     np.testing.assert_allclose(rates, golden("f64/vit_small")["drop_path_base_0.1"], rtol=1e-6)
 
 
-def test_a_fresh_classifier_is_a_function_of_its_seed_and_starts_with_a_nearly_silent_head() -> None:
+def test_a_new_classifier_depends_only_on_its_seed_and_starts_with_a_near_zero_head() -> None:
     ours, same, other = build_classifier(SMALL, 1), build_classifier(SMALL, 1), build_classifier(SMALL, 2)
     for (name, mine), again, different in zip(
         ours.named_parameters(), same.parameters(), other.parameters(), strict=True
@@ -70,8 +70,8 @@ def test_a_fresh_classifier_is_a_function_of_its_seed_and_starts_with_a_nearly_s
 
 
 @pytest.mark.parametrize("pool", ["mean", "class_token"])
-def test_it_starts_from_the_encoder_of_mae_weights(pool: Pool) -> None:
-    """All but the fresh parameters come from there, and the features are those of `MAE.encode`."""
+def test_a_classifier_starts_from_the_encoder_of_mae_weights(pool: Pool) -> None:
+    """All but the new parameters come from the MAE weights, and features equal those of `MAE.encode`."""
     mae, config = small_mae().double(), ClassifierConfig(**(vars(SMALL) | {"pool": pool}))
     model = build_classifier(config).double()
     result = model.load_state_dict(encoder_weights(mae.state_dict(), config, (4, 4)), strict=False)
@@ -93,7 +93,7 @@ def test_another_image_size_gets_an_interpolated_table() -> None:
     assert model(torch.zeros(1, 3, 96, 128)).shape == (1, 10)
 
 
-def test_a_linear_probe_trains_a_linear_layer_behind_a_batch_norm_alone() -> None:
+def test_a_linear_probe_trains_only_a_linear_layer_after_a_batch_norm() -> None:
     model = build_classifier(ClassifierConfig(**(vars(SMALL) | {"pool": "class_token"})))
     make_linear_probe(model, seed=3)
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == [
@@ -113,7 +113,7 @@ def test_a_linear_probe_trains_a_linear_layer_behind_a_batch_norm_alone() -> Non
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_probe_with_stochastic_depth_is_refused() -> None:
+def test_a_probe_with_stochastic_depth_raises() -> None:
     with pytest.raises(ValueError, match=r"drop_path 0, not 0\.1"):
         make_linear_probe(build_classifier(ClassifierConfig(**(vars(SMALL) | {"drop_path": 0.1}))))
 
@@ -128,13 +128,13 @@ def test_a_probe_with_stochastic_depth_is_refused() -> None:
         ({"classes": 0}, "at least 1"),
     ],
 )
-def test_values_that_do_not_go_together_are_refused(values: dict, message: str) -> None:
+def test_invalid_values_of_a_classifier_raise(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClassifierConfig(**(vars(SMALL) | values))
 
 
-def test_a_norm_over_ranks_is_that_of_all_their_features() -> None:
-    """Two ranks with the same features: what is summed is twice one's own."""
+def test_feature_norm_uses_the_features_of_all_ranks() -> None:
+    """Two ranks with equal features: the sum over ranks is twice the sum of one rank."""
     features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)) * 3 + 5
     shared, alone = FeatureNorm(4, torch.device("cpu")), torch.nn.BatchNorm1d(4, 1e-6, affine=False)
     shared.sum_over_ranks = lambda tensor: 2 * tensor
@@ -146,7 +146,7 @@ def test_a_norm_over_ranks_is_that_of_all_their_features() -> None:
     assert shared.eval()(features.bfloat16()).dtype == torch.bfloat16
 
 
-def test_probes_side_by_side_begin_alike() -> None:
+def test_parallel_probes_start_from_equal_weights() -> None:
     model = build_classifier(ClassifierConfig(**(vars(SMALL) | {"pool": "class_token"})))
     make_linear_probe(model, seed=3, heads=2)
     logits = model(torch.randn(2, 3, 64, 64))
@@ -162,7 +162,7 @@ def test_probes_side_by_side_begin_alike() -> None:
         (3, {"blocks.0", "blocks.1", "blocks.2", "fc_norm", "head"}),
     ],
 )
-def test_partial_tuning_leaves_all_but_the_last_blocks_alone(count: float, trained: set[str]) -> None:
+def test_partial_fine_tuning_trains_only_the_last_blocks_and_the_head(count: float, trained: set[str]) -> None:
     model = build_classifier(SMALL)
     train_last_blocks(model, count)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -171,6 +171,6 @@ def test_partial_tuning_leaves_all_but_the_last_blocks_alone(count: float, train
 
 
 @pytest.mark.parametrize("count", [-1, 1.5, 4])
-def test_blocks_that_are_not_there_are_refused(count: float) -> None:
+def test_a_wrong_number_of_blocks_raises(count: float) -> None:
     with pytest.raises(ValueError, match=r"0, 0\.5 or a whole number up to 3"):
         train_last_blocks(build_classifier(SMALL), count)

@@ -1,4 +1,4 @@
-"""FLOPs: the formula, against torch's counter and the paper's models."""
+"""FLOPs: the formula against torch's counter, the paper and the reference implementation."""
 
 import dataclasses
 from typing import Any
@@ -26,13 +26,13 @@ CONFIGS = {
 
 
 def part(module: str) -> str:
-    """Part of the model that a module of MAE counts to; the counter names modules by class and path."""
+    """The part of the model to which a module belongs; the counter names modules by class and path."""
     name = module.removeprefix("MAE.").split(".")[0]
     return {"decoder_pred": "head"}.get(name, "decoder" if name.startswith("decoder") else "encoder")
 
 
 def counted(config: MAEConfig) -> tuple[dict[str, int], int]:
-    """The counter's forward by part, and its total of forward and backward, on the meta device: nothing is computed."""
+    """Forward FLOPs by part, and FLOPs of forward and backward, from torch's counter on the meta device."""
     with torch.device("meta"):
         model = MAE(dataclasses.replace(config, attention="math"))
         images, keys = torch.empty(1, 3, *config.image_size, dtype=torch.uint8), torch.empty(1, dtype=torch.int64)
@@ -49,7 +49,7 @@ def counted(config: MAEConfig) -> tuple[dict[str, int], int]:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_formula_counts_what_torch_counts(name: str) -> None:
+def test_the_formula_equals_the_counter_of_torch(name: str) -> None:
     forward, training = counted(CONFIGS[name])
     assert forward_by_part(CONFIGS[name])._asdict() == forward
     assert forward_flops(CONFIGS[name]) == sum(forward.values())
@@ -57,17 +57,17 @@ def test_the_formula_counts_what_torch_counts(name: str) -> None:
     assert sum(backward_by_part(CONFIGS[name])) == training - sum(forward.values())
 
 
-def test_the_paper_s_ratio_of_an_encoder_with_mask_tokens() -> None:
-    """Table 1c: 3.3 times the operations of one without."""
+def test_an_encoder_with_mask_tokens_costs_3_3_times_as_in_the_paper() -> None:
+    """Table 1c: 3.3 times the FLOPs of an encoder without mask tokens."""
     large = MAEConfig(dim=1024, depth=24, heads=16)
     assert training_flops(CONFIGS["L/16 with mask tokens"]) / training_flops(large) == pytest.approx(3.3, abs=0.1)
 
 
 @pytest.mark.parametrize(("sizes", "giga"), [({}, 59), ({"dim": 1024, "depth": 24, "heads": 16}, 125)])
-def test_training_costs_what_the_reference_s_does_within_two_percent(sizes: dict[str, Any], giga: int) -> None:
-    # We are the cheaper one: the reference embeds hidden patches and predicts visible ones.
+def test_training_costs_up_to_two_percent_less_than_the_reference(sizes: dict[str, Any], giga: int) -> None:
+    # The reference costs more, because it also embeds removed patches and predicts visible ones.
     assert 0.98 < training_flops(MAEConfig(**sizes)) / (giga * 1e9) <= 1
 
 
-def test_a_vit_huge_costs_five_times_a_base() -> None:
+def test_vit_huge_costs_291_gflops_per_image() -> None:
     assert training_flops(CONFIGS["H/14"]) == pytest.approx(291e9, rel=0.01)

@@ -1,4 +1,4 @@
-"""Weight formats: the same tensors under the names of others, and the same numbers out of their models."""
+"""Weight formats: exact conversion of names, and equal results from models of other libraries."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import os
 import zlib
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before timm and transformers look
+os.environ["HF_HUB_OFFLINE"] = "1"  # before importing timm and transformers
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ CONFIGS = {"tiny": TINY, "base": MAEConfig()}
 
 
 def golden_weights(config: MAEConfig) -> dict[str, Tensor]:
-    """Weights by rule (tests/golden/README.md), the tables as they are."""
+    """Weights by the rule in tests/golden/README.md, and the fixed position tables."""
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in MAE(config).named_parameters()}
     weights = {}
@@ -101,7 +101,7 @@ def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(ours[name], tensor), name
 
 
-def test_huggingface_and_back_is_the_same(weights: dict[str, Tensor]) -> None:
+def test_conversion_to_huggingface_and_back_is_exact(weights: dict[str, Tensor]) -> None:
     theirs = to_hf(weights)
     assert_same(from_hf(theirs), weights)
     assert_same(to_reference(theirs), weights)
@@ -109,15 +109,15 @@ def test_huggingface_and_back_is_the_same(weights: dict[str, Tensor]) -> None:
     assert_same(to_reference(to_hf(without_decoder(weights))), without_decoder(weights))
 
 
-def test_huggingface_s_names_are_the_ones_of_its_model() -> None:
+def test_huggingface_names_are_those_of_its_model() -> None:
     with torch.device("meta"):
         ours = to_hf(MAE(MAEConfig()).state_dict())
     expected = json.loads((GOLDEN / "hf_vitmae_keys.json").read_text())
     assert {name: list(tensor.shape) for name, tensor in ours.items()} == expected
 
 
-def test_files_have_the_names_of_the_published_ones() -> None:
-    """Of `facebook/vit-mae-base`, which every release loads; the modules' names are those of late releases alone."""
+def test_files_have_the_names_of_published_files() -> None:
+    """`facebook/vit-mae-base` has these names, and every release loads them; module names are newer."""
     block = (
         "layernorm_before layernorm_after attention.attention.query attention.attention.key attention.attention.value"
     )
@@ -134,8 +134,8 @@ def test_files_have_the_names_of_the_published_ones() -> None:
     assert outside == {name for name in ours if "layer." not in name and "layers." not in name}
 
 
-def test_what_huggingface_writes_is_read(tmp_path: Path) -> None:
-    """Its release 5.23 writes files' names, but `decoder.decoder_encoder.layer`, which no other release has."""
+def test_files_written_by_huggingface_are_read(tmp_path: Path) -> None:
+    """Release 5.23 writes the names of files, except `decoder.decoder_encoder.layer`, which only it has."""
     weights = golden_weights(TINY)
     theirs = hf_model(TINY).float()
     theirs.load_state_dict(to_hf(weights))
@@ -156,19 +156,19 @@ def both_losses(ours: MAE, weights: dict[str, Tensor], images: Tensor) -> tuple[
         return loss.item(), theirs(pixels, noise=noise).loss.item()
 
 
-def test_huggingface_s_loss_is_ours_on_the_same_mask(model: MAE, weights: dict[str, Tensor], images: Tensor) -> None:
+def test_the_loss_equals_huggingface_on_the_same_mask(model: MAE, weights: dict[str, Tensor], images: Tensor) -> None:
     ours, theirs = both_losses(model, weights, images)
     assert ours == pytest.approx(theirs, rel=1e-12)
 
 
-def test_huggingface_s_loss_on_plain_pixels_is_ours_too() -> None:
+def test_the_loss_on_plain_pixels_equals_huggingface() -> None:
     ours, weights = MAE(dataclasses.replace(TINY, target="pixel")).double(), golden_weights(TINY)
     ours.load_state_dict(weights)
     loss, theirs = both_losses(ours, weights, torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8))
     assert loss == pytest.approx(theirs, rel=1e-12)
 
 
-def test_timm_s_features_are_ours(config: MAEConfig, weights: dict[str, Tensor], model: MAE, images: Tensor) -> None:
+def test_features_equal_timm(config: MAEConfig, weights: dict[str, Tensor], model: MAE, images: Tensor) -> None:
     options = {"img_size": config.image_size, "embed_dim": config.dim, "depth": config.depth, "num_heads": config.heads}
     with torch.device("meta"):
         theirs = timm.create_model("vit_base_patch16_224.mae", num_classes=0, **options)
@@ -187,21 +187,21 @@ def test_timm_s_features_are_ours(config: MAEConfig, weights: dict[str, Tensor],
         ("vit_huge_patch14_224.mae", MAEConfig(patch_size=14, dim=1280, depth=32, heads=16)),
     ],
 )
-def test_timm_s_mae_models_have_the_encoder_s_names_and_shapes(name: str, size: MAEConfig) -> None:
+def test_mae_models_of_timm_have_the_names_and_shapes_of_the_encoder(name: str, size: MAEConfig) -> None:
     with torch.device("meta"):
         ours, theirs = MAE(size).state_dict(), timm.create_model(name).state_dict()
     assert not mismatches(without_decoder(ours), theirs)
     assert has_decoder(ours) and not has_decoder(without_decoder(ours))
 
 
-def test_names_of_no_mae_are_told() -> None:
+def test_weights_that_are_not_of_an_mae_raise() -> None:
     with pytest.raises(ValueError, match=r"not MAE weights: .* \(the first names are conv1\.weight\)"):
         to_reference({"conv1.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match="the first: none"):
+    with pytest.raises(ValueError, match="the first names are none"):
         to_reference({})
 
 
-def test_a_part_of_a_query_key_and_value_is_not_lost_silently() -> None:
+def test_a_missing_part_of_query_key_and_value_is_reported() -> None:
     theirs = to_hf(golden_weights(TINY))
     del theirs["vit.layers.1.attention.k_proj.bias"]
     phrases = mismatches(to_reference(theirs), golden_weights(TINY))
@@ -209,7 +209,7 @@ def test_a_part_of_a_query_key_and_value_is_not_lost_silently() -> None:
     assert "vit.layers.1.attention.q_proj.bias is not in the model" in phrases and len(phrases) == 3
 
 
-def test_another_size_is_told_tensor_by_tensor() -> None:
+def test_mismatches_of_another_size_are_reported_for_each_tensor() -> None:
     with torch.device("meta"):
         base, large = MAE(MAEConfig()).state_dict(), MAE(MAEConfig(dim=1024, depth=24, heads=16)).state_dict()
     phrases = mismatches(large, base)
@@ -219,7 +219,7 @@ def test_another_size_is_told_tensor_by_tensor() -> None:
     assert not mismatches(base, base)
 
 
-def test_the_likely_model_is_named() -> None:
+def test_a_model_is_described_by_its_shapes() -> None:
     with torch.device("meta"):
         huge = MAE(MAEConfig(patch_size=14, dim=1280, depth=32, heads=16)).state_dict()
         wide = MAE(dataclasses.replace(TINY, image_size=(32, 80))).state_dict()
@@ -230,7 +230,7 @@ def test_the_likely_model_is_named() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_tensor_that_is_not_finite_is_named(value: float) -> None:
+def test_a_tensor_that_is_not_finite_is_reported(value: float) -> None:
     weights = golden_weights(TINY)
     assert not nonfinite_names(weights)
     weights["blocks.1.mlp.fc1.weight"][3, 5] = value

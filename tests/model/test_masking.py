@@ -1,4 +1,4 @@
-"""Masks: uniform, independent, the same bits everywhere and for ever."""
+"""Masks: uniform, independent, and bit-identical on every device and in every version."""
 
 import math
 from collections import Counter
@@ -48,7 +48,7 @@ def kept_matrix(keys: torch.Tensor, num_patches: int, keep: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("num_patches", [1, 16, 196, 256])
-def test_the_hash_is_splitmix64_on_uint64(num_patches: int) -> None:
+def test_the_hash_equals_splitmix64_on_uint64(num_patches: int) -> None:
     keys = torch.cat([random_keys(50), torch.tensor([0, 1, -1, 2**63 - 1, -(2**63)])])
     unsigned = mix(keys.numpy().view(np.uint64) ^ np.uint64(0x7061746368657300))[:, None]
     numbers = np.arange(num_patches, dtype=np.uint64)
@@ -58,7 +58,7 @@ def test_the_hash_is_splitmix64_on_uint64(num_patches: int) -> None:
     assert np.array_equal(mask.kept, expected)
 
 
-def test_masks_never_change() -> None:
+def test_masks_equal_pinned_values() -> None:
     mask = random_mask(torch.tensor([0, 1, -1, 123456789012345678]), 16, 4)
     assert mask.kept.tolist() == [[13, 8, 5, 14], [7, 13, 0, 11], [10, 3, 2, 7], [4, 6, 13, 7]]
     mask = random_mask(torch.tensor([2**63 - 1, -(2**63)]), 196, 49)
@@ -83,7 +83,7 @@ def test_the_mask_of_a_key_does_not_depend_on_the_rest_of_the_batch() -> None:
         assert torch.equal(getattr(together, name), torch.cat([getattr(mask, name) for mask in alone]))
 
 
-def test_torch_s_generators_do_not_move_a_mask_and_are_not_moved() -> None:
+def test_masks_neither_use_nor_advance_torch_s_generators() -> None:
     torch.manual_seed(1)
     first = random_mask(random_keys(4), 64, 16)
     torch.manual_seed(2)
@@ -98,18 +98,18 @@ def test_every_patch_is_kept_equally_often() -> None:
     counts = kept_matrix(random_keys(keys), num_patches, keep).sum(0)
     rate = keep / num_patches
     # Counts of one mask sum to `keep`, so this statistic is chi-square with L - 1 degrees of freedom: mean 195,
-    # deviation 19.7; five deviations is a chance of about 3e-6.
+    # standard deviation 19.7; a deviation of five of these has a probability of about 3e-6.
     chi_square = ((counts - keys * rate) ** 2 / (keys * rate * (1 - rate))).sum() * (num_patches - 1) / num_patches
     assert abs(chi_square - 195) < 5 * math.sqrt(2 * 195)
 
 
-def test_pairs_of_patches_are_kept_independently() -> None:
+def test_pairs_of_patches_are_kept_as_in_a_draw_without_replacement() -> None:
     keys, num_patches, keep = 40_000, 49, 12
     kept = kept_matrix(random_keys(keys, seed=1), num_patches, keep)
     pairs = (kept.T @ kept)[np.triu_indices(num_patches, 1)]
     rate = keep * (keep - 1) / (num_patches * (num_patches - 1))  # a draw without replacement
     deviations = (pairs - keys * rate) / math.sqrt(keys * rate * (1 - rate))
-    assert abs(deviations).max() < 5  # of 1,176 pairs; one beyond 5 has a chance of 7e-4
+    assert abs(deviations).max() < 5  # over 1,176 pairs; the probability that one exceeds 5 is 7e-4
     assert 0.85 < deviations.std() < 1.15
 
 
@@ -128,7 +128,7 @@ def test_masks_of_close_keys_are_unrelated(name: str) -> None:
     assert 0.9 < overlap.std() / deviation < 1.1
 
 
-def test_all_masks_of_a_small_grid_come_equally_often() -> None:
+def test_all_masks_of_a_small_grid_are_equally_frequent() -> None:
     masks = np.sort(random_mask(random_keys(60_000, seed=2), 6, 3).kept.numpy(), axis=1)
     counts = np.array(list(Counter(map(tuple, masks)).values()))
     assert len(counts) == math.comb(6, 3)
@@ -136,7 +136,7 @@ def test_all_masks_of_a_small_grid_come_equally_often() -> None:
     assert ((counts - 3_000) ** 2 / 3_000).sum() < 19 + 5 * math.sqrt(2 * 19)
 
 
-def test_compiled_masks_have_the_same_bits() -> None:
+def test_compiled_masks_are_bit_identical() -> None:
     def all_kinds(keys: torch.Tensor) -> list[Mask]:
         return [draw_mask(kind, keys, (14, 14), 49) for kind in KINDS]
 
@@ -149,19 +149,19 @@ def test_compiled_masks_have_the_same_bits() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("draw", [draw_mask, torch.compile(draw_mask, fullgraph=True)], ids=["eager", "compiled"])
-def test_the_gpu_draws_the_same_bits(draw: Callable[..., Mask], kind: MaskKind) -> None:
+def test_the_gpu_draws_the_same_masks(draw: Callable[..., Mask], kind: MaskKind) -> None:
     keys = random_keys(512)
     for ours, theirs in zip(draw(kind, keys.cuda(), (14, 14), 49), draw_mask(kind, keys, (14, 14), 49), strict=True):
         assert torch.equal(ours.cpu(), theirs)
 
 
 def removed_grids(mask: Mask, grid: tuple[int, int]) -> np.ndarray:
-    """1 where a patch is removed."""
+    """Arrays (B, rows, columns) that are 1 where a patch is removed."""
     removed = torch.zeros(len(mask.removed), grid[0] * grid[1]).scatter_(1, mask.removed, 1.0)
     return removed.unflatten(1, grid).numpy()
 
 
-def alike_neighbours(removed: np.ndarray) -> float:
+def equal_neighbours(removed: np.ndarray) -> float:
     """Share of adjacent patches that are both removed or both kept."""
     return float(
         np.concatenate(
@@ -171,7 +171,7 @@ def alike_neighbours(removed: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_masks_of_every_kind_are_a_function_of_the_key_alone(kind: MaskKind) -> None:
+def test_masks_of_every_kind_depend_only_on_the_key(kind: MaskKind) -> None:
     keys = random_keys(32, seed=3)
     together = draw_mask(kind, keys, (6, 8), 12)
     torch.manual_seed(7)
@@ -183,8 +183,8 @@ def test_masks_of_every_kind_are_a_function_of_the_key_alone(kind: MaskKind) -> 
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])
-def test_a_block_mask_is_pinned(default: torch.dtype) -> None:
-    """A literal, so that no other device, torch or default dtype changes masks unseen."""
+def test_a_block_mask_equals_a_pinned_one(default: torch.dtype) -> None:
+    """The expected mask is a literal, so a change by device, torch version or default dtype is noticed."""
     torch.set_default_dtype(default)
     try:
         (removed,) = removed_grids(block_mask(torch.tensor([2024]), (14, 14), 98), (14, 14))
@@ -194,7 +194,7 @@ def test_a_block_mask_is_pinned(default: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("grid", "keep"), [((14, 14), 49), ((14, 14), 98), ((16, 16), 64), ((6, 10), 15), ((4, 4), 4)])
-def test_block_masks_remove_blocks_and_exactly_as_many_patches_as_asked(grid: tuple[int, int], keep: int) -> None:
+def test_block_masks_remove_blocks_and_the_exact_number_of_patches(grid: tuple[int, int], keep: int) -> None:
     num_patches = grid[0] * grid[1]
     mask = block_mask(random_keys(2_000), grid, keep)
     removed = removed_grids(mask, grid)
@@ -203,31 +203,31 @@ def test_block_masks_remove_blocks_and_exactly_as_many_patches_as_asked(grid: tu
     rates = removed.mean(0)
     assert 0 < rates.min() and rates.max() < 1  # every patch is removed sometimes, and kept sometimes
     scattered = removed_grids(random_mask(random_keys(2_000), num_patches, keep), grid)
-    # Random masks have alike neighbours by chance, K(K-1) + R(R-1) of L(L-1); blocks have most inside one piece.
+    # In random masks, neighbours are equal by chance: K(K-1) + R(R-1) of L(L-1). In blocks, most of them are.
     chance = (keep * (keep - 1) + (num_patches - keep) * (num_patches - keep - 1)) / (num_patches * (num_patches - 1))
-    assert alike_neighbours(scattered) == pytest.approx(chance, abs=0.01)
-    assert alike_neighbours(removed) > 1 - (1 - chance) / 2
+    assert equal_neighbours(scattered) == pytest.approx(chance, abs=0.01)
+    assert equal_neighbours(removed) > 1 - (1 - chance) / 2
 
 
-def test_blocks_have_beit_s_log_uniform_aspect_ratio() -> None:
-    """Where 16 patches are to be removed the first block has 16: the sides of what is gone tell its aspect ratio."""
+def test_blocks_have_the_log_uniform_aspect_ratio_of_beit() -> None:
+    """If 16 patches are removed, the first block has all 16, so its sides show its aspect ratio."""
     removed = removed_grids(block_mask(random_keys(4_000, seed=5), (14, 14), 180), (14, 14))
     heights, widths = removed.any(2).sum(1), removed.any(1).sum(1)
-    # 4 x 4 from ratios 0.790 to 1.306 (beyond 1.266 a 5 x 4 that is cut), a share of log(0.3 .. 1/0.3); 5 deviations
+    # Ratios 0.790 to 1.306 give 4 x 4 (from 1.266 a 5 x 4 block that is cut); tolerance: 5 standard deviations.
     square = ((heights == 4) & (widths == 4)).mean()
     assert square == pytest.approx(math.log(1.306 / 0.790) / math.log(1 / 0.3**2), abs=0.032)
     assert (widths > heights).mean() == pytest.approx((heights > widths).mean(), abs=0.06)
 
 
-def test_block_masks_are_filled_by_blocks_in_nearly_every_image() -> None:
-    """The rounds suffice: no stray patch, that is one whose four neighbours are all kept, at the paper's sizes."""
+def test_48_blocks_remove_enough_patches_in_nearly_every_image() -> None:
+    """At the paper's sizes there are almost no removed patches whose four neighbours are all kept."""
     for keep in (49, 98):
         removed = np.pad(
             removed_grids(block_mask(random_keys(4_000, seed=6), (14, 14), keep), (14, 14)), ((0, 0), (1, 1), (1, 1))
         )
         neighbours = removed[:, 2:, 1:-1] + removed[:, :-2, 1:-1] + removed[:, 1:-1, 2:] + removed[:, 1:-1, :-2]
-        strays = ((neighbours == 0) & (removed[:, 1:-1, 1:-1] == 1)).any((1, 2))
-        assert strays.mean() < 0.05  # a last block cut to one patch is one
+        isolated = ((neighbours == 0) & (removed[:, 1:-1, 1:-1] == 1)).any((1, 2))
+        assert isolated.mean() < 0.05  # a last block that is cut to one patch counts as well
 
 
 def test_a_grid_mask_keeps_the_same_patch_of_each_2_x_2() -> None:
@@ -236,7 +236,7 @@ def test_a_grid_mask_keeps_the_same_patch_of_each_2_x_2() -> None:
     cells = kept.reshape(-1, 3, 2, 4, 2).transpose(0, 1, 3, 2, 4).reshape(len(keys), 12, 4)
     assert (cells.sum(2) == 1).all()
     assert (cells == cells[:, :1]).all()
-    counts = cells[:, 0].sum(0)  # each corner in a quarter of the images: chi-square with 3 degrees of freedom
+    counts = cells[:, 0].sum(0)  # each corner is kept in a quarter of the images: chi-square, 3 degrees of freedom
     assert ((counts - 2_000) ** 2 / 2_000).sum() < 3 + 5 * math.sqrt(2 * 3)
 
 
@@ -247,28 +247,28 @@ def test_a_grid_mask_keeps_the_same_patch_of_each_2_x_2() -> None:
         ((8, 8), 32, "quarter of 64 patches, not 32; set mask_ratio to 0.75"),
     ],
 )
-def test_a_grid_mask_of_other_cells_or_ratios_is_refused(grid: tuple[int, int], keep: int, message: str) -> None:
+def test_a_grid_mask_with_an_odd_side_or_another_ratio_raises(grid: tuple[int, int], keep: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         grid_mask(random_keys(1), grid, keep)
 
 
-def test_the_patches_of_lowest_score_stay() -> None:
+def test_the_patches_with_the_lowest_scores_are_kept() -> None:
     mask = mask_by_score(torch.tensor([[0.3, 0.1, 0.9, 0.2]]), 2)
     assert mask.kept.tolist() == [[1, 3]]
     assert mask.removed.tolist() == [[0, 2]]
     assert mask.restore.tolist() == [[2, 0, 3, 1]]
 
 
-def test_take_picks_the_numbered_tokens_in_order() -> None:
+def test_gather_patches_returns_tokens_in_the_order_of_the_indices() -> None:
     tokens = torch.arange(12.0).reshape(1, 4, 3)
     assert gather_patches(tokens, torch.tensor([[3, 1]])).tolist() == [[[9, 10, 11], [3, 4, 5]]]
 
 
-def test_kept_patches_are_cut_off_not_rounded() -> None:
+def test_the_number_of_kept_patches_is_truncated_not_rounded() -> None:
     assert [keep_count(196, 0.75), keep_count(256, 0.75), keep_count(100, 0.9), keep_count(16, 0)] == [49, 64, 9, 16]
 
 
-def test_too_many_patches_for_distinct_scores_are_refused() -> None:
+def test_too_many_patches_for_distinct_scores_raise() -> None:
     with pytest.raises(ValueError, match="65537 patches"):
         random_mask(random_keys(1), 2**16 + 1, 1)
     with pytest.raises(ValueError, match="131072 patches"):

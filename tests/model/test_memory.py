@@ -1,4 +1,4 @@
-"""Bytes of training: activations against what autograd keeps, the formulas' own properties, FLOPs of recomputing."""
+"""Memory of training: activations against measurements, properties of the formulas, FLOPs of recomputation."""
 
 import dataclasses
 
@@ -23,13 +23,13 @@ CONFIGS = {
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_activations_of_an_image_are_within_15_percent_of_what_lives(config: MAEConfig, checkpointing: bool) -> None:
+def test_activation_bytes_are_within_15_percent_of_the_measured_peak(config: MAEConfig, checkpointing: bool) -> None:
     measured = bytes_per_image(config, checkpointing, torch.device("cpu"), bf16=False)
     assert activation_bytes(config, checkpointing, 4) == pytest.approx(measured, rel=0.15)
 
 
-def test_a_paper_model_costs_what_was_measured() -> None:
-    """docs/measured/step.md, MB an image in float32: kept, and with activation checkpointing."""
+def test_activation_bytes_of_paper_models_agree_with_measurements() -> None:
+    """MB per image in float32 from docs/measured/step.md: without and with activation checkpointing."""
     measured = {(768, 12, 12, 16): (84.6, 14.1), (1024, 24, 16, 16): (133.9, 17.2), (1280, 32, 16, 14): (242.0, 24.4)}
     for (dim, depth, heads, patch_size), figures in measured.items():
         config = MAEConfig(dim=dim, depth=depth, heads=heads, patch_size=patch_size)
@@ -37,7 +37,7 @@ def test_a_paper_model_costs_what_was_measured() -> None:
         assert found == pytest.approx(figures, rel=0.15)
 
 
-def test_recomputing_costs_what_the_counter_counts() -> None:
+def test_recomputed_flops_equal_the_counter_of_torch() -> None:
     def counted(checkpointing: bool) -> int:
         with torch.device("meta"):
             model = MAE(dataclasses.replace(SMALL, attention="math"))
@@ -51,8 +51,8 @@ def test_recomputing_costs_what_the_counter_counts() -> None:
     assert counted(True) - counted(False) == recomputed_flops(SMALL)
 
 
-def test_state_of_one_rank_is_that_of_adam_in_mixed_precision() -> None:
-    """Rajbhandari et al. 2020, section 3.1: 2 + 12 bytes a parameter, and here 4 for gradient sums in float32."""
+def test_state_of_one_rank_is_that_of_mixed_precision_adam() -> None:
+    """2 + 12 bytes per parameter (Rajbhandari et al. 2020, section 3.1), and 4 for float32 gradient sums."""
     count = parameter_count(SMALL)
     for stage in (2, 3):
         state = state_bytes(SMALL, stage, 1)
@@ -61,7 +61,7 @@ def test_state_of_one_rank_is_that_of_adam_in_mixed_precision() -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_is_shared_out_shrinks_with_ranks(stage: int) -> None:
+def test_partitioned_state_shrinks_with_the_number_of_ranks(stage: int) -> None:
     one, many = state_bytes(SMALL, stage, 1), state_bytes(SMALL, stage, 64)
     shared = {1: ("master", "moments"), 2: ("gradients", "master", "moments"), 3: ("weights", "gradients", "moments")}
     for name in one._fields[:4]:
@@ -69,18 +69,18 @@ def test_what_is_shared_out_shrinks_with_ranks(stage: int) -> None:
         assert ratio == pytest.approx(64 if name in (*shared[stage], "master") else 1, rel=0.02), name
 
 
-def test_one_rank_sends_nothing_and_many_send_twice_what_they_reduce() -> None:
+def test_one_rank_sends_nothing_and_many_ranks_send_twice_what_they_reduce() -> None:
     assert traffic(SMALL, 1, 1, 4).sent(1) == 0
     assert traffic(SMALL, 1, 1000, 4).sent(1000) == pytest.approx((2 * 4 + 2) * parameter_count(SMALL), rel=0.01)
 
 
-def test_stages_2_and_3_reduce_every_micro_batch() -> None:
+def test_stages_2_and_3_reduce_in_each_micro_batch() -> None:
     assert traffic(SMALL, 1, 8, 4) == traffic(SMALL, 1, 8, 1)
     assert traffic(SMALL, 2, 8, 4).all_reduced == 4 * traffic(SMALL, 2, 8, 1).all_reduced
     assert traffic(SMALL, 3, 8, 4).reduce_scattered == 4 * traffic(SMALL, 3, 8, 1).reduce_scattered
 
 
-def test_bytes_moved_are_linear_in_depth_and_in_the_size_of_a_number() -> None:
+def test_moved_bytes_are_linear_in_depth_and_element_size() -> None:
     no_decoder_change = dataclasses.replace(SMALL, depth=6)
     grown = moved_bytes(no_decoder_change, False, 4) - moved_bytes(SMALL, False, 4)
     seen = 1 + SMALL.keep

@@ -1,4 +1,4 @@
-"""Parameter groups, the learning rate and LARS, against the reference's."""
+"""Parameter groups, learning rates and LARS equal the reference."""
 
 import copy
 import json
@@ -25,13 +25,13 @@ def names_of(model: torch.nn.Module, groups: list[dict]) -> list[list]:
     return [[group["weight_decay"], sorted(names[parameter] for parameter in group["params"])] for group in groups]
 
 
-def test_groups_are_the_reference_s(golden: Golden) -> None:
+def test_weight_decay_groups_equal_the_reference(golden: Golden) -> None:
     model = MAE(SMALL)
     expected = json.loads(str(golden("f64/mae_small")["wd_groups_json"]))
     assert names_of(model, weight_decay_groups(model, 0.05)) == [[decay, sorted(names)] for decay, names in expected]
 
 
-def test_groups_of_vit_base_have_the_reference_s_sizes(golden: Golden) -> None:
+def test_weight_decay_groups_of_vit_base_have_the_sizes_of_the_reference(golden: Golden) -> None:
     with torch.device("meta"):
         model = MAE(MAEConfig())
     groups = weight_decay_groups(model, 0.05)
@@ -43,13 +43,13 @@ def test_groups_of_vit_base_have_the_reference_s_sizes(golden: Golden) -> None:
 
 def test_tokens_decay_and_biases_do_not() -> None:
     model = MAE(SMALL)
-    (_, still), (decay, decayed) = names_of(model, weight_decay_groups(model, 0.3))
+    (_, undecayed), (decay, decayed) = names_of(model, weight_decay_groups(model, 0.3))
     assert decay == 0.3
     assert {"cls_token", "mask_token"} <= set(decayed)
-    assert {"norm.weight", "patch_embed.proj.bias"} <= set(still)
+    assert {"norm.weight", "patch_embed.proj.bias"} <= set(undecayed)
 
 
-def test_frozen_parameters_are_left_out() -> None:
+def test_frozen_parameters_are_in_no_group() -> None:
     model = MAE(SMALL)
     model.blocks.requires_grad_(False)
     names = [name for _, group in names_of(model, weight_decay_groups(model, 0.05)) for name in group]
@@ -58,7 +58,7 @@ def test_frozen_parameters_are_left_out() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["pretrain", "finetune_base", "finetune_large", "linprobe"])
-def test_learning_rates_are_the_reference_s_at_every_iteration(golden: Golden, schedule: str) -> None:
+def test_learning_rates_equal_the_reference_at_each_iteration(golden: Golden, schedule: str) -> None:
     vectors = golden("f64/optim")
     args = json.loads(str(vectors[f"lr_{schedule}_args"]))
     options = {
@@ -68,11 +68,11 @@ def test_learning_rates_are_the_reference_s_at_every_iteration(golden: Golden, s
         "total_steps": args["epochs"] * args["ipe"],
     }
     rates = [lr_at(int(step), **options) for step in vectors[f"lr_{schedule}_it"]]
-    # The last steps are a difference of nearly equal numbers, hence the share of the peak.
+    # The last rates are differences of nearly equal numbers, so the tolerance is relative to the peak.
     np.testing.assert_allclose(rates, vectors[f"lr_{schedule}"], rtol=1e-12, atol=1e-15 * args["lr"])
 
 
-def test_learning_rates_are_the_reference_s_at_fractional_epochs(golden: Golden) -> None:
+def test_learning_rates_equal_the_reference_at_fractional_epochs(golden: Golden) -> None:
     vectors = golden("optim")
     args = json.loads(str(vectors["lr_args"]))
     options = {
@@ -100,7 +100,7 @@ LAYERS = json.loads((Path(__file__).parents[1] / "golden" / "f64" / "lr_decay_gr
 
 
 @pytest.mark.parametrize("case", LAYERS)
-def test_layer_decay_groups_are_the_reference_s(case: str) -> None:
+def test_layer_decay_groups_equal_the_reference(case: str) -> None:
     size, decay = case.rsplit("_", 1)
     with torch.device("meta"):
         model = build_classifier(VITS[size])
@@ -115,7 +115,7 @@ def test_layer_decay_groups_are_the_reference_s(case: str) -> None:
 
 
 @pytest.mark.parametrize(("size", "decay"), [("vit_base", 0.65), ("vit_large", 0.75)])
-def test_every_parameter_has_the_reference_s_layer(golden: Golden, size: str, decay: float) -> None:
+def test_each_parameter_has_the_same_layer_as_in_the_reference(golden: Golden, size: str, decay: float) -> None:
     with torch.device("meta"):
         model = build_classifier(VITS[size])
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -130,14 +130,14 @@ def test_every_parameter_has_the_reference_s_layer(golden: Golden, size: str, de
         assert found[name] == (pytest.approx(float(scale.split("=")[1]), rel=1e-8), decays.split("=")[1]), name
 
 
-def test_frozen_layers_are_left_out_of_the_decayed_ones() -> None:
+def test_frozen_layers_are_in_no_layer_decay_group() -> None:
     model = build_classifier(ClassifierConfig(classes=3, image_size=(32, 32), dim=32, depth=3, heads=2))
     model.blocks[:2].requires_grad_(False)
     assert [group["lr_scale"] for group in layer_decay_groups(model, 0.05, 0.5)] == [1 / 16, 1 / 16, 0.5, 0.5, 1, 1]
 
 
 def lars_inputs(shapes: dict[str, tuple[int, ...]], steps: int) -> tuple[dict[str, torch.nn.Parameter], list[dict]]:
-    """Start and gradients of the float64 vectors: `e` starts at zero, and the gradient of `w` is zero at step 2."""
+    """Parameters and gradients of the float64 vectors: `e` starts at zero; the gradient of `w` is zero at step 2."""
 
     def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.from_numpy(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape))
@@ -152,8 +152,8 @@ def lars_inputs(shapes: dict[str, tuple[int, ...]], steps: int) -> tuple[dict[st
 
 @pytest.mark.parametrize("weight_decay", ["0.0", "0.001"])
 @pytest.mark.parametrize("resumed_at", [None, 3])
-def test_lars_is_the_reference_s_in_float64(golden: Golden, weight_decay: str, resumed_at: int | None) -> None:
-    """Also when another optimizer goes on from a `state_dict` that was copied in between."""
+def test_lars_equals_the_reference_in_float64(golden: Golden, weight_decay: str, resumed_at: int | None) -> None:
+    """Also if another optimizer resumes from a copied `state_dict`."""
     vectors = golden("f64/optim")
     parameters, gradients = lars_inputs({"w": (4, 3), "b": (4,), "e": (2, 2)}, steps=5)
     optimizer = LARS(parameters.values(), lr=0.0, weight_decay=float(weight_decay))
@@ -172,7 +172,7 @@ def test_lars_is_the_reference_s_in_float64(golden: Golden, weight_decay: str, r
 
 
 @pytest.mark.parametrize("weight_decay", ["0.0", "0.05"])
-def test_lars_is_the_reference_s_in_float32(golden: Golden, weight_decay: str) -> None:
+def test_lars_equals_the_reference_in_float32(golden: Golden, weight_decay: str) -> None:
     vectors = golden("optim")
     parameters = {name: torch.nn.Parameter(torch.from_numpy(vectors[f"lars_{name}0"])) for name in "wb"}
     optimizer = LARS(parameters.values(), lr=0.3, weight_decay=float(weight_decay))
@@ -185,7 +185,7 @@ def test_lars_is_the_reference_s_in_float32(golden: Golden, weight_decay: str) -
             np.testing.assert_allclose(parameter.detach(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_lars_leaves_gradients_alone_and_takes_a_closure() -> None:
+def test_lars_does_not_change_gradients_and_accepts_a_closure() -> None:
     parameter = torch.nn.Parameter(torch.ones(2, 2))
     parameter.grad = torch.full((2, 2), 3.0)
     optimizer = LARS([parameter], lr=0.1, weight_decay=0.5)
@@ -193,8 +193,8 @@ def test_lars_leaves_gradients_alone_and_takes_a_closure() -> None:
     assert torch.equal(parameter.grad, torch.full((2, 2), 3.0))
 
 
-def test_lars_on_cut_matrices_steps_as_on_whole_ones() -> None:
-    """Each of two flat parameters holds a part of both matrices, as ZeRO cuts them, and one a vector as well."""
+def test_lars_on_partitioned_matrices_equals_lars_on_whole_ones() -> None:
+    """Each of two flat parameters holds a part of both matrices, as under ZeRO; one also holds a vector."""
     draw = torch.Generator().manual_seed(0)
     matrices = [torch.nn.Parameter(torch.randn(shape, generator=draw)) for shape in ((4, 6), (5, 3))]
     vector = torch.nn.Parameter(torch.randn(4, generator=draw))
@@ -202,8 +202,8 @@ def test_lars_on_cut_matrices_steps_as_on_whole_ones() -> None:
         torch.nn.Parameter(torch.cat([matrices[0].flatten()[:10], matrices[1].flatten()[:9], vector]).detach()),
         torch.nn.Parameter(torch.cat([matrices[0].flatten()[10:], matrices[1].flatten()[9:]]).detach()),
     ]
-    whole, cut = (LARS(each, 0.3, weight_decay=0.01) for each in ([*matrices, vector], flats))
-    cut.set_partition(
+    whole, partitioned = (LARS(each, 0.3, weight_decay=0.01) for each in ([*matrices, vector], flats))
+    partitioned.set_partition(
         {flats[0]: [Span(0, 10, 0), Span(10, 9, 1)], flats[1]: [Span(0, 14, 0), Span(14, 6, 1)]}, 2, lambda s: s
     )
     for _ in range(3):
@@ -213,6 +213,6 @@ def test_lars_on_cut_matrices_steps_as_on_whole_ones() -> None:
         flats[0].grad = torch.cat([grads[0][:10], grads[1][:9], vector.grad])  # type: ignore[list-item]
         flats[1].grad = torch.cat([grads[0][10:], grads[1][9:]])
         whole.step()
-        cut.step()
+        partitioned.step()
     assert torch.equal(flats[0][:10], matrices[0].flatten()[:10]) and torch.equal(flats[0][19:], vector)
     assert torch.equal(flats[1][14:], matrices[1].flatten()[9:])

@@ -1,4 +1,4 @@
-"""Float32 parity with the paper's reference implementation: masks exactly, the rest to 1e-5 of its L2 norm."""
+"""Float32 parity with the paper's reference implementation: masks are equal, all else is within 1e-5 of its L2 norm."""
 
 import dataclasses
 import json
@@ -65,7 +65,7 @@ def mask_of(vectors: Vectors, config: MAEConfig, device: torch.device) -> Mask:
     return mask_by_score(torch.from_numpy(vectors["noise"]).to(device), config.keep)
 
 
-def test_masks_are_the_reference_s(vectors: Vectors, device: torch.device) -> None:
+def test_masks_equal_the_reference(vectors: Vectors, device: torch.device) -> None:
     config = config_of(vectors, "pixel")
     mask = Mask(*(numbers.cpu() for numbers in mask_of(vectors, config, device)))
     removed = torch.zeros(vectors["mask"].shape).scatter_(1, mask.removed, 1.0)
@@ -74,19 +74,19 @@ def test_masks_are_the_reference_s(vectors: Vectors, device: torch.device) -> No
     assert config.keep == keep_count(config.num_patches, float(vectors["mask_ratio"])) == mask.kept.shape[1]
 
 
-def test_patches_are_the_reference_s(vectors: Vectors) -> None:
+def test_patches_equal_the_reference(vectors: Vectors) -> None:
     patches = patchify(torch.from_numpy(vectors["images"]), config_of(vectors, "pixel").patch_size)
     assert np.array_equal(patches, vectors["patchified"])
 
 
-def test_tables_are_the_reference_s(vectors: Vectors) -> None:
+def test_position_tables_equal_the_reference(vectors: Vectors) -> None:
     state = MAE(config_of(vectors, "pixel")).state_dict()
     for name in ("pos_embed", "decoder_pos_embed"):
         assert np.array_equal(state[name], vectors[f"weights/{name}"])
 
 
 @pytest.mark.parametrize("attention", ["math", "sdpa"])
-def test_latent_and_predictions_are_the_reference_s(
+def test_latent_and_predictions_equal_the_reference(
     vectors: Vectors, attention: AttentionKind, device: torch.device
 ) -> None:
     config = config_of(vectors, "pixel")
@@ -101,7 +101,7 @@ def test_latent_and_predictions_are_the_reference_s(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_loss_and_every_gradient_are_the_reference_s(
+def test_loss_and_gradients_equal_the_reference(
     name: str, vectors: Vectors, golden: Golden, target: str, device: torch.device
 ) -> None:
     config = config_of(vectors, TARGETS[target])
@@ -117,7 +117,7 @@ def test_loss_and_every_gradient_are_the_reference_s(
         assert error(parameter.grad if whole else parameter.grad.norm(), gradients[key]) < 1e-5, key
 
 
-def test_vit_base_losses_and_predictions_are_the_reference_s(golden: Golden, device: torch.device) -> None:
+def test_vit_base_losses_and_predictions_equal_the_reference(golden: Golden, device: torch.device) -> None:
     vectors = golden("mae_vit_base")
     pixel, normalised = with_golden_weights(MAEConfig(target="pixel"), 0.02), MAE(MAEConfig(target="normalised_pixel"))
     normalised.load_state_dict(pixel.state_dict())

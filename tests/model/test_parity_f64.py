@@ -1,4 +1,4 @@
-"""Float64 parity with the reference implementation, where a wrong GELU form or epsilon cannot hide."""
+"""Float64 parity with the reference implementation, which shows even a wrong GELU form or epsilon."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def with_golden_weights(config: MAEConfig) -> MAE:
 
 @pytest.fixture(scope="module")
 def base_weights() -> dict[str, torch.Tensor]:
-    """The drawn weights of ViT-B, once: drawing 112 million numbers takes seconds."""
+    """Weights of ViT-B, drawn once: drawing 112 million numbers takes seconds."""
     return with_golden_weights(MAEConfig()).float().state_dict()
 
 
@@ -60,7 +60,7 @@ def widened(name: str, shape: tuple[int, ...], kind: str = "standard_normal") ->
 
 
 def small_inputs(model: MAE, suffix: str = "") -> tuple[torch.Tensor, Mask]:
-    """On the model's device."""
+    """Images and mask, on the device of the model."""
     device = model.cls_token.device
     mask = mask_by_score(widened(f"noise{suffix}", (3, 16), "random_sample").to(device), model.config.keep)
     return widened(f"images{suffix}", (3, 3, 64, 64)).to(device), mask
@@ -91,7 +91,7 @@ def close(ours: ArrayLike, reference: ArrayLike, tolerance: float) -> None:
     np.testing.assert_allclose(np.asarray(ours), np.asarray(reference), rtol=tolerance, atol=tolerance)
 
 
-def test_small_masks_exactly(golden: Golden, device: torch.device) -> None:
+def test_masks_of_the_small_model_equal_the_reference_exactly(golden: Golden, device: torch.device) -> None:
     vectors = golden("f64/mae_small")
     mask = Mask(*(numbers.cpu() for numbers in small_inputs(MAE(SMALL).to(device))[1]))
     assert np.array_equal(torch.cat([mask.kept, mask.removed], dim=1), vectors["ids_shuffle"])
@@ -99,7 +99,7 @@ def test_small_masks_exactly(golden: Golden, device: torch.device) -> None:
     assert np.array_equal(mask.restore >= 4, vectors["mask"] == 1)
 
 
-def test_small_latent_and_predictions(golden: Golden, device: torch.device) -> None:
+def test_latent_and_predictions_of_the_small_model_equal_the_reference(golden: Golden, device: torch.device) -> None:
     vectors = golden("f64/mae_small")
     model = with_golden_weights(SMALL).to(device)
     latent, predictions = predictions_of(model, *small_inputs(model))
@@ -110,7 +110,9 @@ def test_small_latent_and_predictions(golden: Golden, device: torch.device) -> N
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_small_loss_and_gradients(golden: Golden, target: str, device: torch.device) -> None:
+def test_loss_and_gradients_of_the_small_model_equal_the_reference(
+    golden: Golden, target: str, device: torch.device
+) -> None:
     vectors = golden("f64/mae_small")
     model = with_golden_weights(dataclasses.replace(SMALL, target=TARGETS[target])).to(device)
     loss = model.loss(*small_inputs(model))
@@ -123,7 +125,7 @@ def test_small_loss_and_gradients(golden: Golden, target: str, device: torch.dev
     close(gradients["mask_token"], vectors[f"{target}_f64_grad_mask_token"], 1e-10)
 
 
-def test_normalised_target(golden: Golden, device: torch.device) -> None:
+def test_the_normalised_target_equals_the_reference(golden: Golden, device: torch.device) -> None:
     vectors = golden("f64/mae_small")
     patches = patchify(small_inputs(MAE(SMALL).to(device))[0], 16)
     mean, deviation = patch_statistics(patches)
@@ -135,7 +137,7 @@ def test_normalised_target(golden: Golden, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.6, 0.8])
-def test_loss_at_other_ratios(golden: Golden, ratio: float, device: torch.device) -> None:
+def test_the_loss_at_other_mask_ratios_equals_the_reference(golden: Golden, ratio: float, device: torch.device) -> None:
     vectors = golden("f64/mae_small")
     model = with_golden_weights(dataclasses.replace(SMALL, mask_ratio=ratio)).to(device)
     images, mask = small_inputs(model)
@@ -143,13 +145,13 @@ def test_loss_at_other_ratios(golden: Golden, ratio: float, device: torch.device
     close(model.loss(images, mask).detach(), vectors[f"ratio{ratio}_loss"], 1e-10)
 
 
-def test_kept_patches_are_counted_in_floating_point(golden: Golden) -> None:
+def test_the_number_of_kept_patches_equals_the_reference(golden: Golden) -> None:
     for num_patches, ratio, kept in golden("f64/mae_small")["len_keep_table"]:
         assert keep_count(int(num_patches), ratio) == kept
     assert keep_count(100, 0.9) == 9
 
 
-def test_six_steps_of_adamw(golden: Golden, device: torch.device) -> None:
+def test_six_steps_of_adamw_equal_the_reference(golden: Golden, device: torch.device) -> None:
     vectors = golden("f64/mae_small")
     model = with_golden_weights(SMALL).to(device)
     optimizer = torch.optim.AdamW(weight_decay_groups(model, 0.05), betas=(0.9, 0.95), eps=1e-8)
@@ -173,7 +175,7 @@ def test_six_steps_of_adamw(golden: Golden, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_base_loss_and_gradients(
+def test_loss_and_gradients_of_vit_base_equal_the_reference(
     golden: Golden, base_weights: dict[str, torch.Tensor], target: str, device: torch.device
 ) -> None:
     vectors = golden("f64/mae_base")
@@ -186,7 +188,7 @@ def test_base_loss_and_gradients(
     np.testing.assert_allclose(norms, vectors[f"{target}_gradnorm"], rtol=1e-8)
 
 
-def test_base_masks_latent_and_predictions(
+def test_masks_latent_and_predictions_of_vit_base_equal_the_reference(
     golden: Golden, base_weights: dict[str, torch.Tensor], device: torch.device
 ) -> None:
     vectors = golden("f64/mae_base")
@@ -201,21 +203,19 @@ def test_base_masks_latent_and_predictions(
 
 
 @pytest.mark.parametrize("attention", ["math", "sdpa"])
-def test_base_loss_in_lower_precision(
+def test_the_loss_of_vit_base_in_lower_precision_is_near_the_reference(
     golden: Golden, base_weights: dict[str, torch.Tensor], attention: str, device: torch.device
 ) -> None:
-    """Of a loss of 2.244: float32 within 2e-6, bf16 autocast within 2e-3, bf16 weights within 5e-3."""
+    """The loss is 2.244; float32 is within 2e-6, bf16 autocast within 2e-3, bf16 weights within 5e-3."""
     vectors = golden("f64/mae_base")
     images, mask = base_inputs(vectors, torch.float32, device)
     model = base_model(base_weights, attention=attention).to(device)
     reference = vectors["npl1_f64_loss"]
     with torch.no_grad():
-        close(
-            model.loss(images, mask), reference, 2e-6
-        )  # relative or absolute; the reference's own float32 is 1e-7 off
+        close(model.loss(images, mask), reference, 2e-6)  # the reference in float32 differs by 1e-7
         with torch.autocast(device.type, torch.bfloat16):
             autocast = model.loss(images, mask)
-        whole = model.bfloat16().loss(images, mask)  # as DeepSpeed's bf16 mode holds the module
+        whole = model.bfloat16().loss(images, mask)  # as in DeepSpeed's bf16 mode
     assert autocast.dtype == whole.dtype == torch.float32
     assert abs(float(autocast) - reference) < 2e-3
     assert abs(float(whole) - reference) < 5e-3

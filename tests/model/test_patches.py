@@ -15,7 +15,7 @@ from maelstream.model.patches import (
 )
 
 
-def test_a_patch_is_its_rows_then_columns_then_channels() -> None:
+def test_a_patch_has_the_order_row_column_channel() -> None:
     images = torch.arange(2 * 3 * 4 * 6).reshape(2, 3, 4, 6).float()
     patches = patchify(images, 2)
     assert patches.shape == (2, 6, 12)
@@ -40,12 +40,12 @@ def test_normalise_is_float32_and_denormalise_undoes_it() -> None:
     assert (denormalise(normalised, mean, std) - images / 255).abs().max() < 1e-6
 
 
-def test_as_many_means_as_channels() -> None:
+def test_the_number_of_means_must_equal_the_number_of_channels() -> None:
     with pytest.raises(ValueError):
         normalise(torch.zeros(1, 2, 4, 4, dtype=torch.uint8), (0.5, 0.5), (0.5,))
 
 
-def test_the_variance_is_unbiased_and_taken_over_pixels_and_channels() -> None:
+def test_the_variance_is_unbiased_and_over_pixels_and_channels() -> None:
     patches = torch.tensor([[[1.0, 2.0, 3.0, 6.0]]])
     mean, deviation = patch_statistics(patches)
     assert mean.item() == 3
@@ -57,6 +57,6 @@ def test_a_flat_patch_has_a_finite_target() -> None:
 
 
 @pytest.mark.parametrize("target", ["pixel", "normalised_pixel"])
-def test_a_perfect_prediction_gives_the_pixels_back(target: Target) -> None:
+def test_a_perfect_prediction_returns_the_original_pixels(target: Target) -> None:
     patches = torch.randn(2, 5, 48)
     assert torch.allclose(predicted_pixels(pixel_target(patches, target), patches, target), patches, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Principal components: equal to sklearn's on the same patches, and the same bits however they are summed up."""
+"""Principal components: equal to sklearn on the same patches, and bit-identical for any order of summation."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @pytest.fixture(scope="module")
 def images() -> torch.Tensor:
-    """Smooth, so that components differ in their variance, and a little noise, so that none has none."""
+    """Smooth images, so that variances of components differ, with some noise, so that none is zero."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(24, 3, 6, 6, generator=generator)
     fine = torch.nn.functional.interpolate(coarse, (32, 48), mode="bicubic") + 0.02 * torch.randn(24, 3, 32, 48)
@@ -27,8 +27,8 @@ def moments_of(images: torch.Tensor, batch: int) -> PatchMoments:
     return moments
 
 
-def test_components_mean_and_variances_are_sklearn_s(images: torch.Tensor) -> None:
-    """sklearn decomposes the normalised patches themselves, and turns signs by the same rule."""
+def test_components_mean_and_variances_equal_sklearn(images: torch.Tensor) -> None:
+    """sklearn decomposes the normalised patches themselves; its rule for signs is the same."""
     found = principal_components(moments_of(images, 5), 20, MEAN, STD)
     patches = patchify(normalise(images, MEAN, STD).double(), 8).flatten(0, 1).numpy()
     reference = PCA(20, svd_solver="full").fit(patches)
@@ -38,7 +38,7 @@ def test_components_mean_and_variances_are_sklearn_s(images: torch.Tensor) -> No
     np.testing.assert_allclose((found.variances / found.variances.sum())[:20], reference.explained_variance_ratio_)
 
 
-def test_the_sums_are_the_same_bits_in_any_batches_and_order(images: torch.Tensor) -> None:
+def test_the_sums_are_bit_identical_for_any_batch_size_and_order(images: torch.Tensor) -> None:
     one, other = moments_of(images, 24), moments_of(images.flip(0), 7)
     assert one.count == other.count == 24 * 24
     assert torch.equal(one.total, other.total) and torch.equal(one.products, other.products)
@@ -52,7 +52,7 @@ def test_components_are_orthonormal_and_the_largest_entry_is_positive(images: to
     assert (components.amax(1) == components.abs().amax(1)).all()
 
 
-def test_patches_that_have_no_components_are_refused(images: torch.Tensor) -> None:
+def test_patches_without_components_raise(images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="all patches are equal"):
         principal_components(moments_of(torch.full_like(images, 7), 24), 20, MEAN, STD)
     with pytest.raises(ValueError, match="24 patches are too few for 30 components"):

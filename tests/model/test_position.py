@@ -1,4 +1,4 @@
-"""Position tables: the reference's for square grids, the same rule for others."""
+"""Position tables: equal to the reference for square grids, and by the same rule for others."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from maelstream.model.position import interpolate_table, sincos_table
 Golden = Callable[[str], Mapping[str, np.ndarray]]
 
 
-def test_tables_are_the_reference_s(golden: Golden) -> None:
+def test_position_tables_equal_the_reference(golden: Golden) -> None:
     for name, rows in golden("pos_embed").items():
         grid, dim = map(int, re.findall(r"\d+", name))
         table = sincos_table((grid, grid), dim)
@@ -26,7 +26,7 @@ def test_tables_are_the_reference_s(golden: Golden) -> None:
         assert np.array_equal(table[0, :: max(1, grid // 4)], rows)
 
 
-def test_tables_are_the_reference_s_in_every_row(golden: Golden) -> None:
+def test_position_tables_equal_the_reference_in_all_rows(golden: Golden) -> None:
     vectors = golden("f64/pos_embed")
     tables = json.loads(str(vectors["meta_json"]))
     for name in (name for name in tables if name.startswith("g")):
@@ -39,7 +39,7 @@ def test_tables_are_the_reference_s_in_every_row(golden: Golden) -> None:
     np.testing.assert_allclose(sincos_table((4, 4), 64)[0], vectors["g4_d64_full"], rtol=0, atol=1e-7)
 
 
-def test_a_rectangular_table_is_cut_from_a_square_one() -> None:
+def test_a_rectangular_table_is_a_part_of_a_square_one() -> None:
     square = sincos_table((8, 8), 32)[0, 1:].reshape(8, 8, 32)
     assert torch.equal(sincos_table((3, 8), 32)[0, 1:].reshape(3, 8, 32), square[:3])
     assert torch.equal(sincos_table((8, 5), 32)[0, 1:].reshape(8, 5, 32), square[:, :5])
@@ -59,7 +59,7 @@ def test_the_class_token_has_a_zero_row() -> None:
     assert not sincos_table((4, 4), 32)[0, 0].any()
 
 
-def test_both_tables_of_a_model_come_under_their_checkpoint_keys() -> None:
+def test_both_tables_of_a_model_have_their_checkpoint_keys() -> None:
     tables = position_tables(MAEConfig(image_size=(96, 160)))
     assert {name: tuple(table.shape) for name, table in tables.items()} == {
         "pos_embed": (1, 61, 768),
@@ -67,13 +67,13 @@ def test_both_tables_of_a_model_come_under_their_checkpoint_keys() -> None:
     }
 
 
-def test_a_width_without_room_for_four_waves_is_refused() -> None:
+def test_a_width_that_is_not_divisible_by_4_raises() -> None:
     with pytest.raises(ValueError, match="30 is not divisible by 4"):
         sincos_table((4, 4), 30)
 
 
 @pytest.mark.parametrize(("old", "new", "dim", "every"), [(4, 6, 64, 1), (14, 24, 192, 97)])
-def test_an_interpolated_table_is_the_reference_s(golden: Golden, old: int, new: int, dim: int, every: int) -> None:
+def test_an_interpolated_table_equals_the_reference(golden: Golden, old: int, new: int, dim: int, every: int) -> None:
     drawn = np.random.RandomState(zlib.crc32(f"interp{old}_{new}".encode())).standard_normal((1, 1 + old * old, dim))
     table = torch.from_numpy(drawn.astype(np.float32))
     ours = interpolate_table(table, (old, old), (new, new))
@@ -83,7 +83,7 @@ def test_an_interpolated_table_is_the_reference_s(golden: Golden, old: int, new:
     assert torch.equal(ours[:, 0], table[:, 0])
 
 
-def test_a_table_is_interpolated_along_each_side_of_its_own() -> None:
+def test_a_table_is_interpolated_along_each_side_separately() -> None:
     rows, columns = torch.arange(8.0), torch.arange(6.0)
     patches = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=2).reshape(1, 48, 2)  # (row, column)
     table = torch.cat([torch.full((1, 1, 2), 7.0), patches], dim=1)
@@ -91,12 +91,12 @@ def test_a_table_is_interpolated_along_each_side_of_its_own() -> None:
     assert torch.equal(taller[0, 0], table[0, 0])
     grid = taller[0, 1:].reshape(16, 6, 2)
     assert torch.allclose(grid[..., 1], columns.expand(16, 6), atol=1e-6)
-    # Two new rows lie as far before each old one as after it.
+    # Two new rows lie symmetrically around each old row.
     middle = grid[4:12, :, 0].unflatten(0, (4, 2)).mean(1)
     assert torch.allclose(middle, rows[2:6, None].expand(4, 6), atol=1e-5)
 
 
-def test_a_table_for_its_own_grid_is_itself_and_of_another_grid_is_refused() -> None:
+def test_equal_grids_return_the_same_table_and_a_wrong_grid_raises() -> None:
     table = sincos_table((4, 6), 8)
     assert interpolate_table(table, (4, 6), (4, 6)) is table
     with pytest.raises(ValueError, match=r"shape \(1, 25, 8\) does not fit 5 x 5 patches"):

@@ -1,4 +1,4 @@
-"""Targets: exact, float32, frozen, and nothing that optimizer, checkpoint or compiler sees."""
+"""Targets: exact values in float32, frozen, and invisible to optimizer, checkpoint and compiler."""
 
 import dataclasses
 import math
@@ -71,8 +71,8 @@ def test_the_pca_loss_is_the_error_of_the_coefficients_of_removed_patches(monkey
     )
 
 
-def test_perfect_coefficients_show_the_image_s_projection_on_the_components() -> None:
-    """All of them show the image itself; a few lose what lies outside them, and no more."""
+def test_perfect_coefficients_decode_to_the_projection_on_the_components() -> None:
+    """All components return the image itself; fewer lose exactly the part outside their span."""
     patches = patchify(normalise(batch()[0], TINY.mean, TINY.std), 8)
     for count, kept in ((192, 1.0), (24, 24 / 192)):
         target = pca(count)
@@ -82,7 +82,7 @@ def test_perfect_coefficients_show_the_image_s_projection_on_the_components() ->
         assert (outside @ target.components.T).abs().max() < 1e-4
 
 
-def test_the_codes_are_the_encoder_s_at_the_places_of_the_patches() -> None:
+def test_the_expected_codes_are_those_of_the_encoder_at_the_positions_of_the_patches() -> None:
     images, keys = batch()
     mask, target = random_mask(keys, TOKEN.num_patches, TOKEN.keep), tokens()
     normalised = normalise(images, TOKEN.mean, TOKEN.std)
@@ -93,14 +93,14 @@ def test_the_codes_are_the_encoder_s_at_the_places_of_the_patches() -> None:
         assert found.tolist() == [image[number // 6, number % 6].item() for number in numbers.tolist()]
 
 
-def test_the_token_loss_is_log_of_the_codes_for_a_guess_and_zero_for_the_right_ones() -> None:
+def test_the_token_loss_is_log_codes_for_a_uniform_guess_and_zero_for_the_right_codes() -> None:
     target, numbers = tokens(), torch.arange(24).expand(3, -1)
     codes = target.expected(normalise(batch()[0], TOKEN.mean, TOKEN.std), torch.empty(0), numbers)
     assert target.error(torch.zeros(3, 24, 40), codes).item() == pytest.approx(math.log(40))
     assert target.error(100.0 * F.one_hot(codes, 40), codes).item() < 1e-6
 
 
-def test_tokens_are_shown_by_the_tokenizer_s_decoder() -> None:
+def test_tokens_are_decoded_to_pixels_by_the_tokenizer() -> None:
     target, numbers = tokens(), torch.arange(24).expand(3, -1)
     normalised = normalise(batch()[0], TOKEN.mean, TOKEN.std)
     codes = target.expected(normalised, torch.empty(0), numbers)
@@ -113,7 +113,7 @@ def test_tokens_are_shown_by_the_tokenizer_s_decoder() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_target_is_no_parameter_and_in_no_state_dict(name: str) -> None:
+def test_a_target_adds_no_parameters_and_nothing_to_the_state_dict(name: str) -> None:
     model = MODELS[name]()
     plain = MAE(TINY)
     assert model.state_dict().keys() == plain.state_dict().keys()
@@ -136,7 +136,7 @@ def test_a_target_moves_with_the_model_and_stays_float32(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_expected_has_float32_s_bits_under_autocast(name: str) -> None:
+def test_expected_values_under_autocast_are_those_of_float32(name: str) -> None:
     model, (images, keys) = MODELS[name](), batch()
     normalised = normalise(images, TINY.mean, TINY.std)
     arguments = normalised, patchify(normalised, 8), torch.arange(24).expand(3, -1)
@@ -158,7 +158,7 @@ def test_the_forward_with_a_target_is_one_graph(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_flops_are_those_of_the_model_and_beside_them_the_target_s(name: str) -> None:
+def test_flops_are_those_of_the_model_plus_those_of_the_target(name: str) -> None:
     model, (images, keys) = MODELS[name](), batch(1)
     config, target = model.config, model.target
     removed = config.num_patches - config.keep
@@ -171,7 +171,7 @@ def test_flops_are_those_of_the_model_and_beside_them_the_target_s(name: str) ->
 
 
 @pytest.mark.parametrize("config", [PCA, TOKEN])
-def test_without_its_tensors_there_are_features_but_no_loss(config: MAEConfig) -> None:
+def test_a_model_without_its_target_has_features_but_no_loss(config: MAEConfig) -> None:
     model, (images, keys) = MAE(config), batch()
     assert model.encode(images).shape == (3, 25, 32)
     for call in (model.forward, model.reconstruct):
@@ -179,7 +179,7 @@ def test_without_its_tensors_there_are_features_but_no_loss(config: MAEConfig) -
             call(images, keys)
 
 
-def test_a_target_of_another_kind_or_size_is_refused() -> None:
+def test_a_target_of_another_kind_or_size_raises() -> None:
     for config, target in ((TINY, pca()), (PCA, tokens()), (PCA, pca(25)), (TOKEN, pca(40))):
         with pytest.raises(ValueError, match="does not fit target"):
             MAE(config, target=target)

@@ -1,4 +1,4 @@
-"""The tokenizer: DALL-E's names, shapes and arithmetic; its loss; its FLOPs."""
+"""The tokenizer: names, shapes and arithmetic of DALL-E, its loss and its FLOPs."""
 
 import math
 
@@ -29,7 +29,7 @@ def small() -> tuple[Encoder, Decoder]:
 
 
 def test_names_and_shapes_are_those_of_the_published_encoder_and_decoder() -> None:
-    """As in openai/DALL-E: a convolution has `w` and `b`; there is an id_path where widths differ."""
+    """As in openai/DALL-E: a convolution has `w` and `b`; `id_path` exists where widths differ."""
     with torch.device("meta"):
         encoder, decoder = Encoder(TokenizerConfig()).state_dict(), Decoder(TokenizerConfig()).state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in encoder.items()}
@@ -48,8 +48,8 @@ def test_names_and_shapes_are_those_of_the_published_encoder_and_decoder() -> No
     assert shapes["blocks.output.conv.w"] == (6, 256, 1, 1)
 
 
-def test_the_encoder_computes_what_its_weights_say() -> None:
-    """Written out from the published description, from the weights' names alone."""
+def test_the_encoder_equals_the_published_description() -> None:
+    """The expected result is computed from the published description and the names of the weights."""
     encoder, _ = small()
     weights = encoder.state_dict()
 
@@ -72,7 +72,7 @@ def test_the_encoder_computes_what_its_weights_say() -> None:
 
 
 @pytest.mark.parametrize("shape", [SMALL, TokenizerConfig(64, 12, 1, 3)])
-def test_the_shape_follows_from_the_weights(shape: TokenizerConfig) -> None:
+def test_the_configuration_follows_from_the_weights(shape: TokenizerConfig) -> None:
     with torch.device("meta"):
         assert TokenizerConfig.from_weights(Encoder(shape).state_dict()) == shape
     with pytest.raises(ValueError, match=r"no blocks\.input\.w and no blocks\.output\.conv\.w"):
@@ -82,7 +82,7 @@ def test_the_shape_follows_from_the_weights(shape: TokenizerConfig) -> None:
 @pytest.mark.parametrize(
     ("options", "message"), [({"hidden": 6}, "not a multiple of 4"), ({"codes": 1}, "at least 2 codes")]
 )
-def test_a_shape_that_is_none_is_refused(options: dict[str, int], message: str) -> None:
+def test_an_invalid_configuration_raises(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TokenizerConfig(**options)
 
@@ -95,20 +95,20 @@ def test_pixels_are_mapped_into_the_open_unit_interval_and_back() -> None:
     assert torch.allclose(median_pixels(statistics), levels, atol=1e-6)
 
 
-def test_images_are_resized_to_eight_pixels_a_patch() -> None:
+def test_images_are_resized_to_eight_pixels_per_patch() -> None:
     levels = torch.full((1, 3, 224, 336), 0.3)
     assert resize_to_grid(levels, (14, 21)).shape == (1, 3, 112, 168)
     assert torch.allclose(resize_to_grid(levels, (14, 21)), torch.tensor(0.3))
 
 
-def test_the_reconstruction_loss_is_the_logit_laplace_likelihood_s() -> None:
-    """Its density integrates to 1 over the open unit interval, for any place and scale."""
+def test_the_reconstruction_loss_is_the_logit_laplace_likelihood() -> None:
+    """Its density integrates to the Laplace probability of the interval, for a given location and scale."""
     encoder, decoder = small()
     place, log_scale = 0.7, -0.4
     with torch.no_grad():
         decoder.get_parameter("blocks.output.conv.w").zero_()
         decoder.get_parameter("blocks.output.conv.b").copy_(torch.tensor([place] * 3 + [log_scale] * 3))
-    cells = torch.linspace(0.1, 0.9, 801)[:-1] + 0.0005  # of mapped pixels
+    cells = torch.linspace(0.1, 0.9, 801)[:-1] + 0.0005  # centres of cells of mapped pixels
     density = torch.tensor(
         [
             math.exp(
@@ -127,7 +127,7 @@ def test_the_reconstruction_loss_is_the_logit_laplace_likelihood_s() -> None:
     )
 
 
-def test_the_divergence_is_zero_for_uniform_codes_and_their_logarithm_for_certain_ones() -> None:
+def test_the_divergence_is_zero_for_uniform_codes_and_log_codes_for_a_single_one() -> None:
     encoder, decoder = small()
     levels, generator = torch.rand(1, 3, 16, 16), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_the_divergence_is_zero_for_uniform_codes_and_their_logarithm_for_certai
     assert loss.total.item() == pytest.approx(loss.reconstruction.item() + 6.6 / 192 * math.log(32), rel=1e-5)
 
 
-def test_the_flops_are_what_torch_counts() -> None:
+def test_the_flops_equal_the_counter_of_torch() -> None:
     for shape, size in ((SMALL, (16, 24)), (TokenizerConfig(), (112, 112))):
         with torch.device("meta"):
             encoder, images = Encoder(shape), torch.empty(1, shape.in_chans, *size)

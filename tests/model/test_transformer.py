@@ -1,4 +1,4 @@
-"""Parts of the transformer: initialisation as the paper's, attention by device."""
+"""Parts of the transformer: initialisation as in the paper, choice of the attention kernel."""
 
 import math
 
@@ -13,12 +13,12 @@ from maelstream.model.transformer import PatchProjection, choose_attention
 CONFIG = MAEConfig(image_size=(32, 32), dim=192, depth=2, heads=3, decoder_dim=128, decoder_depth=1, decoder_heads=4)
 
 
-def test_every_parameter_starts_as_in_the_paper() -> None:
+def test_all_parameters_start_as_in_the_paper() -> None:
     for name, parameter in MAE(CONFIG, seed=5).named_parameters():
         if name.endswith("_token"):
             assert 0.015 < parameter.std() < 0.025, name
         elif parameter.ndim > 1:
-            fan_out, fan_in = parameter.flatten(1).shape  # a patch kernel counts as the matrix it is applied as
+            fan_out, fan_in = parameter.flatten(1).shape  # a patch kernel counts as a matrix
             bound = math.sqrt(6 / (fan_in + fan_out))
             assert 0.99 * bound < parameter.abs().max() <= bound, name
             assert abs(parameter.std() / (bound / math.sqrt(3)) - 1) < 0.02, name
@@ -27,7 +27,7 @@ def test_every_parameter_starts_as_in_the_paper() -> None:
             assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
 
 
-def test_layer_norms_have_the_reference_s_epsilon() -> None:
+def test_layer_norms_have_the_epsilon_of_the_reference() -> None:
     norms = [module for module in MAE(CONFIG).modules() if isinstance(module, torch.nn.LayerNorm)]
     assert len(norms) == 2 * 3 + 2
     assert {norm.eps for norm in norms} == {1e-6}
@@ -44,7 +44,7 @@ def test_layer_norms_have_the_reference_s_epsilon() -> None:
         ("math", "cuda", torch.float32, False),
     ],
 )
-def test_attention_is_chosen_by_device_and_dtype(
+def test_attention_depends_on_device_and_dtype(
     kind: AttentionKind, device: str, dtype: torch.dtype, fused: bool
 ) -> None:
     model = MAE(CONFIG).to(dtype)
@@ -66,7 +66,7 @@ def test_attention_follows_the_model_to_the_gpu_and_back() -> None:
     assert not any(module.fused_attn for module in model.cpu().modules() if isinstance(module, Attention))
 
 
-def test_a_projection_takes_float_patches_of_any_width() -> None:
+def test_a_projection_accepts_patches_of_any_float_dtype() -> None:
     projection = PatchProjection(3, 8, 2)
     torch.nn.init.normal_(projection.weight)
     torch.nn.init.zeros_(projection.bias)
