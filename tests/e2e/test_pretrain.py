@@ -162,7 +162,7 @@ def test_reconstruct_reads_plain_files_and_older_checkpoints(
 def test_a_trained_run_is_reported(uninterrupted: RunFolder) -> None:
     assert run("report", [str(uninterrupted.path), "--verify"]) == 0
     page = (uninterrupted.path / "report.html").read_text()
-    assert "every byte as it was written" in page and "data:image/png;base64," in page
+    assert "every byte is intact" in page and "data:image/png;base64," in page
 
 
 def test_print_config_prints_a_recipe_that_resolves_to_itself(
