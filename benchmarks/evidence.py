@@ -1,12 +1,11 @@
-"""Does it learn what the paper says? CIFAR-10, three seeds: `make evidence SRC=cifar10.tar.gz`.
+"""Checks the paper's claims on CIFAR-10 with three seeds: `make evidence SRC=cifar10.tar.gz`.
 
     python -m benchmarks.evidence cifar10.tar.gz                   # reduced: about two hours of 2 CPU cores
     python -m benchmarks.evidence cifar10.tar.gz --size whole      # one GPU
 
-Every number is a run of `maelstream sweep` or `maelstream scratch` below --dir, so this stops and goes on at any time:
-the same command again. docs/measured/evidence-SIZE.md tells what is there after each part, and when it is stopped.
-Without a GPU a part runs on every core, with one thread: a model this small gains little by a second one.
-Recipes: recipes/evidence/.
+Every number is a run of `maelstream sweep` or `maelstream scratch` below --dir, so the same command resumes after a
+stop. docs/measured/evidence-SIZE.md is rewritten after each part and at a stop. Without a GPU, one part runs on each core
+with one thread, because a model this small gains little from a second thread. Recipes: recipes/evidence/.
 """
 
 import os
@@ -31,12 +30,12 @@ from maelstream.shards.durable import written_whole
 
 SEEDS = (0, 1, 2)
 LABELLED = {"reduced": 500, "whole": 5000}
-"""Images of a class that are trained on with their labels; pre-training takes all."""
+"""Images per class that are trained on with labels; pre-training uses all images."""
 BLOCKS = {"reduced": ("0", "1", "2"), "whole": ("0", "0.5", "1", "2", "4", "6", "12")}
 FEW_BLOCKS = {"reduced": "1", "whole": "4"}
-"""What is told to close most of the gap: a quarter and a third of all."""
+"""The number of blocks that should close most of the gap: a quarter and a third of all blocks."""
 RATIOS = {"reduced": (0.5, 0.85, 0.95), "whole": (0.4, 0.5, 0.6, 0.85, 0.95)}
-"""Beside the recipe's own 0.75."""
+"""Mask ratios in addition to the recipe's 0.75."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +46,19 @@ class Options:
     dir: Path = Path("runs/evidence")
     out: Path = Path("docs/measured")
     workers: int = 1 if gpu_count() else len(os.sched_getaffinity(0))
-    """Parts at a time; without a GPU each on cores of its own."""
+    """Parts that run at the same time; without a GPU each has its own cores."""
 
 
 class Setting(NamedTuple):
-    """A row of the table: runs of three seeds, told by a pattern with a place for the seed."""
+    """One row of the table: runs of three seeds."""
 
     name: str
     runs: str
+    """Folder of the runs, without the seed at its end."""
 
 
 class Claim(NamedTuple):
-    """That `better` is above `worse`: (row, evaluation) each."""
+    """The claim that `better` is above `worse`; each is (row, evaluation)."""
 
     text: str
     better: tuple[str, str]
@@ -66,7 +66,7 @@ class Claim(NamedTuple):
 
 
 class Evidence:
-    """The parts, by what they are of: the commands, the table's rows and the claims."""
+    """The experiments: their commands, the rows of the table and the claims."""
 
     def __init__(self, options: Options):
         self._size, self._dir = options.size, options.dir
@@ -76,7 +76,7 @@ class Evidence:
         self._finetune_epochs = own["optim"]["epochs"]
 
     def commands(self) -> Iterator[list[str]]:
-        """Of maelstream, in order: what tells most comes first. No two write into the same folder."""
+        """Commands of maelstream, the most informative first. No two write into the same folder."""
         probe, tune = self._then("linprobe"), self._then("finetune")
         blocks = [word for number in BLOCKS[self._size] for word in self._then("partial", "--blocks", number)]
         yield self._sweep("base", *probe, *tune, *blocks)
@@ -138,7 +138,7 @@ class Evidence:
         return [Claim(*pair) for pair in pairs]
 
     def found(self) -> dict[tuple[str, str], dict[int, float]]:
-        """Top-1 in percent by seed, by row and evaluation; of what is finished."""
+        """Top-1 in percent by seed, of each finished (row, evaluation)."""
         found: dict[tuple[str, str], dict[int, float]] = {}
         for setting in self.settings():
             for seed in SEEDS:
@@ -150,14 +150,14 @@ class Evidence:
 
 
 def spread(values: list[float]) -> str:
-    """Mean, sample standard deviation, and of how many if not of all."""
+    """Mean, sample standard deviation, and the number of seeds if some are missing."""
     several = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     some = f" ({len(values)} of {len(SEEDS)})" if len(values) < len(SEEDS) else ""
     return f"{statistics.mean(values):.2f}{several}{some}"
 
 
 def page(evidence: Evidence, size: str) -> str:
-    """What is there, as Markdown: a row a setting, and each claim with its difference, seed by seed."""
+    """The finished results as Markdown: one row per setting, and the difference of each claim over the seeds."""
     found = evidence.found()
     jobs = [*dict.fromkeys(job for _, job in found)]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
@@ -181,13 +181,13 @@ def page(evidence: Evidence, size: str) -> str:
         better, worse = found.get(claim.better, {}), found.get(claim.worse, {})
         differences = [better[seed] - worse[seed] for seed in SEEDS if seed in better and seed in worse]
         above = sum(difference > 0 for difference in differences)
-        told = f"{spread(differences)} | {above} of {len(differences)}" if differences else "open | "
-        lines.append(f"| {claim.text} | {told} |")
+        result = f"{spread(differences)} | {above} of {len(differences)}" if differences else "open | "
+        lines.append(f"| {claim.text} | {result} |")
     return "\n".join(lines) + "\n"
 
 
 def prepare(options: Options) -> None:
-    """Packs what is not packed yet: all images, the labelled ones, and those to measure on."""
+    """Packs the training images, the labelled ones and the test images, unless they are packed already."""
     images = options.src
     if images.is_file():
         images = options.dir / "images"
@@ -209,15 +209,15 @@ def prepare(options: Options) -> None:
 
 
 def run(command: list[str]) -> None:
-    """A command of maelstream to its end; its exit code ends us, if it is not 0."""
+    """Runs a command of maelstream; exits with its exit code if it is not 0."""
     if code := subprocess.run([sys.executable, "-m", "maelstream.jobs.command", *command], check=False).returncode:
         sys.exit(code)
 
 
-def run_side_by_side(commands: Iterable[list[str]], workers: int, told: Callable[[], None]) -> int:
-    """Commands of maelstream, `workers` at a time; calls `told` after each. Returns the first exit code that is not 0.
+def run_side_by_side(commands: Iterable[list[str]], workers: int, on_end: Callable[[], None]) -> int:
+    """Runs commands of maelstream, `workers` at a time, and calls `on_end` after each.
 
-    A signal ends all of them, each at a checkpoint, and so does a failure.
+    Returns the first exit code that is not 0. A signal or a failure ends all of them, each at a checkpoint.
     """
     cores, waiting = sorted(os.sched_getaffinity(0)), deque(commands)
     share = max(1, len(cores) // workers)
@@ -225,16 +225,16 @@ def run_side_by_side(commands: Iterable[list[str]], workers: int, told: Callable
     code = 0
     with SignalForwarder() as signals:
         while running or waiting:
-            for place in range(workers):
-                if place not in running and waiting:
-                    own = cores[place * share % len(cores) :][:share] if workers > 1 else cores
-                    running[place] = started(waiting.popleft(), own)
+            for worker in range(workers):
+                if worker not in running and waiting:
+                    own = cores[worker * share % len(cores) :][:share] if workers > 1 else cores
+                    running[worker] = started(waiting.popleft(), own)
                     signals.forward_to([*running.values()])
             time.sleep(0.2)
-            ended = {place: process.returncode for place, process in running.items() if process.poll() is not None}
-            for place in ended:
-                del running[place]
-                told()
+            ended = {worker: process.returncode for worker, process in running.items() if process.poll() is not None}
+            for worker in ended:
+                del running[worker]
+                on_end()
             failed = 128 + signals.received if signals.received else next(filter(None, ended.values()), 0)
             if failed and not code:
                 code = failed
@@ -245,7 +245,7 @@ def run_side_by_side(commands: Iterable[list[str]], workers: int, told: Callable
 
 
 def started(command: list[str], cores: list[int]) -> subprocess.Popen:
-    """A command of maelstream on these cores, in a session of its own: Ctrl-C comes through us."""
+    """Starts a command of maelstream on these cores, in a session of its own: Ctrl-C reaches it only from here."""
     return subprocess.Popen(
         [sys.executable, "-m", "maelstream.jobs.command", *command],
         preexec_fn=lambda: os.sched_setaffinity(0, cores),
@@ -254,16 +254,16 @@ def started(command: list[str], cores: list[int]) -> subprocess.Popen:
 
 
 def main() -> None:
-    """Packs, runs every part and writes the page after each."""
+    """Packs the data, runs every part and writes the page after each."""
     options = tyro.cli(Options)
     prepare(options)
     evidence = Evidence(options)
 
-    def tell() -> None:
+    def write_page() -> None:
         with written_whole(options.out / f"evidence-{options.size}.md") as file:
             file.write(page(evidence, options.size).encode())
 
-    sys.exit(run_side_by_side(evidence.commands(), options.workers, tell))
+    sys.exit(run_side_by_side(evidence.commands(), options.workers, write_page))
 
 
 if __name__ == "__main__":

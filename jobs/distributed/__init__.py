@@ -1,1 +1,1 @@
-"""Ranks, their process group, and what ends them."""
+"""Ranks: launching them, their process group, their health, and how they end."""

@@ -1,4 +1,4 @@
-"""What makes a run ill: steps of NaN or Inf, losses out of line, ranks that fall silent."""
+"""Health checks of a run: steps with NaN or Inf, loss spikes, and ranks that make no progress."""
 
 import os
 import statistics
@@ -11,55 +11,61 @@ from pathlib import Path
 
 from maelstream.jobs.distributed.errors import AgreedError
 
-SILENT = 70  # exit code of ranks that wait for one that does not come
-_REMEMBERED = 50
+SILENT = 70  # exit code of a rank whose watchdog reports a rank without progress
+_HISTORY = 50  # losses
 
 
-class IllError(AgreedError):
-    """A run that goes on no more by itself."""
+class DivergedError(AgreedError):
+    """Training produces NaN or Inf and cannot continue."""
 
 
 class BadSteps:
-    """Counts steps that were skipped for NaN or Inf."""
+    """Counts consecutive steps that were skipped because of NaN or Inf."""
 
-    def __init__(self, most: int):
-        self._most, self._in_a_row = most, 0
+    def __init__(self, limit: int):
+        self._limit, self._in_a_row = limit, 0
 
     def note(self, skipped: bool, step: int, last_good: str) -> None:
-        """IllError when the last `most` steps were skipped; `last_good` names what to go back to."""
+        """Counts a step; raises DivergedError if it is the `limit`-th skipped one in a row.
+
+        The message names `last_good`, the checkpoint to resume from.
+        """
         self._in_a_row = self._in_a_row + 1 if skipped else 0
-        if self._in_a_row == self._most:
-            raise IllError(
-                f"NaN or Inf in {self._most} steps in a row, up to step {step}: the weights are as they were before; "
+        if self._in_a_row == self._limit:
+            raise DivergedError(
+                f"NaN or Inf in {self._limit} steps in a row, up to step {step}: the weights are as they were before; "
                 f"the last good checkpoint is {last_good}. Lower optim.base_lr, set optim.clip_grad, look at the data"
             )
 
 
 class Spikes:
-    """Flags losses that are many times what they were."""
+    """Flags losses that are many times the recent median."""
 
     def __init__(self, times: float):
         self._times = times
-        self._last: deque[float] = deque(maxlen=_REMEMBERED)
+        self._last: deque[float] = deque(maxlen=_HISTORY)
 
     def note(self, loss: float) -> bool:
-        """Whether `loss`, that of the next step, is a spike; the first steps of a start tell nothing yet."""
-        spike = len(self._last) == _REMEMBERED and loss > self._times * statistics.median(self._last)
+        """Whether the loss of the next step is a spike: more than `times` the median of the 50 losses before it.
+
+        The first 50 losses after a start are never spikes.
+        """
+        spike = len(self._last) == _HISTORY and loss > self._times * statistics.median(self._last)
         self._last.append(loss)
         return spike
 
 
 class Watchdog:
-    """Names ranks that fall silent, and ends this one, which would wait for them forever.
+    """Ends this rank if no rank makes progress for `silent_s` seconds, and reports which rank is stuck.
 
-    Use it as a context manager. The main thread calls `heartbeat` wherever it gets on; a thread writes down how far it is,
-    in a file a rank that all hosts of the run see, so that no rank's death takes the record with it.
+    Use it as a context manager. The main thread calls `heartbeat` whenever it makes progress. A thread writes the
+    number of heartbeats into one file per rank. All hosts see these files, so they survive a rank that ends.
     """
 
     def __init__(
         self, folder: Path, rank: int, world_size: int, silent_s: float, end: Callable[[str], None] | None = None
     ):
-        """`end` is told what is wrong instead of ending the process; for tests."""
+        """`end` is called with the report instead of ending the process; for tests."""
         self._folder, self._rank, self._world_size, self._silent_s = folder, rank, world_size, silent_s
         self._end = end or _exit
         self._beats = 0
@@ -77,7 +83,7 @@ class Watchdog:
         self._thread.join()
 
     def heartbeat(self) -> None:
-        """Tells that the main thread has come one place further; ranks pass the same places."""
+        """Counts progress of the main thread; all ranks call it at the same points of training."""
         self._beats += 1
 
     def _run(self) -> None:
@@ -93,7 +99,7 @@ class Watchdog:
                 then = self._read()
             elif waited_s > self._silent_s and then:
                 now = self._read()
-                if any(now[rank][0] != then[rank][0] for rank in now):  # somebody gets on; so shall we
+                if any(now[rank][0] != then[rank][0] for rank in now):  # a rank makes progress, so all will
                     since, then = time.monotonic(), {}
                     continue
                 stopped = [rank for rank in now if now[rank] == then[rank] and rank != self._rank]
@@ -102,7 +108,7 @@ class Watchdog:
                 names = ", ".join(map(str, stopped or behind))
                 what = "their processes stand still" if stopped else "the others have come further"
                 if not stopped and len(behind) == self._world_size:
-                    what = "all of them wait at the same place"
+                    what = "all ranks wait at the same point"
                 self._end(f"rank {names}: silent for {self._silent_s:g} s ({what}); this run ends")
                 return
 
@@ -110,11 +116,11 @@ class Watchdog:
         (self._folder / f"{self._rank:05d}").write_text(f"{self._beats} {ticks}")
 
     def _read(self) -> dict[int, tuple[str, str]]:
-        """Beats and ticks of every rank; a file that is just being written is read again."""
+        """Heartbeats and ticks of the watchdog thread by rank, as text; a file that is being written is read again."""
         found: dict[int, tuple[str, str]] = {}
         for rank in range(self._world_size):
             path = self._folder / f"{rank:05d}"
-            # A rank that has not begun has no file yet.
+            # A rank that has not started has no file yet.
             while len(parts := path.read_text().split() if path.exists() else ["0", "0"]) != 2:
                 time.sleep(0.01)
             found[rank] = (parts[0], parts[1])

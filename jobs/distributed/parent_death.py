@@ -1,8 +1,8 @@
-"""No rank outlives its launcher. To be imported before anything slow: the import sets it up.
+"""Ends a rank when its launcher ends. Importing this module sets it up; import it before anything slow.
 
-The kernel watches the parent. Under `deepspeed` the parent is a launcher of its own that outlives the runner which the
-user started and leaves the ranks running (measured, 0.19.8), so a thread watches the runner. A process that no launcher
-started is left alone: `nohup maelstream pretrain` survives its shell.
+The kernel kills a rank when its parent process ends. Under `deepspeed` the parent is a second launcher, which outlives
+the runner that the user started and leaves the ranks running (measured with 0.19.8). A thread therefore watches the
+runner. A process without a launcher is not affected: `nohup maelstream pretrain` survives its shell.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _parent_of(process: int) -> int:
-    """0 when the process is gone."""
+    """Process id of the parent; 0 if the process has ended."""
     try:
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
@@ -27,7 +27,7 @@ def _parent_of(process: int) -> int:
 def _end_with_launcher() -> None:
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # `maelstream launch` tells its number; it may have died before the kernel was told.
+    # `maelstream launch` passes its process id; it may have ended before the call above.
     if os.getppid() != int(os.environ.get("MAELSTREAM_LAUNCHER", parent)):
         os._exit(ORPHANED)
     if b"deepspeed.launcher.launch" in Path(f"/proc/{parent}/cmdline").read_bytes():

@@ -1,4 +1,4 @@
-"""This process among the others: how it finds them, and how they agree on a thing."""
+"""Ranks: how a process joins the process group, and how ranks agree on flags and numbers."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ _SLURM = {
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others."""
+    """The rank of this process, and how many ranks there are."""
 
     rank: int
     world_size: int
@@ -43,13 +43,13 @@ class Ranks:
 
 
 def ranks_from_environment() -> Ranks:
-    """As the launcher (`maelstream launch`, `deepspeed`, `torchrun`, `srun`) set them; one rank without a launcher.
+    """The ranks that the launcher set (`maelstream launch`, `deepspeed`, `torchrun` or `srun`); one without a launcher.
 
     Raises:
         RanksError: more ranks on this machine than it has GPUs.
     """
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
-        # The last one is like "4(x2)": 4 tasks on each of 2 nodes.
+        # The tasks per node are like "4(x2)": 4 tasks on each of 2 nodes.
         os.environ |= {name: os.environ[slurm].partition("(")[0] for name, slurm in _SLURM.items()}
         if "MASTER_ADDR" not in os.environ:
             raise RanksError("srun sets no MASTER_ADDR; start from jobs/slurm/pretrain.sbatch, which exports it")
@@ -59,15 +59,20 @@ def ranks_from_environment() -> Ranks:
     ranks = Ranks(int(os.environ.get("RANK", "0")), world_size, int(os.environ.get("LOCAL_RANK", "0")), int(local))
     if torch.cuda.is_available() and ranks.local_world_size > torch.cuda.device_count():
         raise RanksError(
-            f"{ranks.local_world_size} ranks on a machine with {torch.cuda.device_count()} GPUs; start one a GPU"
+            f"{ranks.local_world_size} ranks on a machine with {torch.cuda.device_count()} GPUs; start one per GPU"
         )
     return ranks
 
 
 @contextlib.contextmanager
 def process_group(ranks: Ranks, timeout_s: float) -> Iterator["ControlGroup"]:
-    """Joins the ranks, and leaves them together when the block ends; a collective gives up after `timeout_s`."""
-    told = dict(os.environ)
+    """Joins the process group and leaves it when the block ends; a collective times out after `timeout_s` seconds.
+
+    Raises:
+        MeetingError: the ranks do not find one another.
+        LostError: another rank ends inside the block.
+    """
+    environment = dict(os.environ)
     if ranks.world_size == 1:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         with socket.socket() as free:
@@ -88,7 +93,7 @@ def process_group(ranks: Ranks, timeout_s: float) -> Iterator["ControlGroup"]:
     try:
         yield ControlGroup(ranks, torch.distributed.new_group(backend="gloo", timeout=timeout))
     except MaelstreamError as error:
-        error.found_by_all = isinstance(error, AgreedError)  # a bad sample, say, is met by one rank alone
+        error.found_by_all = isinstance(error, AgreedError)  # a bad sample, for example, is found by one rank alone
         raise
     except RuntimeError as error:  # gloo has no class of its own
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower():
@@ -96,35 +101,38 @@ def process_group(ranks: Ranks, timeout_s: float) -> Iterator["ControlGroup"]:
         raise
     finally:
         torch.distributed.destroy_process_group()
-        for name in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - told.keys():
-            os.environ.pop(name, None)  # or a process that this one starts takes itself for a rank
+        for name in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} - environment.keys():
+            os.environ.pop(name, None)  # otherwise a process started later believes it is a rank
 
 
 @dataclass(frozen=True)
 class ControlGroup:
-    """How ranks agree: sums of a few numbers over a group of CPUs, which leaves the GPUs' queues alone."""
+    """Agreement of ranks on a few numbers and texts, by gloo collectives on CPUs, which do not touch the GPUs' queues.
+
+    Every method is a collective: all ranks must call it.
+    """
 
     ranks: Ranks
     group: Any
 
     def sums(self, values: list[float]) -> list[float]:
-        """Of each of `values` over all ranks, in float64."""
+        """The sum of each of `values` over all ranks, in float64."""
         total = torch.tensor(values, dtype=torch.float64)
         torch.distributed.all_reduce(total, group=self.group)
         return total.tolist()
 
     def any(self, value: bool) -> bool:
-        """Whether it holds on at least one rank."""
+        """Whether `value` is true on at least one rank."""
         return self.sums([float(value)])[0] > 0
 
     def all_texts(self, text: str) -> list[str]:
-        """Every rank's, by rank."""
+        """The texts of all ranks, by rank."""
         texts: list[str] = [""] * self.ranks.world_size
         torch.distributed.all_gather_object(texts, text, group=self.group)
         return texts
 
     def text_of_first(self, text: str) -> str:
-        """Rank 0's."""
+        """The text of rank 0; the argument of other ranks is ignored."""
         texts = [text]
         torch.distributed.broadcast_object_list(texts, src=0, group=self.group)
         return texts[0]

@@ -10,21 +10,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stop:
-    """Notes the signals that ask for an end; use it as a context manager, in the main thread.
+    """Records the signals that stop training; a context manager for the main thread.
 
-    Until `training` is called there is nothing to save, and a signal ends the process at once. From then on whoever
-    does not reach the end within `grace_s` is ended where it stands, with the same code: what is on the disk stays
-    whole. A second Ctrl-C, a second later at the earliest, ends it at once.
+    Until `defer` is called there is nothing to save, and a signal ends the process at once. Afterwards the process has
+    `grace_s` seconds to finish the step and save. Then it ends with the same exit code; files on disk stay complete.
+    A second Ctrl-C that comes at least one second after the first ends it at once.
 
-    A thread notes them: Python runs handlers between two instructions of the main thread, which may be waiting for
-    other ranks in C++ for good.
+    A thread receives the signals, because Python runs signal handlers between two instructions of the main thread, and
+    the main thread may wait in C++ for other ranks forever.
     """
 
     def __init__(self, grace_s: float):
         self._grace_s = grace_s
-        self._training = False
+        self._deferred = False
         self._received: signal.Signals | None = None
-        self._at = 0.0
+        self._received_at = 0.0
 
     def __enter__(self) -> "Stop":
         self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
@@ -43,9 +43,9 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def training(self) -> None:
-        """From now on a signal waits for the step."""
-        self._training = True
+    def defer(self) -> None:
+        """From now on a signal lets the step finish and save."""
+        self._deferred = True
 
     @property
     def received(self) -> signal.Signals | None:
@@ -55,16 +55,16 @@ class Stop:
     def _listen(self) -> None:
         while numbers := os.read(self._reading, 1):
             if numbers[0] in SIGNALS:
-                self._note(signal.Signals(numbers[0]))
+                self._record(signal.Signals(numbers[0]))
 
-    def _note(self, number: signal.Signals) -> None:
-        if not self._training:
+    def _record(self, number: signal.Signals) -> None:
+        if not self._deferred:
             os._exit(128 + number)
         if self._received is not None:
-            if number == signal.SIGINT and time.monotonic() - self._at > 1:
+            if number == signal.SIGINT and time.monotonic() - self._received_at > 1:
                 os._exit(128 + number)
             return
-        self._received, self._at = number, time.monotonic()
+        self._received, self._received_at = number, time.monotonic()
         deadline = threading.Timer(self._grace_s, os._exit, [128 + number])
         deadline.daemon = True
         deadline.start()

@@ -1,4 +1,4 @@
-"""What a sweep found: a table with means and spreads over seeds beside the paper's numbers, a figure, JSON and CSV."""
+"""Results of a sweep: a table of means and deviations over seeds with the paper's numbers, a figure, JSON and CSV."""
 
 import csv
 import io
@@ -20,23 +20,23 @@ _COLOUR = "#3b6fb6"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is known of a cell."""
+    """The results of one cell."""
 
     cell: Cell
     folder: str
     loss: float | None
-    """The last that pre-training logged; None while it goes on."""
+    """The last loss of pre-training; None while it is unfinished."""
     results: dict[str, Evaluation | None]
-    """By evaluation."""
+    """Results by the name of the evaluation; None for an unfinished one."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Of one row over its seeds."""
+    """Mean and deviation of one row over its seeds."""
 
     mean: float
     deviation: float | None
-    """Sample standard deviation; None of one seed."""
+    """Sample standard deviation; None for a single seed."""
     seeds: int
 
     def __str__(self) -> str:
@@ -44,14 +44,14 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """None of no value."""
+    """Mean and deviation of the values; None if there are none."""
     if not values:
         return None
     return Spread(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
 def rows_of(found: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """Outcomes by row, in order."""
+    """Outcomes by row, in the order of the rows."""
     rows: dict[str, list[Outcome]] = {}
     for outcome in found:
         rows.setdefault(outcome.cell.row, []).append(outcome)
@@ -59,23 +59,23 @@ def rows_of(found: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def top1(outcomes: Sequence[Outcome], name: str) -> Spread | None:
-    """Of one evaluation over the seeds that have it."""
+    """Top-1 of one evaluation in percent, over the seeds that have finished it."""
     return spread([result.top1 for outcome in outcomes if (result := outcome.results[name]) is not None])
 
 
 def headings(names: Sequence[str]) -> dict[str, str]:
-    """What each evaluation is called: its job, or with its options where the job comes twice."""
+    """Column title of each evaluation: its job, with its options if the job occurs more than once."""
     jobs = [name.partition(" ")[0] for name in names]
     return {name: job if jobs.count(job) == 1 else name for name, job in zip(names, jobs, strict=True)}
 
 
 def table(found: Sequence[Outcome], names: Sequence[str], title: str) -> Table:
-    """A row a setting: the loss and each evaluation's top-1, and the paper's where it has the row."""
+    """One row per setting: the loss, the top-1 of each evaluation, and the paper's top-1 if the paper has the row."""
     jobs = {name: name.partition(" ")[0] for name in names}
-    told = [name for name in names if any(jobs[name] in outcome.cell.paper for outcome in found)]
+    compared = [name for name in names if any(jobs[name] in outcome.cell.paper for outcome in found)]
     heads = headings(names)
     shown = Table(
-        "row", "seeds", "loss", *heads.values(), *(f"paper, {jobs[name]} (ViT-L)" for name in told), title=title
+        "row", "seeds", "loss", *heads.values(), *(f"paper, {jobs[name]} (ViT-L)" for name in compared), title=title
     )
     for row, outcomes in rows_of(found).items():
         loss = spread([outcome.loss for outcome in outcomes if outcome.loss is not None])
@@ -86,13 +86,16 @@ def table(found: Sequence[Outcome], names: Sequence[str], title: str) -> Table:
             f"{done}/{len(outcomes)}",
             "" if loss is None else f"{loss.mean:.4f}",
             *(str(top1(outcomes, name) or "") for name in names),
-            *(f"{paper[jobs[name]]:.1f}" if jobs[name] in paper else "" for name in told),
+            *(f"{paper[jobs[name]]:.1f}" if jobs[name] in paper else "" for name in compared),
         )
     return shown
 
 
 def draw(found: Sequence[Outcome], names: Sequence[str], title: str, path: Path) -> None:
-    """As figures 5, 7 and 9: the setting on x, top-1 on y, a panel an evaluation; partial tuning in one, by blocks."""
+    """Plots top-1 over the setting, one panel per evaluation, as in the paper's figures 5 and 7.
+
+    If all evaluations are partial fine-tuning, one panel shows top-1 over the number of blocks, as in figure 9.
+    """
     blocks = all(name.startswith("partial ") for name in names) and len(names) > 1
     panels = ["partial fine-tuning"] if blocks else list(names)
     figure = Figure(figsize=(4.6 * len(panels), 3.4), layout="constrained")
@@ -100,12 +103,12 @@ def draw(found: Sequence[Outcome], names: Sequence[str], title: str, path: Path)
         for label, points in _series(found, names, panel, blocks).items():
             labels, spreads = zip(*points, strict=True)
             numeric = all(_is_number(label) for label in labels)
-            places = [float(text) for text in labels] if numeric and not blocks else list(range(len(labels)))
+            positions = [float(text) for text in labels] if numeric and not blocks else list(range(len(labels)))
             errors = [one.deviation or 0.0 for one in spreads]
             means = [one.mean for one in spreads]
             line, colour = "-" if numeric else "none", None if blocks else _COLOUR
-            axes.errorbar(places, means, errors, marker="o", linestyle=line, capsize=3, label=label, color=colour)
-            axes.set_xticks(places, labels, rotation=0 if numeric else 30, ha="center" if numeric else "right")
+            axes.errorbar(positions, means, errors, marker="o", linestyle=line, capsize=3, label=label, color=colour)
+            axes.set_xticks(positions, labels, rotation=0 if numeric else 30, ha="center" if numeric else "right")
         axes.set_ylabel("top-1 (%)")
         axes.set_xlabel("blocks fine-tuned" if blocks else title)
         axes.set_title(panel if blocks else headings(names)[panel])
@@ -143,7 +146,7 @@ def _is_number(text: str) -> bool:
 
 
 def write_results(found: Sequence[Outcome], names: Sequence[str], folder: Path) -> None:
-    """`results.json` and `results.csv`: a line a cell, and in the first the means too."""
+    """Writes `results.json` and `results.csv`: one entry per cell; the JSON file has the means of the rows too."""
     keys = list(dict.fromkeys(key for outcome in found for key in outcome.cell.setting))
     lines = [
         {"row": outcome.cell.row, "seed": outcome.cell.seed, "folder": outcome.folder, "loss": outcome.loss}

@@ -164,7 +164,7 @@ class Trainer:
         """Logs a step: every `log.every_steps`, the first, the last, and any that is unusual or evaluated.
 
         Raises:
-            IllError: `health.bad_steps` steps in a row were skipped.
+            DivergedError: `health.bad_steps` steps in a row were skipped.
         """
         recipe, step = self.objective.recipe, self.steps
         is_spike = result.taken and self.spikes.note(result.loss)
@@ -288,7 +288,7 @@ def train(
             fingerprint=fingerprint,
             ema_decay=ema_decay,
         )
-        stop.training()
+        stop.defer()
         trainer.run()
         if trainer.steps == schedule.total_steps and evaluator is not None:
             evaluator.record_result(folder, trainer.steps)

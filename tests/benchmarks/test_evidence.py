@@ -1,4 +1,4 @@
-"""Evidence: its commands make recipes, and its page tells means, differences by seed, and what is open."""
+"""Evidence: its commands use valid recipes, and its page shows means, differences per seed and missing results."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def options(tmp_path: Path, size: str = "reduced") -> Options:
 
 
 def evaluated(folder: Path, job: Job, top1: float, blocks: float = -1) -> None:
-    """A result as an evaluation of a run leaves it."""
+    """Records a result as an evaluation of a run does."""
     weights = folder.parent if job != "scratch" else None
     found = Evaluation(
         job,
@@ -45,7 +45,7 @@ def evaluated(folder: Path, job: Job, top1: float, blocks: float = -1) -> None:
 
 
 @pytest.mark.parametrize("size", ["reduced", "whole"])
-def test_every_command_is_made_of_recipes_that_can_be_read(size: str, tmp_path: Path) -> None:
+def test_every_command_uses_valid_recipes(size: str, tmp_path: Path) -> None:
     sweeps = 0
     for command in Evidence(options(tmp_path, size)).commands():
         for word in command:
@@ -53,7 +53,7 @@ def test_every_command_is_made_of_recipes_that_can_be_read(size: str, tmp_path: 
                 load_any_recipe(Path(name))
         if command[0] == "sweep":
             grids = [grid_of(command[place + 1]) for place, word in enumerate(command) if word == "--grid"]
-            then = [command[place + 1] for place, word in enumerate(command) if word == "--then"]
+            then = [command[index + 1] for index, word in enumerate(command) if word == "--then"]
             assert cells_of(load_recipe(Path(command[1])), grids, SEEDS) and steps_of(then)
             sweeps += 1
     assert sweeps == 6 and Sweep.__dataclass_fields__.keys() >= {"grid", "seeds", "then", "train", "val"}
@@ -70,35 +70,35 @@ def test_every_row_is_a_cell_of_a_sweep_or_a_supervised_run(tmp_path: Path) -> N
     assert {f"{setting.runs}{seed}" for setting in evidence.settings() for seed in SEEDS} == folders
 
 
-def test_claims_are_of_rows_that_there_are(tmp_path: Path) -> None:
+def test_claims_compare_rows_of_the_table(tmp_path: Path) -> None:
     for size in ("reduced", "whole"):
         evidence = Evidence(options(tmp_path, size))
         rows = {setting.name for setting in evidence.settings()}
         assert {row for claim in evidence.claims() for row, _ in (claim.better, claim.worse)} <= rows
 
 
-def test_the_page_tells_means_differences_and_what_is_open(tmp_path: Path) -> None:
+def test_the_page_shows_means_differences_and_missing_results(tmp_path: Path) -> None:
     evidence = Evidence(options(tmp_path))
     for seed, (tuned, supervised) in enumerate([(60, 50), (62, 51), (58, 59)]):
         evaluated(evidence.runs / f"base/the-recipe_seed-{seed}" / "finetune", "finetune", tuned)
         evaluated(evidence.runs / f"scratch-x1/seed-{seed}", "scratch", supervised)
     evaluated(evidence.runs / "base/the-recipe_seed-0" / "partial", "partial", 40, 1)
-    told = page(evidence, "reduced")
-    assert "| random 75 % (the recipe) | 60.00 ± 2.00 | 40.00 (1 of 3) |" in told
-    assert "| 1. pre-trained and fine-tuned over supervised | 6.67 ± 6.66 | 2 of 3 |" in told
-    assert "| 1. and over supervised for twice the epochs | open |  |" in told
+    text = page(evidence, "reduced")
+    assert "| random 75 % (the recipe) | 60.00 ± 2.00 | 40.00 (1 of 3) |" in text
+    assert "| 1. pre-trained and fine-tuned over supervised | 6.67 ± 6.66 | 2 of 3 |" in text
+    assert "| 1. and over supervised for twice the epochs | open |  |" in text
     assert spread([1.0, 2.0, 3.0]) == "2.00 ± 1.00"
 
 
-def test_a_supervised_run_that_ended_is_not_started_again(tmp_path: Path) -> None:
+def test_a_finished_supervised_run_is_not_started_again(tmp_path: Path) -> None:
     evidence = Evidence(options(tmp_path))
     before = sum(command[0] == "launch" for command in evidence.commands())
     evaluated(evidence.runs / "scratch-x1/seed-1", "scratch", 50.0)
     assert sum(command[0] == "launch" for command in evidence.commands()) == before - 1
 
 
-def test_parts_run_side_by_side_each_on_cores_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Two at a time, and each but the last two begins where another has ended."""
+def test_parts_run_side_by_side_on_their_own_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two run at a time; the third and fourth start after two have ended."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     seen: list[tuple[str, tuple[int, ...], int]] = []
     ended: list[int] = []
@@ -113,20 +113,20 @@ def test_parts_run_side_by_side_each_on_cores_of_its_own(monkeypatch: pytest.Mon
     assert {cores for _, cores, _ in seen} == {(0,), (1,)}
 
 
-def test_a_part_that_fails_stops_the_others_and_starts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    going: list[subprocess.Popen] = []
+def test_a_failing_part_stops_the_others_and_no_more_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes: list[subprocess.Popen] = []
 
     def started(command: list[str], cores: list[int]) -> subprocess.Popen:
-        going.append(subprocess.Popen(command))
-        return going[-1]
+        processes.append(subprocess.Popen(command))
+        return processes[-1]
 
     monkeypatch.setattr(evidence_module, "started", started)
     assert run_side_by_side([["sleep", "60"], ["false"], ["sleep", "60"]], 2, lambda: None) == 1
-    assert [process.returncode for process in going] == [-signal.SIGTERM, 1]
+    assert [process.returncode for process in processes] == [-signal.SIGTERM, 1]
 
 
 def test_a_signal_stops_every_part_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A part that gets SIGTERM a second time would end without its checkpoint."""
+    """A part that receives SIGTERM twice would end without a checkpoint."""
     counting = (
         "import signal, sys, time; from pathlib import Path; got = []\n"
         "signal.signal(signal.SIGTERM, lambda *_: got.append(1))\n"

@@ -1,4 +1,4 @@
-"""Real launchers, as on the command line: exit codes, restarts, two nodes, SLURM's environment, and no orphans."""
+"""Launchers on the command line: exit codes, restarts, two nodes, SLURM's environment, and no orphans."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ Begin = Callable[..., subprocess.Popen]
 
 @pytest.fixture
 def begin(tmp_path: Path) -> Iterator[Begin]:
-    """Starts a command; whatever is left of it at the end is killed."""
+    """Starts a command; at the end of the test it is killed if it still runs."""
     started = []
 
     def start(*command: str, **more: str) -> subprocess.Popen:
@@ -49,8 +49,8 @@ def deepspeed(ranks: int) -> list[str]:
 def wait_for_step(folder: RunFolder, step: int, process: subprocess.Popen) -> None:
     end = time.monotonic() + 120
     while not any(line["step"] >= step for line in folder.read_metrics()):
-        said = folder.path.with_name("output").read_text()
-        assert time.monotonic() < end and process.poll() is None, said
+        printed = folder.path.with_name("output").read_text()
+        assert time.monotonic() < end and process.poll() is None, printed
         time.sleep(0.1)
 
 
@@ -65,16 +65,14 @@ def ranks_of(folder: RunFolder) -> list[psutil.Process]:
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
-    """Within 10 s."""
+    """Asserts that these processes end within 10 s."""
     assert processes
     _, alive = psutil.wait_procs(processes, timeout=10)
     assert not alive
 
 
-def test_a_rank_that_is_killed_is_started_again_and_the_second_time_left_out(
-    tiny: str, tmp_path: Path, begin: Begin
-) -> None:
-    """Then SIGTERM to the launcher: its rank saves, and its code is the launcher's."""
+def test_a_killed_rank_restarts_and_is_left_out_after_the_second_time(tiny: str, tmp_path: Path, begin: Begin) -> None:
+    """At the end the launcher receives SIGTERM: its rank saves, and the launcher returns the rank's exit code."""
     folder = RunFolder(tmp_path / "run")
     launcher = begin(*launch("--nproc", "2", "--max-restarts", "2"), tiny, "--run", str(folder.path), *LONG)
     for step in (25, 60):
@@ -87,13 +85,13 @@ def test_a_rank_that_is_killed_is_started_again_and_the_second_time_left_out(
     assert launcher.wait(30) == 128 + signal.SIGTERM
     assert folder.checkpoints.steps()[-1] == folder.read_metrics()[-1]["step"]
     steps = [line["step"] for line in folder.read_metrics()]
-    assert steps == list(range(1, len(steps) + 1))  # each once
-    said = (tmp_path / "output").read_text()
-    assert "rank 1 ended with exit code 137" in said and "device 1 failed first twice in a row" in said
+    assert steps == list(range(1, len(steps) + 1))  # each step once
+    printed = (tmp_path / "output").read_text()
+    assert "rank 1 ended with exit code 137" in printed and "device 1 failed first twice in a row" in printed
 
 
 @pytest.mark.parametrize("starter", ["maelstream", "deepspeed"])
-def test_nothing_is_left_after_the_launcher_is_killed(tiny: str, tmp_path: Path, begin: Begin, starter: str) -> None:
+def test_no_rank_is_left_after_the_launcher_is_killed(tiny: str, tmp_path: Path, begin: Begin, starter: str) -> None:
     folder = RunFolder(tmp_path / "run")
     command = launch("--nproc", "2") if starter == "maelstream" else deepspeed(2)
     launcher = begin(*command, tiny, "--run", str(folder.path), *LONG)
@@ -113,7 +111,7 @@ def test_two_launchers_train_one_run(tiny: str, tmp_path: Path, begin: Begin) ->
     assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
 
 
-def test_slurm_s_environment_is_enough(tiny: str, tmp_path: Path, begin: Begin) -> None:
+def test_slurms_environment_is_sufficient(tiny: str, tmp_path: Path, begin: Begin) -> None:
     common = {"SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x1)", "SLURM_JOB_ID": str(free_port())}
     command = (
         sys.executable,
@@ -131,10 +129,10 @@ def test_slurm_s_environment_is_enough(tiny: str, tmp_path: Path, begin: Begin) 
     assert "srun sets no MASTER_ADDR" in (tmp_path / "output").read_text()
 
 
-def test_torchrun_starts_it(tiny: str, tmp_path: Path, begin: Begin) -> None:
+def test_torchrun_starts_pre_training(tiny: str, tmp_path: Path, begin: Begin) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ("--run", str(tmp_path / "run"), "--stop-at-step", "3")
-    # Behind `--`: torchrun takes --run for the beginning of one of its own options.
+    # After `--`: torchrun reads --run as an abbreviation of one of its own options.
     done = begin(*torchrun, "--module", "--", "maelstream.jobs.pretrain", tiny, *options)
     assert done.wait(120) == 0, (tmp_path / "output").read_text()
     assert RunFolder(tmp_path / "run").checkpoints.steps() == [3]

@@ -18,7 +18,7 @@ from tests.helpers.forked import run_ranks
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_sweep_killed_with_9_leaves_no_rank_and_goes_on_from_the_checkpoint(
+def test_a_killed_sweep_leaves_no_rank_and_resumes_from_the_checkpoint(
     tiny: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -27,11 +27,11 @@ def test_a_sweep_killed_with_9_leaves_no_rank_and_goes_on_from_the_checkpoint(
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     first, second = (RunFolder(out / f"base-lr-{lr}_seed-0") for lr in ("0.05", "0.1"))
     run_ranks(1, tiny, "--run", str(first.path), "--seed", "0", "--optim.base-lr", "0.05", output=tmp_path / "first")
-    with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+    with (tmp_path / "printed").open("w") as printed:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=printed, stderr=printed)
         end = time.monotonic() + 120
         while not second.checkpoints.steps():
-            assert process.poll() is None and time.monotonic() < end, (tmp_path / "said").read_text()
+            assert process.poll() is None and time.monotonic() < end, (tmp_path / "printed").read_text()
             time.sleep(0.01)
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()

@@ -1,4 +1,4 @@
-"""The launcher alone: ranks are a shell script that ends as it is told. Real ones: tests/e2e/test_launch.py."""
+"""The launcher with shell scripts as ranks, which end as each test wants. Real ranks: tests/e2e/test_launch.py."""
 
 import os
 import re
@@ -14,12 +14,12 @@ from maelstream.jobs.distributed import launching
 
 PYTHON = sys.executable
 RANK_SCRIPT = """#!/bin/bash
-# `python -m maelstream.jobs.command pretrain BEHAVIOUR ...`; the attempt is counted in a file a rank.
+# `python -m maelstream.jobs.command pretrain BEHAVIOUR ...`; each start adds a line to the file $LOG.
 echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR" >> "$LOG"
 eval "$4"
 """
 SSH_SCRIPT = """#!/bin/bash
-# `ssh -o .. -o .. HOST COMMAND` without the way there; hosts named gone* do not answer, nor do those in the file DOWN.
+# `ssh -o .. -o .. HOST COMMAND` on this machine; hosts named gone* and those in the file DOWN do not answer.
 case "$5" in gone*) exit 255;; esac
 if [ -e "$DOWN" ] && grep -q "^$5$" "$DOWN"; then exit 255; fi
 exec bash -c "$6"
@@ -28,7 +28,7 @@ exec bash -c "$6"
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Ranks are scripts that write their place here; ssh is a script too."""
+    """The file into which ranks, which are scripts here, write their numbers; ssh is a script too."""
     for name, text in (("rank", RANK_SCRIPT), ("ssh", SSH_SCRIPT)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -45,13 +45,13 @@ def starts(log: Path) -> list[str]:
     return [line.split()[0] for line in log.read_text().splitlines()]
 
 
-def test_ranks_are_told_their_places_and_all_must_end_well(log: Path) -> None:
+def test_ranks_receive_their_numbers_and_all_must_succeed(log: Path) -> None:
     assert run("launch", ["--nproc", "3", "pretrain", "exit 0"]) == 0
     assert sorted(log.read_text().splitlines()) == [f"{n}/3 {n}/3 127.0.0.1" for n in range(3)]
 
 
-def test_the_true_exit_code_is_that_of_the_rank_at_fault(log: Path) -> None:
-    """Rank 0 loses rank 1, and may end before it is noticed that rank 1 has."""
+def test_the_exit_code_is_that_of_the_rank_that_failed_first(log: Path) -> None:
+    """Rank 0 loses rank 1, and may end before the launcher notices that rank 1 has ended."""
     assert run("launch", ["--nproc", "2", "pretrain", "[ $RANK = 0 ] && exit 69; sleep 0.5; exit 41"]) == 41
     assert run("launch", ["--nproc", "2", "pretrain", "[ $RANK = 1 ] && kill -9 $$; exit 69"]) == 137
 
@@ -63,7 +63,7 @@ def test_ranks_that_do_not_end_by_themselves_are_killed(log: Path, monkeypatch: 
     assert time.monotonic() - start < 5
 
 
-def test_it_starts_again_after_a_failure_and_leaves_out_a_rank_that_fails_first_twice(
+def test_ranks_restart_after_a_failure_without_a_rank_that_fails_first_twice(
     log: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     behaviour = "[ $WORLD_SIZE = 3 ] && { [ $RANK = 1 ] && exit 9; sleep 0.5; exit 69; }; exit 0"
@@ -73,12 +73,12 @@ def test_it_starts_again_after_a_failure_and_leaves_out_a_rank_that_fails_first_
 
 
 @pytest.mark.parametrize(("code", "count"), [(2, 1), (143, 1), (5, 3)])
-def test_a_user_s_error_and_a_stop_are_not_tried_again(log: Path, code: int, count: int) -> None:
+def test_a_user_error_and_a_signal_are_not_retried(log: Path, code: int, count: int) -> None:
     assert run("launch", ["--nproc", "1", "--max-restarts", "2", "pretrain", f"exit {code}"]) == code
     assert len(starts(log)) == count
 
 
-def test_two_nodes_make_one_world(log: Path) -> None:
+def test_the_ranks_of_two_nodes_are_numbered_together(log: Path) -> None:
     for node in ("0", "1"):
         options = ["--nproc", "2", "--nnodes", "2", "--node-rank", node, "--master", "10.0.0.1:29500"]
         assert run("launch", [*options, "pretrain", "exit 0"]) == 0
@@ -95,10 +95,8 @@ def hostfile(folder: Path, text: str) -> str:
     return str(folder / "hosts")
 
 
-def test_a_hostfile_starts_a_launcher_on_each_host_and_goes_on_without_one_that_is_gone(
-    log: Path, tmp_path: Path
-) -> None:
-    """The launchers that ssh starts are real ones."""
+def test_a_hostfile_starts_a_launcher_on_each_host_and_continues_without_a_lost_host(log: Path, tmp_path: Path) -> None:
+    """The launchers that ssh starts are real."""
     rank = tmp_path / "rank"
     launcher = (
         f"import sys; from maelstream.jobs import launch; from maelstream.jobs.distributed import launching; "

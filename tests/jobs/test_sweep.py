@@ -1,4 +1,4 @@
-"""Sweeps, with a start that only leaves the files of a run: what is done, what is done again, and what comes of it."""
+"""Sweeps with a fake launcher that only writes the files of a run: which commands run, and what the tables show."""
 
 import csv
 import json
@@ -19,8 +19,8 @@ RATIOS = ["--grid", "model.mask_ratio=0.5,0.75", "--seeds", "0,1"]
 TOP1 = {("0.5", "0"): 60.0, ("0.5", "1"): 62.0, ("0.75", "0"): 70.0, ("0.75", "1"): 71.0}
 
 
-class Machine:
-    """What `maelstream launch` would do; the `fails`-th command (from 1) is stopped as by Ctrl-C."""
+class Launcher:
+    """Stands in for `maelstream launch`; the `fails`-th command (from 1) returns the exit code of Ctrl-C."""
 
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
@@ -46,8 +46,8 @@ class Machine:
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    made = Machine()
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    made = Launcher()
     monkeypatch.setattr(sweep, "launched", lambda nproc, max_restarts: made)
     return made
 
@@ -60,15 +60,15 @@ def recipe(tmp_path: Path) -> str:
 
 
 def test_every_cell_is_a_run_with_its_evaluations_and_the_table_has_means_and_spreads(
-    tmp_path: Path, machine: Machine, recipe: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, launcher: Launcher, recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     then = ["--then", "linprobe --optim.epochs 3", "--then", "finetune", "--then", "knn", "--val", "val"]
     assert run("sweep", [recipe, "--dir", str(tmp_path / "out"), *RATIOS, *then]) == 0
-    assert [command[0] for command in machine.commands] == ["pretrain", "linprobe", "finetune", "knn"] * 4
+    assert [command[0] for command in launcher.commands] == ["pretrain", "linprobe", "finetune", "knn"] * 4
     cell = tmp_path / "out" / "mask-ratio-0.5_seed-1"
     assert RunFolder(cell).recipe().model.mask_ratio == 0.5 and RunFolder(cell).recipe().seed == 1
     own = ["--run", str(cell / "linprobe-optim.epochs-3"), "--seed", "1"]
-    assert ["linprobe", str(cell), "train", "val", "--optim.epochs", "3", *own] in machine.commands
+    assert ["linprobe", str(cell), "train", "val", "--optim.epochs", "3", *own] in launcher.commands
     printed = capsys.readouterr().out
     assert "61.0 ± 1.4" in printed and "70.5 ± 0.7" in printed and "71.0 ± 1.4" in printed
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -81,25 +81,29 @@ def test_every_cell_is_a_run_with_its_evaluations_and_the_table_has_means_and_sp
 
 
 @pytest.mark.parametrize("fails", [1, 2, 4, 8])
-def test_a_stopped_sweep_goes_on_and_does_nothing_twice(
-    tmp_path: Path, machine: Machine, recipe: str, fails: int, capsys: pytest.CaptureFixture[str]
+def test_a_stopped_sweep_resumes_and_repeats_nothing(
+    tmp_path: Path, launcher: Launcher, recipe: str, fails: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [recipe, "--dir", str(tmp_path / "out"), *RATIOS, "--then", "linprobe", "--val", "val"]
-    machine.fails = fails
+    launcher.fails = fails
     assert run("sweep", options) == 130
     assert "the same command resumes from here" in capsys.readouterr().out
-    before, machine.commands, machine.fails = machine.commands, [], 0
+    before, launcher.commands, launcher.fails = launcher.commands, [], 0
     assert run("sweep", options) == 0
-    assert machine.commands[0] == before[-1] and len(before) + len(machine.commands) == 8 + 1
-    machine.commands = []
-    assert run("sweep", options) == 0 and machine.commands == []
+    assert launcher.commands[0] == before[-1] and len(before) + len(launcher.commands) == 8 + 1
+    launcher.commands = []
+    assert run("sweep", options) == 0 and launcher.commands == []
     longer = [*options, "--then", "finetune"]
     assert run("sweep", longer) == 0
-    assert {command[0] for command in machine.commands} == {"finetune"}
+    assert {command[0] for command in launcher.commands} == {"finetune"}
 
 
-def test_a_grid_of_table_1_stands_beside_the_papers_numbers(
-    tmp_path: Path, machine: Machine, recipe: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_table_of_a_grid_of_table_1_shows_the_papers_numbers(
+    tmp_path: Path,
+    launcher: Launcher,
+    recipe: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(f"{__name__}.TOP1", {(f"{depth}", "0"): 50.0 + depth for depth in (1, 2, 4, 8, 12)})
     options = ["--grid", "decoder_depth", "--then", "finetune", "--then", "linprobe", "--val", "val"]
@@ -108,26 +112,26 @@ def test_a_grid_of_table_1_stands_beside_the_papers_numbers(
     assert line.replace("│", " ").split() == ["12", "1/1", "0.5000", "72.0", "62.0", "84.4", "73.3"]
 
 
-def test_partial_tuning_is_one_run_and_a_curve_over_blocks(
-    tmp_path: Path, machine: Machine, recipe: str, monkeypatch: pytest.MonkeyPatch
+def test_partial_fine_tuning_is_one_run_and_a_curve_over_blocks(
+    tmp_path: Path, launcher: Launcher, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"{__name__}.TOP1", {("MAE", "0"): 50.0})
     assert run("sweep", [recipe, "--dir", str(tmp_path / "out"), "--grid", "partial_blocks", "--val", "val"]) == 0
-    assert [command[0] for command in machine.commands] == ["pretrain"] + ["partial"] * 9
+    assert [command[0] for command in launcher.commands] == ["pretrain"] + ["partial"] * 9
     assert (tmp_path / "out" / "sweep.png").exists()
 
 
-def test_a_changed_recipe_or_other_data_is_refused_before_anything_starts(
-    tmp_path: Path, machine: Machine, recipe: str, capsys: pytest.CaptureFixture[str]
+def test_a_changed_recipe_or_other_data_is_an_error_before_anything_starts(
+    tmp_path: Path, launcher: Launcher, recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [recipe, "--dir", str(tmp_path / "out"), *RATIOS, "--then", "linprobe", "--val"]
     assert run("sweep", [*options, "val"]) == 0
-    machine.commands = []
+    launcher.commands = []
     assert run("sweep", [*options, "other"]) == 2
     assert "scored on val; give these as --train and --val" in capsys.readouterr().err
     Path(recipe).write_text("data: {dataset: train}\nmodel: {depth: 3}\n")
     assert run("sweep", [*options, "val"]) == 2
-    assert "another model.depth (2, now 3)" in capsys.readouterr().err.replace("\n", " ") and not machine.commands
+    assert "another model.depth (2, now 3)" in capsys.readouterr().err.replace("\n", " ") and not launcher.commands
 
 
 @pytest.mark.parametrize(
@@ -143,9 +147,9 @@ def test_a_changed_recipe_or_other_data_is_refused_before_anything_starts(
         (["--grid", "model.dept=2"], "the nearest is model.depth"),
     ],
 )
-def test_bad_options_are_one_line(
-    tmp_path: Path, machine: Machine, recipe: str, capsys: Any, options: list[str], complaint: str
+def test_bad_options_get_one_line(
+    tmp_path: Path, launcher: Launcher, recipe: str, capsys: Any, options: list[str], complaint: str
 ) -> None:
     assert run("sweep", [recipe, "--dir", str(tmp_path / "out"), *options]) == 2
     printed = capsys.readouterr().err
-    assert complaint in printed and printed.count("\n") == 1 and not machine.commands
+    assert complaint in printed and printed.count("\n") == 1 and not launcher.commands

@@ -1,4 +1,4 @@
-"""Bad steps, spikes and silence, each told apart from health."""
+"""Skipped steps, loss spikes and ranks without progress are detected, and healthy runs are not reported."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from maelstream.jobs.distributed.health import BadSteps, IllError, Spikes, Watchdog
+from maelstream.jobs.distributed.health import BadSteps, DivergedError, Spikes, Watchdog
 
 
 def test_only_bad_steps_in_a_row_stop_a_run() -> None:
@@ -15,42 +15,43 @@ def test_only_bad_steps_in_a_row_stop_a_run() -> None:
         bad.note(skipped, 1, "")
     bad.note(True, 8, "runs/a/step-4")
     bad.note(True, 9, "runs/a/step-4")
-    with pytest.raises(IllError, match=r"3 steps in a row, up to step 10: .*last good checkpoint is runs/a/step-4"):
+    with pytest.raises(DivergedError, match=r"3 steps in a row, up to step 10:.*last good checkpoint is runs/a/step-4"):
         bad.note(True, 10, "runs/a/step-4")
 
 
-def test_a_loss_far_above_the_last_fifty_is_a_spike_and_noise_is_none() -> None:
+def test_a_loss_far_above_the_last_fifty_is_a_spike_and_noise_is_not() -> None:
     spikes = Spikes(2.0)
-    assert not spikes.note(100.0)  # a start's first losses are high
+    assert not spikes.note(100.0)  # the first losses are high
     assert not any(spikes.note(1.0 + 0.5 * (step % 2)) for step in range(60))
     assert spikes.note(3.2)
     assert not spikes.note(1.4)
 
 
 @pytest.fixture
-def watches(tmp_path: Path) -> Callable[..., list[Watchdog]]:
+def watchdogs(tmp_path: Path) -> Callable[..., list[Watchdog]]:
     def make(count: int, printed: list[str]) -> list[Watchdog]:
         return [Watchdog(tmp_path / "ranks", rank, count, 0.5, printed.append) for rank in range(count)]
 
     return make
 
 
-def test_the_rank_that_is_behind_is_named(watches: Callable[..., list[Watchdog]]) -> None:
+def test_the_watchdog_names_the_rank_that_is_behind(watchdogs: Callable[..., list[Watchdog]]) -> None:
     printed: list[str] = []
-    first, second, third = watches(3, printed)
+    first, second, third = watchdogs(3, printed)
     with first, second, third:
-        for watch in (first, second, third, first, third):
-            watch.heartbeat()
+        for watchdog in (first, second, third, first, third):
+            watchdog.heartbeat()
         end = time.monotonic() + 5
         while len(printed) < 3 and time.monotonic() < end:
             time.sleep(0.02)
-    assert len(printed) == 3 and all("rank 1: silent for 0.5 s (the others have come further)" in text for text in printed)
+    assert len(printed) == 3
+    assert all("rank 1: silent for 0.5 s (the others have come further)" in text for text in printed)
 
 
-def test_ranks_that_get_on_are_never_named_and_who_waits_for_them_waits(watches: Callable[..., list[Watchdog]]) -> None:
-    """Rank 0 writes a checkpoint for longer than silence is allowed; it beats, the other waits."""
+def test_no_rank_is_reported_while_one_makes_progress(watchdogs: Callable[..., list[Watchdog]]) -> None:
+    """Rank 0 writes a checkpoint for longer than `silent_s` and calls `heartbeat`; rank 1 waits for it."""
     printed: list[str] = []
-    first, second = watches(2, printed)
+    first, second = watchdogs(2, printed)
     with first, second:
         end = time.monotonic() + 1.5
         while time.monotonic() < end:

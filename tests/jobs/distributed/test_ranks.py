@@ -1,11 +1,11 @@
-"""Ranks: one alone leaves nothing in the environment that a process started later would take for its own."""
+"""A single rank leaves no variables in the environment, which a process started later would read as its rank."""
 
 import os
 
 from maelstream.jobs.distributed.ranks import process_group, ranks_from_environment
 
 
-def test_a_rank_alone_leaves_the_environment_as_it_was() -> None:
+def test_a_single_rank_restores_the_environment() -> None:
     before = dict(os.environ)
     for _ in range(2):
         with process_group(ranks_from_environment(), 60) as control_group:
