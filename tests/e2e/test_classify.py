@@ -64,7 +64,7 @@ def command(pretrained: Path, packed: Dataset, val: Dataset, tmp_path_factory: p
     folder = tmp_path_factory.mktemp("recipes")
 
     def arguments(job: str) -> list[str]:
-        base = Path(__file__).parents[2] / "recipes" / f"{'finetune' if job == 'partial' else job}.yaml"
+        base = Path(__file__).parents[2] / "recipes" / ("finetune" if job == "partial" else job) / "base.yaml"
         values = yaml.safe_load(SMALL) | {"base": str(base)}
         if job == "scratch":
             values["model"] = {"image_size": [32, 32], "patch_size": 8, "dim": 48, "depth": 2, "heads": 3}
