@@ -4,8 +4,8 @@
     python -m benchmarks.evidence cifar10.tar.gz --size whole      # one GPU
 
 Every number is a run of `maelstream sweep` or `maelstream scratch` below --dir, so the same command resumes after a
-stop. docs/measured/evidence-SIZE.md is rewritten after each part and at a stop. Without a GPU, one part runs on each core
-with one thread, because a model this small gains little from a second thread. Recipes: recipes/evidence/.
+stop. docs/measured/evidence-SIZE.md is rewritten after each part and at a stop. Without a GPU, one part runs on each
+core with one thread, because a model this small gains little from a second thread. Recipes: recipes/evidence/.
 """
 
 import os

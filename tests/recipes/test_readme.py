@@ -9,8 +9,10 @@ import yaml
 
 from maelstream.jobs.arguments import option_value, parse_arguments
 from maelstream.jobs.command import run
+from maelstream.jobs.evaluation.classify import default_recipe
 from maelstream.jobs.recipe import (
     ClassificationRecipe,
+    Job,
     Recipe,
     differing_keys,
     load_any_recipe,
@@ -21,6 +23,7 @@ from maelstream.jobs.sweep import Sweep
 from maelstream.jobs.sweeps.grid import GRIDS, cells_of, grid_of, read_grid, recipe_of_row, slug
 from maelstream.jobs.sweeps.sweeping import steps_of
 from maelstream.jobs.table2 import PAPER_HOURS, Table2
+from maelstream.model.sizes import PAPER_SIZES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "recipes" / "README.md").read_text()
@@ -65,6 +68,13 @@ def test_a_command_with_labels_names_a_recipe_of_its_job(command: str) -> None:
     assert isinstance(recipe, ClassificationRecipe)
     assert recipe.job == ("finetune" if job == "partial" else job)
     assert float(option_value(args, "--blocks") or 0) <= recipe.model.depth
+
+
+@pytest.mark.parametrize("job", LABELLED)
+def test_every_encoder_of_the_paper_and_any_other_has_a_default_recipe(job: Job) -> None:
+    for encoder in (*PAPER_SIZES, None):
+        recipe = load_any_recipe(default_recipe(job, encoder))
+        assert isinstance(recipe, ClassificationRecipe) and recipe.job == ("finetune" if job == "partial" else job)
 
 
 @pytest.mark.parametrize("command", commands("sweep"))
