@@ -190,12 +190,12 @@ def update_bytes(parameters: int, stage: int, ranks: int) -> float:
     rank's share, AdamW moves `ADAMW_BYTES`, and the copy to bf16 reads 4 bytes and writes 2. Stage 1 also passes over
     the gradients of all parameters: the norm reads 4 bytes, and they are set to zero twice (8). Stages 2 and 3 pass
     over the gradients of the share only: the norm widens them to float64 (20), and the overflow check (stage 2) or the
-    scaling (stage 3) takes 8.
+    scaling (stage 3) takes 8. Stage 3 also copies them into one flat tensor (8).
     """
     share = parameters / ranks
     if stage == 1:
         return (ADAMW_BYTES + 6) * share + (4 + 8) * parameters
-    return (ADAMW_BYTES + 6 + 20 + 8) * share
+    return (ADAMW_BYTES + 6 + 20 + (8 if stage == 2 else 16)) * share
 
 
 class Traffic(NamedTuple):
