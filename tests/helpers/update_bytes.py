@@ -55,7 +55,7 @@ def count_update_bytes(port: int, out: Path) -> None:
     counted = {}
     with process_group(ranks_from_environment(), 120):
         for stage in (1, 2, 3):
-            recipe = Recipe(model=CONFIG, optim=OptimConfig(batch_size=4), engine=EngineConfig(zero=stage))  # type: ignore[arg-type]
+            recipe = Recipe(model=CONFIG, optim=OptimConfig(batch_size=4), engine=EngineConfig(zero=stage))
             engine = build_engine(recipe, BatchSplit(4, 1, 2), build_model(recipe, None))
             for _ in range(2):  # the first step also creates the moments
                 engine.backward(engine(images, torch.arange(2)))
