@@ -1,4 +1,4 @@
-"""`maelstream index DST`: adopts tar shards where they lie; an index and side files are written beside them."""
+"""`maelstream index DST`: adopts existing tar shards; it writes an index and side files into their folder."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -6,30 +6,34 @@ from typing import Annotated
 import tyro
 
 from maelstream.jobs.arguments import parse_arguments
-from maelstream.jobs.pack import Labels, Pack, Workers, run_shown
+from maelstream.jobs.packing.build import run_build
+from maelstream.jobs.packing.options import Labels, Workers, dataset_name
 from maelstream.shards.pack import index
+from maelstream.shards.plan import PackOptions
 
 
 @dataclass(frozen=True)
 class Index:
-    """Make a dataset of WebDataset shards that stand already. Not a byte of them is changed.
+    """Make a dataset of existing WebDataset shards, which stay unchanged.
 
-    Every image is decoded once; what fails is listed in quarantine.jsonl and left out of the index.
+    Every image is decoded once; those that fail are listed in quarantine.jsonl and left out of the index.
     """
 
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
-    """A folder of .tar shards, of one split; local or a URI."""
+    """A folder of .tar shards of one split; a local path or a URI."""
     split: str = "train"
-    """What to call the split."""
+    """Name of the split."""
     name: str | None = None
-    """What to call the dataset; DST's own name if not given."""
+    """Name of the dataset; derived from DST if not given."""
     labels: tyro.conf.OmitArgPrefixes[Labels] = Labels()
     work: tyro.conf.OmitArgPrefixes[Workers] = Workers()
 
 
 def main(args: list[str]) -> int:
-    """`maelstream index`; 0 when the dataset is whole, 130 after Ctrl-C."""
+    """`maelstream index`; returns 0 when the dataset is complete and 130 after Ctrl-C."""
     command = parse_arguments(Index, args, "index")
-    options = Pack(command.dst, command.dst, command.split, command.name, labels=command.labels).options()
+    name = dataset_name(command.name, command.dst, command.split)
+    # Adopted shards depend on neither size nor seed, but the build's fingerprint does: these are the defaults of `pack`.
+    options = PackOptions(name, command.split, shard_bytes=2**28, seed=0, label_field=command.labels.label_field)
     names, executor, strict = command.labels.names(), command.work.make(), command.work.strict
-    return run_shown(lambda report: index(command.dst, options, executor, report, names, strict), command.dst)
+    return run_build(lambda report: index(command.dst, options, executor, report, names, strict), command.dst)

@@ -27,11 +27,11 @@ from maelstream.pipeline.decode import EncodedBatch
 from maelstream.pipeline.order import SampleOrder
 from maelstream.pipeline.sample_source import BadSample, BadSamples
 from maelstream.pipeline.stream import Stream
+from maelstream.shards import retry
 from maelstream.shards.errors import StorageError
 from maelstream.shards.inspect import MAX_PIXELS, jpeg_size, refusal
 from maelstream.shards.scan import IMAGE_EXTENSIONS, json_label
 
-_PAUSES_S = (0.1, 0.4, 1.6, 6.4)
 _SHARD_BITS = 32  # a sample's number is its shard's number shifted by this, plus its own number in the shard
 _IN_FLIGHT = 8  # micro-batches beyond the prefetched ones that DALI may have pulled and not yet returned
 
@@ -159,7 +159,7 @@ def _read_shard(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         StorageError: every attempt failed.
     """
     yielded = 0
-    for pause_s in (*_PAUSES_S, None):
+    for pause_s in (*retry.PAUSES_S, None):
         try:
             for number, sample in enumerate(_whole_samples(url)):
                 if number >= yielded:
@@ -169,7 +169,7 @@ def _read_shard(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
         except Exception as error:  # webdataset passes on any exception of its openers and of tarfile
             if pause_s is None:
                 reason = " ".join(str(error.args[0] if error.args else error).split())
-                raise StorageError(f"{url} cannot be read ({reason}); tried {len(_PAUSES_S) + 1} times") from None
+                raise StorageError(f"{url} cannot be read ({reason}); tried {len(retry.PAUSES_S) + 1} times") from None
             time.sleep(pause_s)
 
 

@@ -20,12 +20,12 @@ import pyarrow as pa
 import webdataset
 from webdataset.tariterators import base_plus_ext
 
+from maelstream.shards.build_jobs import Receipt, ShardJob
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.index import SCHEMA
 from maelstream.shards.inspect import MAX_BYTES, ImageInfo, Unfit, decoded, inspect, shrunk
 from maelstream.shards.plan import Plan
 from maelstream.shards.storage import Storage
-from maelstream.shards.work import Receipt, ShardJob
 
 _AHEAD_BYTES = 2**25
 _GROUP_BYTES = 2**20

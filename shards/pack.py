@@ -5,27 +5,24 @@ any moment, however hard, goes on from there to the same bytes. `dataset.json` i
 dataset is whole. Several machines may share a build (`part`); whoever finds every shard done writes the rest.
 """
 
-import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow.fs import FileType
 
-from maelstream.shards.dataset import FORMAT_VERSION, INFO_NAME, MANIFEST_NAME, QUARANTINE_NAME, sealed
+from maelstream.shards.build_jobs import Build, ScanJob, ShardJob
+from maelstream.shards.dataset import MANIFEST_NAME
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.executors import Executor
-from maelstream.shards.index import INDEX_NAME, SCHEMA, write_one_batch
+from maelstream.shards.finish import finish, nothing_usable_message, strict_message
 from maelstream.shards.plan import PLAN, PackOptions, Plan, as_found, shuffled, write_plan
-from maelstream.shards.sources import Sources, find_sources
+from maelstream.shards.sources import find_sources
 from maelstream.shards.storage import WORK, Storage
-from maelstream.shards.work import Receipt, ScanJob, ShardJob
 
 _CLAIM = f"{WORK}/claim"
 _JPEG_QUALITY = 90
@@ -64,22 +61,6 @@ class PackResult(NamedTuple):
     """Shards that other parts have yet to build; 0 when the dataset is whole."""
 
 
-@dataclass(frozen=True)
-class _Build:
-    """What is built where; everything else follows from it."""
-
-    sources: Sources
-    destination: Storage
-    options: PackOptions
-    adopt: bool
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of everything that the dataset depends on."""
-        text = json.dumps([asdict(self.options), self.adopt, self.sources.digest()])
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
 def pack(
     source: str,
     destination: str,
@@ -104,7 +85,7 @@ def pack(
         raise DatasetError(f"{folder} lies in {source}, whose folders are classes; choose another DST")
     if sources.classes is None and MANIFEST_NAME in sources.storage.names():  # it is a packed dataset
         sources = replace(sources, classes=json.loads(sources.storage.read(MANIFEST_NAME))["classes"])
-    return _run(_Build(sources, folder, options, adopt=False), executor, report, part, strict)
+    return _run(Build(sources, folder, options, adopt=False), executor, report, part, strict)
 
 
 def index(
@@ -130,18 +111,18 @@ def index(
             f"{folder} holds shards of other splits, too ({others[0]}); a dataset is one split, so move them into "
             "a folder of their own"
         )
-    return _run(_Build(sources, storage, options, adopt=True), executor, report, (1, 1), strict)
+    return _run(Build(sources, storage, options, adopt=True), executor, report, (1, 1), strict)
 
 
-def _run(build: _Build, executor: Executor, report: Report, part: tuple[int, int], strict: bool) -> PackResult:
+def _run(build: Build, executor: Executor, report: Report, part: tuple[int, int], strict: bool) -> PackResult:
     destination, built, missing = build.destination, 0, 0
     if not _claimed(build):
         try:
             built, missing = _carry_out(build, executor, report, part, strict)
         except (DatasetError, OSError):
-            if not _held(destination, MANIFEST_NAME):  # or else another part has finished it meanwhile
+            if not destination.has(MANIFEST_NAME):  # or else another part has finished it meanwhile
                 raise
-    if missing and not _held(destination, MANIFEST_NAME):
+    if missing and not destination.has(MANIFEST_NAME):
         return PackResult(0, 0, len(Plan.open(destination)), built, missing)
     destination.remove_work()
     manifest = json.loads(destination.read(MANIFEST_NAME))
@@ -149,38 +130,33 @@ def _run(build: _Build, executor: Executor, report: Report, part: tuple[int, int
 
 
 def _carry_out(
-    build: _Build, executor: Executor, report: Report, part: tuple[int, int], strict: bool
+    build: Build, executor: Executor, report: Report, part: tuple[int, int], strict: bool
 ) -> tuple[int, int]:
     """Everything that is not done yet; how many shards were built, and how many are left to other parts."""
     destination = build.destination
-    if not _held(destination, PLAN):
+    if not destination.has(PLAN):
         _scan_and_plan(build, executor, report, part)
     plan = Plan.open(destination)
     jobs = _shard_jobs(build, len(plan))
     if not any(plan.shard_bytes):
-        raise DatasetError(_nothing_usable(plan.left_out))
+        raise DatasetError(nothing_usable_message(plan.left_out))
     if strict and plan.left_out:
-        raise DatasetError(_not_strict(plan.left_out))
+        raise DatasetError(strict_message(plan.left_out))
     missing = [job for job in _undone(jobs, destination) if job.number % part[1] == part[0] - 1]
     total_bytes = sum(plan.shard_bytes[job.number] for job in missing)
     with closing(executor.run("maelstream.shards.build:build", missing)) as built:
         for count, (number, receipt) in enumerate(built, 1):
             if strict and receipt.quarantine:
-                raise DatasetError(_not_strict(receipt.quarantine))
+                raise DatasetError(strict_message(receipt.quarantine))
             numbers = receipt.samples, len(receipt.quarantine), plan.shard_bytes[number], total_bytes
             report(Progress("shard", count, len(missing), jobs[number].name, *numbers))
     undone = _undone(jobs, destination)
     if not undone:
-        _finish(build, plan, jobs, strict)
+        finish(build, plan, jobs, strict)
     return len(missing), len(undone)
 
 
-def _held(destination: Storage, name: str) -> bool:
-    folder, _, file = name.rpartition("/")
-    return file in destination.names(folder)
-
-
-def _claimed(build: _Build) -> bool:
+def _claimed(build: Build) -> bool:
     """Takes the destination for this build, or checks that it is this build's; whether the dataset is whole already."""
     destination = build.destination
     if destination.kind() == FileType.File:
@@ -189,7 +165,7 @@ def _claimed(build: _Build) -> bool:
     whole = MANIFEST_NAME in present
     if whole:
         held = json.loads(destination.read(MANIFEST_NAME)).get("plan")
-    elif _held(destination, _CLAIM):
+    elif destination.has(_CLAIM):
         held = destination.read(_CLAIM).decode()
     elif present - {WORK} and not build.adopt:
         held = None
@@ -211,7 +187,7 @@ def _claimed(build: _Build) -> bool:
     return whole
 
 
-def _scan_and_plan(build: _Build, executor: Executor, report: Report, part: tuple[int, int]) -> None:
+def _scan_and_plan(build: Build, executor: Executor, report: Report, part: tuple[int, int]) -> None:
     sources, options = build.sources, build.options
     cut = as_found(sources.files["path"].to_pylist()) if build.adopt else shuffled(options.seed, options.shard_bytes)
     if sources.kind in ("folders", "listed"):
@@ -250,7 +226,7 @@ def _rows_of_images(files: pa.Table) -> Iterator[pa.Table]:
         yield pa.table([path, path, zeros, size.fill_null(0), label, zeros, zeros, reason], names=names)
 
 
-def _shard_jobs(build: _Build, count: int) -> list[ShardJob]:
+def _shard_jobs(build: Build, count: int) -> list[ShardJob]:
     sources, options, destination = build.sources, build.options, build.destination
     source = sources.storage
     if build.adopt:
@@ -269,70 +245,3 @@ def _shard_jobs(build: _Build, count: int) -> list[ShardJob]:
 def _undone(jobs: list[ShardJob], destination: Storage) -> list[ShardJob]:
     files, work = destination.names(), destination.names(WORK)
     return [job for job in jobs if not job.done(files, work)]
-
-
-def _nothing_usable(left_out: list[dict[str, str]]) -> str:
-    first = f"; the first, {left_out[0]['source']}: {left_out[0]['reason']}" if left_out else ""
-    return f"none of {len(left_out):,} files is a usable image{first}"
-
-
-def _not_strict(left_out: list[dict[str, str]]) -> str:
-    source, reason = left_out[0]["source"], left_out[0]["reason"]
-    return f"--strict: {source} cannot enter ({reason}); mend it, remove it, or go on without --strict"
-
-
-def _finish(build: _Build, plan: Plan, jobs: list[ShardJob], strict: bool) -> None:
-    """Joins the receipts into the index, the side files and the manifest."""
-    destination, options = build.destination, build.options
-    receipts: list[Receipt] = []
-
-    def rows() -> Iterator[pa.Table]:
-        for job in jobs:
-            receipt, table = Receipt.read(destination, job.receipt)
-            receipts.append(receipt)
-            yield table
-
-    with destination.scratch() as scratch, destination.written_whole(INDEX_NAME) as file:
-        samples = write_one_batch(file, SCHEMA, rows(), scratch)
-    quarantine = plan.left_out + [line for receipt in receipts for line in receipt.quarantine]
-    quarantine.sort(key=lambda line: line["source"])
-    if strict and quarantine:
-        raise DatasetError(_not_strict(quarantine))
-    if not samples:
-        raise DatasetError(_nothing_usable(quarantine))
-    with destination.written_whole(QUARANTINE_NAME) as file:
-        file.writelines((json.dumps(line) + "\n").encode() for line in quarantine)
-    shards = [
-        {"name": job.name, "samples": receipt.samples, "bytes": receipt.bytes, "sha256": receipt.sha256}
-        for job, receipt in zip(jobs, receipts, strict=True)
-    ]
-    # Where the shards' publisher has described their splits, that stands.
-    if not (build.adopt and _held(destination, INFO_NAME)):
-        with destination.written_whole(INFO_NAME) as file:  # timm's and webdataset's description of a split
-            split = {
-                "name": options.split,
-                "filenames": [shard["name"] for shard in shards],
-                "shard_lengths": [shard["samples"] for shard in shards],
-                "num_samples": samples,
-            }
-            file.write(json.dumps({"splits": {options.split: split}}, indent=1).encode())
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "name": options.name,
-        "split": options.split,
-        "samples": samples,
-        "quarantined": len(quarantine),
-        "formats": dict(sorted(sum((Counter(receipt.formats) for receipt in receipts), Counter()).items())),
-        "classes": plan.classes,
-        "shards": shards,
-        "adopted": build.adopt,
-        "options": asdict(options),
-        "packer": {"maelstream": version("maelstream"), "pillow": version("pillow")},
-        "plan": build.fingerprint,
-        "side_files": {
-            name: destination.sha256(name)
-            for name in [INDEX_NAME, INFO_NAME, QUARANTINE_NAME, *(job.dali_index for job in jobs)]
-        },
-    }
-    with destination.written_whole(MANIFEST_NAME) as file:
-        file.write(json.dumps(sealed(manifest), indent=1).encode())

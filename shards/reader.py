@@ -4,15 +4,12 @@ A local shard is read, not mapped: where a mapped one is cut while it is in use,
 store, samples that lie close together in a shard come with one request, and requests run side by side.
 """
 
-import contextlib
 import os
 import resource
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
 
 import google_crc32c
 import numpy as np
@@ -20,13 +17,11 @@ from jaxtyping import Int64
 
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import DatasetError, StorageError
+from maelstream.shards.retry import retried
 
 _GAP_BYTES = 2**18  # what a store sends in the time that one more request takes (20 ms at 10 MB/s and more)
 _RANGE_BYTES = 2**24
 _REQUESTS = 16
-_PAUSES_S = (0.1, 0.4, 1.6, 6.4)
-
-T = TypeVar("T")
 
 Read = Callable[[int, int], np.ndarray]
 """Bytes of a shard at (offset, size), uint8."""
@@ -103,18 +98,18 @@ class ShardReader:
                 raise DatasetError(f"{self._path(shard)} was cut while it was in use; restore this shard")
             return np.frombuffer(data, np.uint8)
 
-        return lambda offset, size: _patiently(lambda: read(offset, size))
+        return lambda offset, size: retried(lambda: read(offset, size))
 
     def _remote(self, shard: int) -> Read:
         storage, name = self._dataset.storage, self._dataset.shard_names[shard]
-        file = _patiently(lambda: storage.open(name))
+        file = retried(lambda: storage.open(name))
         self._check_size(shard, file.size())
 
         def read(offset: int, size: int) -> np.ndarray:
             with storage.explained(name):
                 return np.frombuffer(file.read_at(size, offset), np.uint8)
 
-        return lambda offset, size: _patiently(lambda: read(offset, size))
+        return lambda offset, size: retried(lambda: read(offset, size))
 
     def _check_size(self, shard: int, held: int) -> None:
         packed = self._dataset.manifest["shards"][shard]["bytes"]
@@ -125,18 +120,6 @@ class ShardReader:
 def _open_shards() -> int:
     """How many shards to keep open: half of the files that a process may have."""
     return max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-
-
-def _patiently(ask: Callable[[], T]) -> T:
-    """The answer, asked for again, with growing pauses, where a store fails; StorageError when it goes on failing."""
-    for pause_s in _PAUSES_S:
-        with contextlib.suppress(StorageError):
-            return ask()
-        time.sleep(pause_s)
-    try:
-        return ask()
-    except StorageError as error:
-        raise StorageError(f"{error}; asked {len(_PAUSES_S) + 1} times") from None
 
 
 def coalesced(shards: np.ndarray, offsets: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:

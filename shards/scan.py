@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
+from maelstream.shards.build_jobs import ScanJob
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.storage import WORK, is_text
-from maelstream.shards.work import ScanJob
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")  # where names must do: which member
 LABEL_FIELDS = ("label", "cls", "class", "class_id", "target", "labels", "fine_label")

@@ -103,6 +103,11 @@ class Storage:
         """File names directly in `folder`."""
         return {entry.name for entry in self.entries(folder) if entry.is_file}
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        folder, _, file = name.rpartition("/")
+        return file in self.names(folder)
+
     def open(self, name: str) -> pa.NativeFile:
         """A file for random access: `size()`, and `read_at(size, offset)` from any thread. DatasetError if it fails."""
         with self.explained(name):

@@ -18,7 +18,7 @@ MAY_IMPORT = {
 JOBS = (
     *("arguments", "recipe_schema", "recipe", "hardware", "format"),  # modules that every part of jobs/ may import
     *("distributed", "checkpointing", "run_folder", "training", "weights", "evaluation", "reporting", "profiling"),
-    *("sweeps", "command"),  # command.py dispatches; only commands import it
+    *("packing", "sweeps", "command"),  # command.py dispatches; only commands import it
 )
 """From the ground up: each imports only itself and what comes before it. All other modules of jobs/ are commands."""
 MODULES = sorted(path for room in MAY_IMPORT for path in (ROOT / room).rglob("*.py"))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from maelstream.jobs.command import COMMANDS, run
 from maelstream.jobs.demo import photographs, write_crops
-from maelstream.jobs.pack import default_name
+from maelstream.jobs.packing.options import default_name
 from maelstream.shards.dataset import Dataset
 from tests.conftest import write_images
 
@@ -19,8 +19,8 @@ def test_pack_says_what_it_did_and_info_what_is_there(tmp_path: Path, capsys: py
     images = write_images(tmp_path / "flowers", classes=2, per_class=4)
     (images / "class01" / "broken.jpg").write_bytes(b"no image")
     assert run("pack", [str(images), str(tmp_path / "out"), "--workers", "1"]) == 0
-    said = capsys.readouterr().out
-    assert "8 samples in 1 shards (1 built now), 1 files quarantined" in said and "quarantine.jsonl" in said
+    printed = capsys.readouterr().out
+    assert "8 samples in 1 shards (1 built now), 1 files quarantined" in printed and "quarantine.jsonl" in printed
     assert run("info", [str(tmp_path / "out")]) == 0
     table = capsys.readouterr().out
     for fact in ("flowers / train", "8", "2, 4 to 4 samples each", "jpg 8", "resolutions"):
@@ -175,8 +175,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(
 ) -> None:
     complaint = prepare(tmp_path)  # type: ignore[operator]
     assert run("pack", [str(tmp_path / "src"), str(tmp_path / "out"), "--workers", "1"]) == 2
-    said = capsys.readouterr().err
-    assert complaint in said and said.startswith("maelstream pack: ") and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert complaint in printed and printed.startswith("maelstream pack: ") and printed.count("\n") == 1
 
 
 def test_a_destination_among_the_class_folders_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

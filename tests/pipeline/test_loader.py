@@ -329,12 +329,12 @@ class FlakyStorage(SlowStorage):
 
 
 def test_failed_requests_to_an_object_store_are_repeated(packed: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maelstream.shards.reader._PAUSES_S", (0.001,) * 4)
+    monkeypatch.setattr("maelstream.shards.retry.PAUSES_S", (0.001,) * 4)
     arguments = packed.storage.filesystem, packed.storage.path, packed.storage.shown, 0.0, [0]
     remote = Dataset.open_storage(FlakyStorage(*arguments, succeeds_every=3))
     samples = np.array([3])
     (data,) = ShardReader(remote, check_crc=True).read(samples)
     assert data.tobytes() == ShardReader(packed, check_crc=True).read(samples)[0].tobytes()
     never = Dataset.open_storage(FlakyStorage(*arguments, succeeds_every=10**9))
-    with pytest.raises(DatasetError, match=r"\.tar cannot be read \(the store is busy\); asked 5 times"):
+    with pytest.raises(DatasetError, match=r"\.tar cannot be read \(the store is busy\); tried 5 times"):
         take(never, BatchSplit(8, 1, 1), 1)

@@ -159,7 +159,7 @@ def test_a_resumed_stream_begins_with_the_shard_of_its_position(packed: Dataset)
 def test_a_truncated_download_is_repeated_and_no_sample_comes_twice(
     packed: Dataset, serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("maelstream.pipeline.stream_source._PAUSES_S", (0.001,) * 4)
+    monkeypatch.setattr("maelstream.shards.retry.PAUSES_S", (0.001,) * 4)
     urls = f"{serve(packed.folder, failures=2)}/{pattern(packed)}"
     whole = Stream(f"{packed.folder}/{pattern(packed)}", 60)
     assert content(take(Stream(urls, 60), BatchSplit(8, 1, 1), 9)) == content(take(whole, BatchSplit(8, 1, 1), 9))
@@ -169,7 +169,7 @@ def test_a_truncated_download_is_repeated_and_no_sample_comes_twice(
 def test_an_unreadable_shard_is_named(
     packed: Dataset, serve: Any, monkeypatch: pytest.MonkeyPatch, failures: int
 ) -> None:
-    monkeypatch.setattr("maelstream.pipeline.stream_source._PAUSES_S", (0.001,) * 4)
+    monkeypatch.setattr("maelstream.shards.retry.PAUSES_S", (0.001,) * 4)
     url = f"{serve(packed.folder, failures)}/{'nowhere.tar' if not failures else packed.shard_names[0]}"
     with pytest.raises(StorageError, match=rf"{url} cannot be read \(.+\); tried 5 times"):
         take(Stream(url, 60), BatchSplit(8, 1, 1), 1)

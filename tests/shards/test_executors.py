@@ -111,9 +111,9 @@ def test_a_killed_worker_is_one_line_and_the_build_goes_on(images: Path, built: 
     wait_until(lambda: (tmp_path / "out" / "tiny-train-000000.tar").exists(), process)
     for worker in workers_of(process):
         worker.kill()
-    _, said = process.communicate()
-    assert process.returncode == 2 and "a worker was killed, perhaps for want of memory" in said
-    assert said.count("\n") == 1
+    _, printed = process.communicate()
+    assert process.returncode == 2 and "a worker was killed, perhaps for want of memory" in printed
+    assert printed.count("\n") == 1
     pack(str(images), str(tmp_path / "out"), OPTIONS, Local(2), lambda _: None)
     assert digests(tmp_path / "out") == digests(built)
 
@@ -137,16 +137,16 @@ def test_ctrl_c_finishes_the_shards_being_written_and_says_how_to_go_on(slow: Pa
     process = start(slow, destination, *options)
     wait_until(lambda: len(list(destination.glob(".pack/shard-*"))) >= 2, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in said
-    assert said.splitlines()[-1] == "stopped; the same command goes on with the shards that are not finished"
-    assert "stopping after the files in progress" in said
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in printed
+    assert printed.splitlines()[-1] == "stopped; run the same command again to build the remaining shards"
+    assert "stopping after the files in progress" in printed
     shards = {path.stem[-6:] for path in destination.glob("*.tar")}
     assert 2 <= len(shards) <= 5 and shards == {path.stem[-6:] for path in destination.glob(".pack/shard-*")}
     assert not list(destination.glob(".pack/.*"))  # nothing half is left
     again = start(slow, destination, *options)
-    said = again.communicate()[0]
-    assert again.returncode == 0 and f"({len(list(destination.glob('*.tar'))) - len(shards)} built now)" in said
+    printed = again.communicate()[0]
+    assert again.returncode == 0 and f"({len(list(destination.glob('*.tar'))) - len(shards)} built now)" in printed
 
 
 def test_a_second_ctrl_c_stops_at_once(slow: Path, tmp_path: Path) -> None:
@@ -168,10 +168,10 @@ def test_parts_at_the_same_time_make_one_dataset(
     source: Path, undisturbed: tuple[dict[str, str], float], tmp_path: Path
 ) -> None:
     parts = [start(source, tmp_path / "out", "--part", f"{number}/3", "--workers", "1") for number in (1, 2, 3)]
-    said = [part.communicate() for part in parts]
-    assert [part.returncode for part in parts] == [0, 0, 0], said
+    printed = [part.communicate() for part in parts]
+    assert [part.returncode for part in parts] == [0, 0, 0], printed
     assert digests(tmp_path / "out") == undisturbed[0]
-    assert any("48 samples in" in out for out, _ in said)
+    assert any("48 samples in" in out for out, _ in printed)
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b"])

@@ -154,9 +154,9 @@ def test_no_bucket_and_no_such_store_are_one_line(  # type: ignore[no-untyped-de
         assert run("pack", [str(images), where, *OPTIONS]) == 2
         assert run("pack", [where, str(images) + "-out", *OPTIONS]) == 2
         assert run("info", [where]) == 2
-        for line in (said := capsys.readouterr().err).splitlines():
+        for line in (printed := capsys.readouterr().err).splitlines():
             assert line.startswith("maelstream ")
-        assert said.count("\n") == 3
+        assert printed.count("\n") == 3
 
 
 def test_credentials_in_a_uri_are_not_shown() -> None:

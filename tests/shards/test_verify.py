@@ -76,10 +76,10 @@ def test_a_flipped_byte_is_named_by_shard_and_sample(copy: Path, capsys: pytest.
     data[place] ^= 4
     (copy / shard).write_bytes(data)
     assert run("verify", [str(copy)]) == 1
-    said = capsys.readouterr().out
-    assert f"{shard}: not the bytes that were packed (SHA-256)" in said
-    assert f"{shard}, sample {key}: not the bytes that were packed (CRC32C)" in said
-    assert "2 faults" in said
+    printed = capsys.readouterr().out
+    assert f"{shard}: not the bytes that were packed (SHA-256)" in printed
+    assert f"{shard}, sample {key}: not the bytes that were packed (CRC32C)" in printed
+    assert "2 faults" in printed
 
 
 def test_missing_swapped_and_extra_shards_are_named(copy: Path) -> None:

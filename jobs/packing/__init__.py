@@ -1,0 +1,1 @@
+"""Reports, reconstructions, model cards and progress displays."""

@@ -1,0 +1,106 @@
+"""A build, the jobs that its workers get, and the receipt that a worker writes for each shard."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+
+import pyarrow as pa
+
+from maelstream.shards.plan import PackOptions
+from maelstream.shards.sources import Sources
+from maelstream.shards.storage import WORK, Storage
+
+
+@dataclass(frozen=True)
+class Build:
+    """A build: its sources, destination and options."""
+
+    sources: Sources
+    destination: Storage
+    options: PackOptions
+    adopt: bool
+    """Whether the shards exist already and are only indexed."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that the dataset depends on."""
+        text = json.dumps([asdict(self.options), self.adopt, self.sources.digest()])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ScanJob:
+    """What a worker needs to scan one file of the sources."""
+
+    source: Storage
+    destination: Storage
+    number: int
+    file: str
+    label_field: str | None
+    """As in `PackOptions` (`shards/plan.py`)."""
+    ground_truth: list[str] | None
+    """As in `Sources` (`shards/sources.py`)."""
+
+    @property
+    def output(self) -> str:
+        """File of the rows found (`ROWS` of `shards/scan.py`)."""
+        return f"{WORK}/scan-{self.number:06d}.arrow"
+
+    @property
+    def spool(self) -> str:
+        """File that holds the images of a Parquet file, one after another."""
+        return f"{WORK}/spool-{self.number:06d}.bin"
+
+    def done(self, work: set[str]) -> bool:
+        """Whether every file that this scan writes is among `work`, the file names of the work folder."""
+        written = [self.output, self.spool] if self.file.endswith(".parquet") else [self.output]
+        return {name.removeprefix(f"{WORK}/") for name in written} <= work
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """What a worker needs to build or adopt one shard."""
+
+    source: Storage
+    destination: Storage
+    number: int
+    name: str
+    """File name of the shard."""
+    adopt: bool
+    """Whether the shard exists already and must not change."""
+    resize: int | None
+    """As in `PackOptions` (`shards/plan.py`)."""
+    quality: int
+
+    @property
+    def receipt(self) -> str:
+        """File name of the receipt. It is written last: if it exists, the shard is complete."""
+        return f"{WORK}/shard-{self.number:06d}.arrow"
+
+    @property
+    def dali_index(self) -> str:
+        """File name of the shard's index for DALI's own webdataset reader."""
+        return f"{self.name.removesuffix('.tar')}.idx"
+
+    def done(self, files: set[str], work: set[str]) -> bool:
+        """Whether the shard is built and still there; `files` and `work` are the file names in the destination and its work folder."""
+        return {self.name, self.dali_index} <= files and self.receipt.removeprefix(f"{WORK}/") in work
+
+
+@dataclass
+class Receipt:
+    """Facts of a built shard."""
+
+    samples: int = 0
+    bytes: int = 0
+    sha256: str = ""
+    formats: dict[str, int] = field(default_factory=dict)
+    """Number of samples by extension."""
+    quarantine: list[dict[str, str]] = field(default_factory=list)
+    """`source` and `reason` of each quarantined image."""
+
+    @classmethod
+    def read(cls, destination: Storage, name: str) -> tuple["Receipt", pa.Table]:
+        """Reads the receipt in file `name` and the rows of the index that it holds."""
+        table = pa.ipc.open_file(pa.BufferReader(destination.read(name))).read_all()
+        return cls(**json.loads(table.schema.metadata[b"receipt"])), table.replace_schema_metadata(None)
