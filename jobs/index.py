@@ -33,7 +33,7 @@ def main(args: list[str]) -> int:
     """`maelstream index`; returns 0 when the dataset is complete and 130 after Ctrl-C."""
     command = parse_arguments(Index, args, "index")
     name = dataset_name(command.name, command.dst, command.split)
-    # Adopted shards depend on neither size nor seed, but the build's fingerprint does: these are the defaults of `pack`.
+    # Adopting uses neither size nor seed, but the build's fingerprint holds them: these are the defaults of `pack`.
     options = PackOptions(name, command.split, shard_bytes=2**28, seed=0, label_field=command.labels.label_field)
     names, executor, strict = command.labels.names(), command.work.make(), command.work.strict
     return run_build(lambda report: index(command.dst, options, executor, report, names, strict), command.dst)

@@ -44,7 +44,7 @@ class Pack:
     quality: int | None = None
     """Quality of the JPEGs that --resize writes, 1 to 100; 90 if not given."""
     part: str = "1/1"
-    """I/N builds every N-th shard from the I-th. Run N such calls at once (a SLURM array); the last one to end completes
+    """I/N builds every N-th shard from the I-th. Run N such calls at once (a SLURM array); the last to end completes
     the dataset."""
     labels: tyro.conf.OmitArgPrefixes[Labels] = Labels()
     work: tyro.conf.OmitArgPrefixes[Workers] = Workers()

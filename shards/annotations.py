@@ -1,4 +1,4 @@
-"""Lists of images with their labels, as iNaturalist and Places publish them beside the folders of their images.
+"""Lists of images with their labels, as iNaturalist and Places publish them next to the folders of their images.
 
 iNaturalist 2017 to 2019: `train2018.json`, with `images`, `annotations` and `categories` as in COCO, whose file names
 lead from the list's folder (`train_val2018/Plantae/7477/x.jpg`); the names that 2018 and 2019 hid are taken from the
@@ -27,7 +27,7 @@ _LARGEST_ID = 99_999
 
 @dataclass(frozen=True)
 class Annotations:
-    """What a list tells."""
+    """The contents of a list."""
 
     root: str
     """The folder that the paths lead from, below that of the list; "" where it is the same."""

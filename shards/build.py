@@ -1,7 +1,7 @@
-"""One shard, in a worker: images are read, decoded in full, and written; or those of a tar that stands are looked at.
+"""Builds one shard in a worker: reads, fully decodes and writes its images, or inspects those of an existing tar.
 
-Whoever builds a shard gets the same bytes. Its receipt, written after the shard itself, holds what the index needs of
-it, so a build that is started again keeps every shard that has one.
+Every worker builds the same bytes. The receipt is written after the shard and holds its rows of the index, so a
+resumed build keeps every shard that has one.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class Planned(NamedTuple):
 class _Sample(NamedTuple):
     """An image that enters."""
 
-    place: int
+    number: int
     """In the plan of its shard."""
     planned: Planned
     data: bytes
@@ -87,7 +87,7 @@ def build(job: ShardJob) -> tuple[int, Receipt]:
 
 
 class _Rows:
-    """What the index, DALI's index and the receipt tell of a shard, a sample at a time."""
+    """Collects a shard's rows for the index, DALI's index and the receipt, sample by sample."""
 
     def __init__(self, shard: int):
         self.shard = shard
@@ -121,7 +121,7 @@ def _write(file: "_HashedFile", samples: Iterator[_Sample], first_key: int, tabl
         return extension, start, len(data)
 
     for sample in samples:
-        key = f"{first_key + sample.place:09d}"
+        key = f"{first_key + sample.number:09d}"
         members = [member(key, sample.info.extension, sample.data)]
         if sample.planned.label >= 0:
             members.append(member(key, "cls", str(sample.planned.label).encode()))
@@ -141,12 +141,12 @@ def _adopt(job: ShardJob, samples: Iterator[_Sample], table: _Rows) -> None:
 
 def _samples(job: ShardJob, planned: list[Planned], receipt: Receipt) -> Iterator[_Sample]:
     """Those of `planned` that may enter, in order; the others go to the receipt's quarantine."""
-    for place, (row, data) in enumerate(_read_ahead(job.source, planned)):
+    for number, (row, data) in enumerate(_read_ahead(job.source, planned)):
         try:
             info = inspect(data)
             if job.resize is not None and min(info.width, info.height) > job.resize:
                 data, info = shrunk(decoded(data)[0], job.resize, job.quality)
-            yield _Sample(place, row, data, info)
+            yield _Sample(number, row, data, info)
         except Unfit as reason:
             receipt.quarantine.append({"source": row.path, "reason": str(reason)})
 
@@ -215,9 +215,9 @@ class _HashedFile:
         return self._file.write(data)
 
     def synced(self) -> None:
-        """Waits for the disk. OSError when it has failed: it tells so once, and not again at the next fsync."""
+        """Waits for the disk; OSError if it has failed. The system reports this once, not again at the next fsync."""
         if self._sync is not None:
             self._sync.result()
 
     def close(self) -> None:
-        """Nothing: the file belongs to whoever opened it, but tarfile closes what it writes to."""
+        """Does nothing: tarfile calls it, but the caller that opened the file closes it."""

@@ -83,7 +83,10 @@ class ShardJob:
         return f"{self.name.removesuffix('.tar')}.idx"
 
     def done(self, files: set[str], work: set[str]) -> bool:
-        """Whether the shard is built and still there; `files` and `work` are the file names in the destination and its work folder."""
+        """Whether the shard is built and still there.
+
+        `files` and `work` are the file names in the destination and in its work folder.
+        """
         return {self.name, self.dali_index} <= files and self.receipt.removeprefix(f"{WORK}/") in work
 
 

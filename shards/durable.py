@@ -14,7 +14,7 @@ from maelstream.shards.errors import DatasetError
 def written_whole(path: Path, aside_in: Path | None = None) -> Iterator[BinaryIO]:
     """A file that becomes `path` when the block ends well; DatasetError when the disk does not take it.
 
-    Until then it lies in `aside_in`, a folder of the same file system; beside `path` if not given.
+    Until then it lies in `aside_in`, a folder of the same file system; the folder of `path` if not given.
     """
     # Not the process's number: two hosts that share the folder may have the same.
     aside = (aside_in or path.parent) / f".{path.name}.{secrets.token_hex(4)}.writing"

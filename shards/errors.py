@@ -8,7 +8,7 @@ class MaelstreamError(Exception):
     """Something the user can put right; the message is one line for the reader of the terminal."""
 
     found_by_all = True
-    """Whether every rank of a run finds the same, so that one of them may speak for all."""
+    """Whether every rank of a run finds the same, so that one rank may report it for all."""
     exit_code = 2
 
 
@@ -17,4 +17,4 @@ class DatasetError(MaelstreamError):
 
 
 class StorageError(DatasetError):
-    """A disk or store did not answer as it should; it may, when asked again."""
+    """A disk or store failed to answer; another attempt may succeed."""

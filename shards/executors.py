@@ -1,4 +1,4 @@
-"""Who runs a build's jobs: processes of this machine, or a Ray cluster. Both give results as they come."""
+"""Run a build's jobs in processes of this machine or on a Ray cluster; both yield results as they finish."""
 
 import multiprocessing
 import os
@@ -52,8 +52,8 @@ class Local:
                     yield future.result()
         except BrokenProcessPool:
             raise DatasetError(
-                "a worker was killed, perhaps for want of memory; start the same command again, with fewer --workers "
-                "if so: it goes on with the shards that are not finished"
+                "a worker was killed, perhaps because memory ran out; run the same command again to build the "
+                "remaining shards, with fewer --workers if so"
             ) from None
         finally:
             pool.shutdown()
@@ -93,13 +93,13 @@ class Ray:
 @contextmanager
 def _ray_cluster(ray: Any, workers: int) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
-    ours = not ray.is_initialized()
-    if ours:
+    started_here = not ray.is_initialized()
+    if started_here:
         ray.init(address, num_cpus=None if address else workers, include_dashboard=False, log_to_driver=False)
     try:
         yield
     finally:
-        if ours:
+        if started_here:
             ray.shutdown()
 
 
@@ -108,7 +108,7 @@ EXECUTORS: dict[str, Callable[[int], Executor]] = {"local": Local, "ray": Ray}
 
 def _check_workers(workers: int) -> None:
     if workers < 1:
-        raise DatasetError(f"--workers {workers}: at least one has to do it")
+        raise DatasetError(f"--workers {workers}: at least one is needed")
 
 
 def _begin_worker() -> None:

@@ -1,4 +1,4 @@
-"""The index: where every sample lies and what a draw must know of it, a row a sample (docs/shards.md).
+"""The index: the position, size, label and checksum of every sample, one row per sample (docs/shards.md).
 
 An uncompressed Arrow IPC file of one record batch: memory-mapped, it opens in O(1) whatever its length, and its columns
 are numpy arrays without a copy.

@@ -66,7 +66,7 @@ def decoded(data: bytes) -> tuple[Image.Image, ImageInfo]:
         raise Unfit("not an image") from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise Unfit(" ".join(f"cannot be decoded: {error}".split())) from None
-    # The loader asks the same of every sample, so what it would refuse must not enter.
+    # The loader makes the same check of every sample, so what it would reject must not enter.
     if reason := refusal(data, width, height):
         raise Unfit(reason)
     return image, ImageInfo(extension, width, height)
@@ -90,7 +90,7 @@ def refusal(data: bytes | memoryview, width: int, height: int) -> str | None:
 
     DALI 2.4 takes the process down with it on an empty, header-only, text or GIF sample, and on a JPEG whose header
     cannot be parsed between sound markers (batch of 60), so header and end are read first. Damage behind the header
-    raises, or decodes to garbage that only a checksum tells.
+    raises, or decodes to garbage that only a checksum detects.
     """
     head = bytes(data[:32]).ljust(32, b"\0")
     if head[:2] == b"\xff\xd8":

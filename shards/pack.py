@@ -1,8 +1,8 @@
 """The builder: sources are scanned, planned, and built into shards by workers; then come the index and the side files.
 
 Every step leaves its result in the build's work folder inside the destination, so that a build which was stopped at
-any moment, however hard, goes on from there to the same bytes. `dataset.json` is written last: where it stands, the
-dataset is whole. Several machines may share a build (`part`); whoever finds every shard done writes the rest.
+any moment, even by SIGKILL, resumes from there to the same bytes. `dataset.json` is written last: if it exists, the
+dataset is complete. Several machines may share a build (`part`); the one that finds all shards done writes the rest.
 """
 
 import json
@@ -29,7 +29,7 @@ _JPEG_QUALITY = 90
 
 
 class Progress(NamedTuple):
-    """What a build tells after each step."""
+    """What a build reports after each step."""
 
     step: str
     """`scan` for a source that was looked through, `shard` for a shard that was built."""
@@ -38,11 +38,11 @@ class Progress(NamedTuple):
     total: int
     """Steps of this kind that this call has to do."""
     name: str
-    """Of the file."""
+    """File name."""
     samples: int
     quarantined: int
     bytes: int
-    """Of the images that the shard was made of; of the source that was scanned."""
+    """Bytes of the shard's source images, or of the scanned source."""
     total_bytes: int
     """`bytes` of all steps of this kind that this call has to do."""
 
@@ -71,7 +71,7 @@ def pack(
     part: tuple[int, int] = (1, 1),
     strict: bool = False,
 ) -> PackResult:
-    """Packs the images of `source` into `destination`; goes on where an earlier call was stopped.
+    """Packs the images of `source` into `destination`; resumes an earlier call that was stopped.
 
     `classes` are names by label, where sources have numbers alone. `part` (i, n) builds every n-th shard, from the i-th
     (1 to n). With `strict` anything that cannot enter is an error.
@@ -96,7 +96,7 @@ def index(
     classes: list[str] | None = None,
     strict: bool = False,
 ) -> PackResult:
-    """Adopts the tar shards in `folder`: index and side files are written beside them, and not a byte of them.
+    """Adopts the tar shards in `folder`: writes an index and side files there and leaves the tars unchanged.
 
     Raises:
         DatasetError: as `pack`; or shards of several splits, which a dataset cannot hold.

@@ -39,7 +39,7 @@ ROWS = pa.schema(
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What the bytes of a packed dataset depend on, beside its sources."""
+    """The options that the bytes of a packed dataset depend on, in addition to its sources."""
 
     name: str
     split: str
@@ -48,9 +48,9 @@ class PackOptions:
     resize: int | None = None
     """Short side in pixels; larger images are made so small and encoded again."""
     quality: int | None = None
-    """Of JPEG, where an image is encoded again."""
+    """JPEG quality of images that are encoded again."""
     label_field: str | None = None
-    """Of a sample's JSON, or the Parquet column, that holds the label; found by name if not given."""
+    """JSON field or Parquet column that holds the label; found by name if not given."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ class Plan:
 
     @property
     def first_keys(self) -> list[int]:
-        """Number of each shard's first sample. A sample's key is its place in the whole plan, so that no shard needs to
-        know what was left out of the ones before it."""
+        """Number of each shard's first sample. A sample's key is its number in the whole plan, so no shard needs to
+        know what was left out of earlier ones."""
         return self._facts["first_keys"]
 
     @property
@@ -95,7 +95,7 @@ class Plan:
         return self._facts["left_out"]
 
     def rows(self, shard: int) -> pa.RecordBatch:
-        """Of `ROWS`, in the order of the shard."""
+        """The shard's rows in order, of schema `ROWS`."""
         return self.file.get_batch(shard)
 
 
@@ -141,9 +141,9 @@ def as_found(files: list[str]) -> Cut:
 def write_plan(
     destination: Storage, tables: Iterable[pa.Table], classes: list[str] | None, named: bool, cut: Cut
 ) -> None:
-    """Writes the plan of the rows in `tables` (of `maelstream.shards.scan.ROWS`).
+    """Writes the plan of the rows in `tables` (of `ROWS` of `shards/scan.py`).
 
-    `classes` are the names by label, where they are known; `named` tells that labels are names, even where they look
+    `classes` are the names by label, where they are known; `named` says that labels are names, even if they look
     like numbers.
 
     Raises:

@@ -57,7 +57,7 @@ class ShardReader:
                 if google_crc32c.value(data.tobytes()) != crc32c:
                     path, key = dataset.path_and_key(int(sample))
                     raise DatasetError(
-                        f"{path}: sample {key} is not what was packed (CRC32C); `maelstream verify` tells what else is "
+                        f"{path}: sample {key} is not what was packed (CRC32C); `maelstream verify` lists what else is "
                         "damaged"
                     )
         return found

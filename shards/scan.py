@@ -1,7 +1,7 @@
 """What lies inside one tar or Parquet file: where each image is, and its label. Runs in a worker.
 
 Tars are walked header by header, because a plan that shuffles everything needs offsets and webdataset's own iterator
-tells none; which members make a sample is webdataset's rule (`group_by_keys`). Parquet cannot be read at random, so its
+gives none; which members make a sample is webdataset's rule (`group_by_keys`). Parquet cannot be read at random, so its
 images are copied, one behind another, into a file of the build's work folder.
 """
 
@@ -69,7 +69,7 @@ def scan(job: ScanJob) -> tuple[int, int]:
             with job.destination.written_whole(job.spool) as spool:
                 table = _ParquetFile(job, opened)
                 return job.number, _write(job, table.classes, False, table.rows(spool))
-        # pyarrow reads just what it is asked for, and a header has 512 bytes
+        # pyarrow reads only the bytes requested, and a header has 512 bytes
         buffer_bytes = io.DEFAULT_BUFFER_SIZE if job.source.local else _REMOTE_BUFFER_BYTES
         file = io.BufferedReader(opened, buffer_bytes)
         nested = _first_member(job, file).endswith(".tar")
@@ -148,7 +148,7 @@ def _flat_rows(job: ScanJob, file: BinaryIO) -> Iterator[Row]:
 
 
 def _nested_rows(job: ScanJob, file: BinaryIO) -> Iterator[Row]:
-    """ILSVRC2012_img_train.tar: a tar of tars, one a class, named after it."""
+    """ILSVRC2012_img_train.tar: a tar of tars, one per class, named after it."""
     for tar in _members(job, file):
         path = f"{job.file}/{tar.name}"
         if not tar.name.endswith(".tar"):
@@ -163,7 +163,7 @@ def _nested_rows(job: ScanJob, file: BinaryIO) -> Iterator[Row]:
 
 
 def _validation_rows(job: ScanJob, members: Iterator[Member], ground_truth: list[str]) -> Iterator[Row]:
-    """ILSVRC2012_img_val.tar: images by number, whose classes the devkit tells."""
+    """ILSVRC2012_img_val.tar: images by number, whose classes the devkit gives."""
     for member in members:
         number = re.search(r"_(\d{8})\.", member.name)
         if number is None or not 1 <= int(number[1]) <= len(ground_truth):

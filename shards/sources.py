@@ -1,7 +1,7 @@
 """What SRC is, found by looking at it: class folders, lists of images, the ILSVRC2012 tars, WebDataset shards, or
 Parquet files.
 
-Nothing but lists, names and sizes is read here; what lies inside tars and Parquet files is for `maelstream.shards.scan`.
+Nothing but lists, names and sizes is read here; `shards/scan.py` reads inside tars and Parquet files.
 """
 
 import fnmatch
@@ -40,8 +40,8 @@ class Sources:
     storage: Storage
     kind: Literal["folders", "listed", "tars", "parquet"]
     files: pa.Table
-    """Of `FILES`: path below `storage`, bytes (null for a file of a list that is not there), and the class folder, or
-    the label in a list (empty in the other kinds)."""
+    """Table of schema `FILES`: path below `storage`, bytes (null for a listed file that is missing), and the class
+    folder, or the label in a list (empty in the other kinds)."""
     classes: list[str] | None
     """By label, where this is known before the samples are read."""
     ground_truth: list[str] | None = None

@@ -123,7 +123,7 @@ class Storage:
             return file.read()
 
     def sha256(self, name: str) -> str:
-        """Of a file, read in pieces. DatasetError when it cannot be read."""
+        """SHA-256 of a file, read in pieces. DatasetError when it cannot be read."""
         digest = hashlib.sha256()
         with self.open(name) as file, self.explained(name):
             while chunk := file.read(_CHUNK_BYTES):
@@ -133,7 +133,7 @@ class Storage:
     def make(self) -> None:
         """Makes this folder and the one for a build's work; a store's objects need none. DatasetError if it fails."""
         if self.local:
-            with _explained(self.shown, "be made", "; choose another place"):
+            with _explained(self.shown, "be made", "; choose another folder"):
                 self.filesystem.create_dir(f"{self.path}/{WORK}", recursive=True)
 
     @contextmanager

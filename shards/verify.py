@@ -1,7 +1,7 @@
 """What is wrong with a packed dataset: every fault by shard, key and kind.
 
 The manifest vouches for itself when it is opened, and by SHA-256 for every other file; where a shard does not fit, the
-index, the tar headers and the samples' CRC32Cs tell what of it is damaged.
+index, the tar headers and the samples' CRC32Cs show which part is damaged.
 """
 
 import re
@@ -26,7 +26,7 @@ _MISSING = "missing"
 class Fault:
     file: str
     key: str
-    """Of the sample; empty where the whole file is meant."""
+    """Key of the sample; empty if the fault is of the whole file."""
     what: str
 
     def __str__(self) -> str:

@@ -16,8 +16,8 @@ class Labels:
     """Where labels and class names come from."""
 
     label_field: str | None = None
-    """JSON field or Parquet column that holds the label. Default: the sample's .cls file, or the first field named label,
-    cls, class, class_id, target, labels or fine_label."""
+    """JSON field or Parquet column that holds the label. Default: the sample's .cls file, or the first field named
+    label, cls, class, class_id, target, labels or fine_label."""
     classes: Path | None = None
     """A text file of class names, one line per label, for sources whose labels are numbers."""
 
