@@ -145,18 +145,21 @@ class ImageLoader:
 
     def _produce(self, start: int, batches: "Queue[Batch | Exception]") -> None:
         """Body of the producer thread: delivers batches, or the exception that ended it, to the consumer."""
+        try:
+            self._deliver(start, batches)
+        except Exception as error:
+            self._offer(batches, error)
+
+    def _deliver(self, start: int, batches: "Queue[Batch | Exception]") -> None:
+        """Reads, decodes and delivers batches from global position `start` until the loader is closed."""
         delivered, prefetch = 0, self._config.prefetch
         source = open_sample_source(
             self.dataset, self._order, self._augment_sampler, self._batch_split, self._rank, prefetch, self._bad, start
         )
-        try:
+        with contextlib.closing(source):
             while not self._stop.is_set():
                 with ReadAhead(source.read, delivered, prefetch) as ahead:
                     delivered += self._decode(source, ahead, batches)
-        except Exception as error:
-            self._offer(batches, error)
-        finally:
-            source.close()
 
     def _decode(self, source: SampleSource, ahead: "ReadAhead", batches: "Queue[Batch | Exception]") -> int:
         """Decodes until the loader is closed or a bad image has been replaced; returns the number of batches."""

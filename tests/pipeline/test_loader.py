@@ -224,6 +224,17 @@ def test_every_rank_and_every_resumed_run_replaces_a_bad_sample_with_the_same_on
     assert content(resumed) == whole[24:]
 
 
+def test_an_error_while_the_source_opens_reaches_the_consumer(packed: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a batch or an error in the queue, the training loop would wait forever."""
+
+    def fail(*_: Any) -> Any:
+        raise DatasetError("the store is gone")
+
+    monkeypatch.setattr("maelstream.pipeline.loader.open_sample_source", fail)
+    with pytest.raises(DatasetError, match="the store is gone"):
+        take(packed, BatchSplit(8, 1, 1), 1)
+
+
 def test_more_bad_samples_than_allowed_raise_an_error_that_lists_them(packed: Dataset, tmp_path: Path) -> None:
     damaged = damaged_copy(packed, tmp_path / "damaged", b"\xff\xd8", b"GIF89a")
     key = damaged.keys(np.array([7]))[0]
