@@ -140,7 +140,7 @@ def test_timm_does_not_load_weights_that_lack_a_tensor(tiny: Path, tmp_path: Pat
         timm.create_model(f"local-dir:{out}", pretrained=True)
 
 
-def test_vit_base_loads_as_timm_s_own_mae_model(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vit_base_loads_as_the_mae_model_of_timm(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     assert run("export", [str(base), "--format", "timm", "--out", str(out)]) == 0
     assert 'timm.create_model(\n    "vit_base_patch16_224.mae", pretrained=True' in code_of_the_card(out)
@@ -243,7 +243,7 @@ def test_a_folder_with_other_files_is_left_unchanged(
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_failing_export_leaves_the_older_one_unchanged(
+def test_a_failed_export_leaves_the_older_one_unchanged(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [str(tiny), "--format", "timm", "--out", str(tmp_path / "out")]
@@ -260,7 +260,9 @@ def test_a_failing_export_leaves_the_older_one_unchanged(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_cannot_be_exported_is_a_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_and_weights_that_cannot_be_exported_are_a_one_line_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("export", [str(tmp_path), "--format", "hf"]) == 2
     assert "is not a run" in capsys.readouterr().err
     wide = run_folder(tmp_path / "wide", dataclasses.replace(TINY, image_size=(16, 32)), steps=(4, 8))

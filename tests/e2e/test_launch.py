@@ -71,7 +71,9 @@ def assert_gone(processes: list[psutil.Process]) -> None:
     assert not alive
 
 
-def test_a_killed_rank_restarts_and_is_left_out_after_the_second_time(tiny: str, tmp_path: Path, begin: Begin) -> None:
+def test_a_killed_rank_restarts_and_is_left_out_after_its_second_failure(
+    tiny: str, tmp_path: Path, begin: Begin
+) -> None:
     """At the end the launcher receives SIGTERM: its rank saves, and the launcher returns the rank's exit code."""
     folder = RunFolder(tmp_path / "run")
     launcher = begin(*launch("--nproc", "2", "--max-restarts", "2"), tiny, "--run", str(folder.path), *LONG)
@@ -107,11 +109,11 @@ def test_two_launchers_train_one_run(tiny: str, tmp_path: Path, begin: Begin) ->
     nodes = [begin(*launch(*options, "--node-rank", node), tiny, "--run", str(tmp_path / "run")) for node in ("0", "1")]
     assert [node.wait(120) for node in nodes] == [0, 0], (tmp_path / "output").read_text()
     run_ranks(2, tiny, "--run", str(tmp_path / "one"), output=tmp_path / "one-output")
-    ours, theirs = (RunFolder(tmp_path / name).read_metrics() for name in ("run", "one"))
-    assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+    actual, expected = (RunFolder(tmp_path / name).read_metrics() for name in ("run", "one"))
+    assert [line["loss"] for line in actual] == [line["loss"] for line in expected]
 
 
-def test_slurms_environment_is_sufficient(tiny: str, tmp_path: Path, begin: Begin) -> None:
+def test_the_environment_of_slurm_is_sufficient(tiny: str, tmp_path: Path, begin: Begin) -> None:
     common = {"SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x1)", "SLURM_JOB_ID": str(free_port())}
     command = (
         sys.executable,

@@ -1,4 +1,4 @@
-"""`maelstream pack` and `maelstream info` as a user types them."""
+"""`maelstream pack`, `info` and `demo` on the command line."""
 
 import re
 import subprocess
@@ -15,7 +15,9 @@ from maelstream.shards.dataset import Dataset
 from tests.conftest import write_images
 
 
-def test_pack_says_what_it_did_and_info_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pack_prints_its_result_and_info_describes_the_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     images = write_images(tmp_path / "flowers", classes=2, per_class=4)
     (images / "class01" / "broken.jpg").write_bytes(b"no image")
     assert run("pack", [str(images), str(tmp_path / "out"), "--workers", "1"]) == 0
@@ -27,7 +29,7 @@ def test_pack_says_what_it_did_and_info_what_is_there(tmp_path: Path, capsys: py
         assert fact in table
 
 
-def test_without_a_terminal_each_shard_is_a_line_with_rate_time_left_and_quarantine_count(
+def test_without_a_terminal_one_line_per_shard_shows_rate_time_left_and_quarantine_count(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = write_images(tmp_path / "flowers", classes=2, per_class=10)
@@ -45,7 +47,7 @@ def test_without_a_terminal_each_shard_is_a_line_with_rate_time_left_and_quarant
     assert lines[-1].endswith("1 quarantined, 0:00 left") and "20 samples" in last
 
 
-def test_info_tells_reasons_and_draws_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_lists_quarantine_reasons_and_draws_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = write_images(tmp_path / "flowers", classes=2, per_class=4)
     for number in range(3):
         (images / "class01" / f"broken{number}.jpg").write_bytes(b"no image")
@@ -59,7 +61,7 @@ def test_info_tells_reasons_and_draws_a_picture(tmp_path: Path, capsys: pytest.C
     assert "info.xyz cannot be written" in capsys.readouterr().err
 
 
-def test_info_of_unlabelled_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_reports_that_images_have_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = write_images(tmp_path / "src", classes=1, per_class=4) / "class00"
     assert run("pack", [str(images), str(tmp_path / "out"), "--workers", "1"]) == 0
     assert run("info", [str(tmp_path / "out"), "--plot", str(tmp_path / "info.png")]) == 0
@@ -76,7 +78,7 @@ def test_info_of_unlabelled_images(tmp_path: Path, capsys: pytest.CaptureFixture
         ("my photos", "my-photos"),
     ],
 )
-def test_a_dataset_is_called_after_its_source(src: str, name: str) -> None:
+def test_a_dataset_is_named_after_its_source(src: str, name: str) -> None:
     assert default_name(src) == name
 
 
@@ -91,7 +93,7 @@ def test_a_dataset_is_called_after_its_source(src: str, name: str) -> None:
         (["--classes", "nowhere.txt"], "--classes nowhere.txt cannot be read"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(
+def test_invalid_options_are_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], complaint: str
 ) -> None:
     images = write_images(tmp_path / "src", classes=1, per_class=1)
@@ -108,7 +110,7 @@ def test_the_demo_packs_several_hundred_varied_crops_of_real_photographs(tmp_pat
     assert len(set(zip(dataset.width.tolist(), dataset.height.tolist(), strict=True))) > 200
 
 
-def test_the_demo_empties_nothing_but_what_a_demo_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_deletes_only_files_of_an_earlier_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     assert run("demo", ["--out", str(tmp_path)]) == 2
     assert "holds files that no demo wrote" in capsys.readouterr().err
@@ -170,7 +172,7 @@ def destination_below_a_file(folder: Path) -> str:
         destination_is_a_file,
     ],
 )
-def test_bad_input_gets_one_line_and_exit_code_2(
+def test_bad_input_is_an_error_of_one_line_with_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], prepare: object
 ) -> None:
     complaint = prepare(tmp_path)  # type: ignore[operator]
@@ -179,7 +181,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(
     assert complaint in printed and printed.startswith("maelstream pack: ") and printed.count("\n") == 1
 
 
-def test_a_destination_among_the_class_folders_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_destination_among_the_class_folders_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = write_images(tmp_path / "src", classes=1, per_class=1)
     assert run("pack", [str(images), str(images / "packed")]) == 2
     assert "whose folders are classes; choose another DST" in capsys.readouterr().err
@@ -187,7 +189,7 @@ def test_a_destination_among_the_class_folders_is_refused(tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("size", ["0", "many", "12XB", "-3"])
-def test_a_shard_size_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
+def test_an_invalid_shard_size_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
     images = write_images(tmp_path / "src", classes=1, per_class=1)
     assert run("pack", [str(images), str(tmp_path / "out"), f"--shard-size={size}"]) == 2
     assert "is no size; write 256MiB" in capsys.readouterr().err
@@ -207,12 +209,12 @@ def test_help_lists_every_command() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_a_help_of_its_own(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run(command, ["--help"])
     assert ended.value.code == 0 and f"usage: maelstream {command}" in capsys.readouterr().out
 
 
-def test_an_unknown_command_is_told_the_known_ones() -> None:
+def test_the_error_for_an_unknown_command_lists_the_known_ones() -> None:
     done = maelstream("bake")
     assert done.returncode == 2 and "no command 'bake'; one of pack, index, info" in done.stderr

@@ -1,4 +1,4 @@
-"""`maelstream profile` as a user types it: it names the stage that is slow."""
+"""`maelstream profile` on the command line: it measures each stage and names the bottleneck."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def profile(tiny: str, folder: Path, *options: str, ranks: int = 1, fault: str =
     return json.loads((folder / "p.json").read_text()), done.printed
 
 
-def test_all_stages_the_run_end_to_end_a_chart_and_a_trace(tiny: str, tmp_path: Path) -> None:
+def test_a_profile_has_all_stages_the_whole_run_a_chart_and_a_trace(tiny: str, tmp_path: Path) -> None:
     figures, printed = profile(tiny, tmp_path, "--trace", str(tmp_path / "trace.json"))
     assert figures["version"] == 1 and list(figures["stages"]) == list(STAGES)
     for name, stage in figures["stages"].items():
@@ -83,7 +83,7 @@ def test_two_ranks_exchange_gradients_and_report_their_rates_together(tiny: str,
     assert figures["whole"]["steps"] >= 3
 
 
-def test_stages_of_the_data_path_alone_start_no_engine(tiny: str, tmp_path: Path) -> None:
+def test_profiling_only_the_data_path_starts_no_engine(tiny: str, tmp_path: Path) -> None:
     figures, printed = profile(tiny, tmp_path, "--stages", "read,decode")
     assert list(figures["stages"]) == ["read", "decode"] and figures["whole"] is None
     assert "data wait" not in printed
@@ -101,7 +101,7 @@ def test_stages_of_the_data_path_alone_start_no_engine(tiny: str, tmp_path: Path
         (["--loader.decode.on", "gpu", "--stages", "decode"], "torch finds none"),
     ],
 )
-def test_bad_input_is_one_line(
+def test_bad_input_is_an_error_of_one_line(
     tiny: str, capsys: pytest.CaptureFixture[str], options: list[str], complaint: str
 ) -> None:
     assert run("profile", [tiny, *options]) == 2
@@ -111,10 +111,10 @@ def test_bad_input_is_one_line(
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["no bf16 instructions", "bf16 instructions"])
 @pytest.mark.parametrize("images", [0, 2])
-def test_a_micro_batch_that_a_cpu_has_no_memory_for_is_one_line(
+def test_a_micro_batch_larger_than_cpu_memory_is_an_error_of_one_line(
     tiny: str, tmp_path: Path, images: int, bf16: bool
 ) -> None:
-    """With bf16 instructions an activation has 2 bytes, without them 4."""
+    """With bf16 instructions an element of an activation has 2 bytes, without them 4."""
     recipe = load_recipe(Path(tiny))
     image = activation_bytes(recipe.model, False, 2 if bf16 else 4)
     free = sum(state_bytes(recipe.model, 1, 1)[:5]) + images * image + image // 2
@@ -125,12 +125,12 @@ def test_a_micro_batch_that_a_cpu_has_no_memory_for_is_one_line(
     )
 
 
-def test_a_micro_batch_that_runs_out_of_a_gpu_s_memory_is_one_line(tiny: str, tmp_path: Path) -> None:
+def test_a_micro_batch_larger_than_gpu_memory_is_an_error_of_one_line(tiny: str, tmp_path: Path) -> None:
     printed = error_line(tiny, tmp_path, "out_of_memory:4")
     assert "engine.micro_batch_size 6 does not fit" in printed and "the largest that does is 4: --engine" in printed
 
 
-def test_a_profiler_that_is_not_permitted_is_one_line(tiny: str, tmp_path: Path) -> None:
+def test_a_profiler_without_permission_is_an_error_of_one_line(tiny: str, tmp_path: Path) -> None:
     trace = ["--trace", str(tmp_path / "trace.json")]
     printed = error_line(tiny, tmp_path, "no_profiler:CUPTI_ERROR_INSUFFICIENT_PRIVILEGES", *trace)
     assert printed.startswith("maelstream profile: --trace: the profiler is not permitted here (CUPTI_ERROR_INSUFF")
@@ -145,6 +145,6 @@ def error_line(tiny: str, folder: Path, fault: str, *options: str) -> str:
     return running.printed.strip()
 
 
-def test_a_recipe_comes_first(capsys: pytest.CaptureFixture[str], packed: Dataset) -> None:
+def test_an_option_before_the_recipe_is_an_error(capsys: pytest.CaptureFixture[str], packed: Dataset) -> None:
     assert run("profile", ["--seconds", "1"]) == 2
     assert "RECIPE comes first" in capsys.readouterr().err

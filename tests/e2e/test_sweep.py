@@ -37,9 +37,9 @@ def test_a_killed_sweep_leaves_no_rank_and_resumes_from_the_checkpoint(
         process.kill()
         process.wait()
     assert not psutil.wait_procs(children, timeout=20)[1] and not is_locked(second.lock)
-    begun, finished = second.checkpoints.steps()[-1], first.metrics.stat().st_mtime_ns
+    killed_at, finished = second.checkpoints.steps()[-1], first.metrics.stat().st_mtime_ns
     assert run("sweep", options) == 0
-    assert begun < 12 and second.last_step() == 12
+    assert killed_at < 12 and second.last_step() == 12
     assert "1/2 base_lr=0.05, seed 0: pre-trained" in capfd.readouterr().out
     assert first.metrics.stat().st_mtime_ns == finished
     assert [line["step"] for line in second.read_metrics()] == list(range(1, 13))

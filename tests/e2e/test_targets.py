@@ -30,12 +30,12 @@ STEPS = 8
 @pytest.fixture(scope="module")
 def recipes(packed: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("targets")
-    made = {}
+    paths = {}
     for kind in FIT:
-        made[kind] = folder / f"{kind}.yaml"
+        paths[kind] = folder / f"{kind}.yaml"
         text = RECIPE.replace("codes: 64", f"codes: 64, target: {kind}")
-        made[kind].write_text(text + f"data: {{dataset: {packed.folder}}}\ntarget_file: {folder / kind}.safetensors\n")
-    return made
+        paths[kind].write_text(text + f"data: {{dataset: {packed.folder}}}\ntarget_file: {folder / kind}.safetensors\n")
+    return paths
 
 
 def fit(kind: str, packed: Dataset, recipe: Path, out: Path, *more: str) -> int:
@@ -84,8 +84,8 @@ def test_resuming_a_run_on_tokens_is_bit_identical(
     pretrain(recipes[kind], uninterrupted, STEPS, "--target-file", str(resumed.target_file))
     losses = ([line["loss"] for line in folder.read_metrics()] for folder in (resumed, uninterrupted))
     assert next(losses) == next(losses)
-    ours, theirs = resumed.checkpoints.weights(STEPS), uninterrupted.checkpoints.weights(STEPS)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    actual, expected = resumed.checkpoints.weights(STEPS), uninterrupted.checkpoints.weights(STEPS)
+    assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in actual)
     assert resumed.target_file.read_bytes() == uninterrupted.target_file.read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""The launcher with shell scripts as ranks, which end as each test wants. Real ranks: tests/e2e/test_launch.py."""
+"""The launcher with shell scripts as ranks, which exit as each test needs. Real ranks: tests/e2e/test_launch.py."""
 
 import os
 import re
@@ -28,7 +28,7 @@ exec bash -c "$6"
 
 @pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file into which ranks, which are scripts here, write their numbers; ssh is a script too."""
+    """The file to which the rank scripts write their numbers; `ssh` is replaced by a script too."""
     for name, text in (("rank", RANK_SCRIPT), ("ssh", SSH_SCRIPT)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -128,7 +128,7 @@ eval "$4"
         ("# nobody\n", "names no host"),
     ],
 )
-def test_a_bad_hostfile_gets_one_line(
+def test_a_bad_hostfile_is_an_error_of_one_line(
     log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, complaint: str
 ) -> None:
     assert run("launch", ["--hostfile", hostfile(tmp_path, text), "pretrain", "exit 0"]) == 2
@@ -147,7 +147,7 @@ def test_a_bad_hostfile_gets_one_line(
         (["--hostfile", "nowhere", "pretrain"], "--hostfile nowhere cannot be read"),
     ],
 )
-def test_bad_options_get_one_line(
+def test_bad_options_are_an_error_of_one_line(
     log: Path, capsys: pytest.CaptureFixture[str], options: list[str], complaint: str
 ) -> None:
     assert run("launch", options) == 2
@@ -155,7 +155,7 @@ def test_bad_options_get_one_line(
     assert complaint in printed and printed.count("\n") == 1
 
 
-def test_more_ranks_than_gpus_get_one_line(
+def test_more_ranks_than_gpus_are_an_error_of_one_line(
     log: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launching, "gpu_count", lambda: 2)
@@ -163,7 +163,7 @@ def test_more_ranks_than_gpus_get_one_line(
     assert "--nproc 3: this machine has 2 GPUs; start 1 to 2" in capsys.readouterr().err
 
 
-def test_no_free_port_gets_one_line(
+def test_no_free_port_is_an_error_of_one_line(
     log: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Full:

@@ -20,7 +20,7 @@ TOP1 = {("0.5", "0"): 60.0, ("0.5", "1"): 62.0, ("0.75", "0"): 70.0, ("0.75", "1
 
 
 class Launcher:
-    """Stands in for `maelstream launch`; the `fails`-th command (from 1) returns the exit code of Ctrl-C."""
+    """Replaces `maelstream launch`; the `fails`-th command (from 1) returns the exit code of Ctrl-C."""
 
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
@@ -47,9 +47,9 @@ class Launcher:
 
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
-    made = Launcher()
-    monkeypatch.setattr(sweep, "launched", lambda nproc, max_restarts: made)
-    return made
+    fake = Launcher()
+    monkeypatch.setattr(sweep, "launched", lambda nproc, max_restarts: fake)
+    return fake
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_a_changed_recipe_or_other_data_is_an_error_before_anything_starts(
         (["--grid", "model.dept=2"], "the nearest is model.depth"),
     ],
 )
-def test_bad_options_get_one_line(
+def test_bad_options_are_an_error_of_one_line(
     tmp_path: Path, launcher: Launcher, recipe: str, capsys: Any, options: list[str], complaint: str
 ) -> None:
     assert run("sweep", [recipe, "--dir", str(tmp_path / "out"), *options]) == 2

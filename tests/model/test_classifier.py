@@ -56,17 +56,17 @@ def test_drop_path_grows_linearly_from_0(golden: Golden) -> None:
 
 
 def test_a_new_classifier_depends_only_on_its_seed_and_starts_with_a_near_zero_head() -> None:
-    ours, same, other = build_classifier(SMALL, 1), build_classifier(SMALL, 1), build_classifier(SMALL, 2)
-    for (name, mine), again, different in zip(
-        ours.named_parameters(), same.parameters(), other.parameters(), strict=True
+    model, same, other = build_classifier(SMALL, 1), build_classifier(SMALL, 1), build_classifier(SMALL, 2)
+    for (name, parameter), again, different in zip(
+        model.named_parameters(), same.parameters(), other.parameters(), strict=True
     ):
-        assert torch.equal(mine, again)
-        if mine.ndim > 1:
-            assert not torch.equal(mine, different), name
-            assert mine.std().item() == pytest.approx(2e-5 if name == "head.weight" else 0.02, rel=0.15), name
+        assert torch.equal(parameter, again)
+        if parameter.ndim > 1:
+            assert not torch.equal(parameter, different), name
+            assert parameter.std().item() == pytest.approx(2e-5 if name == "head.weight" else 0.02, rel=0.15), name
         else:
-            assert (mine == (0 if name.endswith("bias") else 1)).all(), name
-    assert ours.pos_embed.requires_grad
+            assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
+    assert model.pos_embed.requires_grad
 
 
 @pytest.mark.parametrize("pool", ["mean", "class_token"])

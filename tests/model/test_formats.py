@@ -95,25 +95,25 @@ def hf_model(config: MAEConfig) -> ViTMAEForPreTraining:
     return model.to_empty(device="cpu").double()
 
 
-def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert ours.keys() == expected.keys()
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(ours[name], tensor), name
+        assert torch.equal(actual[name], tensor), name
 
 
 def test_conversion_to_huggingface_and_back_is_exact(weights: dict[str, Tensor]) -> None:
-    theirs = to_hf(weights)
-    assert_same(from_hf(theirs), weights)
-    assert_same(to_reference(theirs), weights)
+    converted = to_hf(weights)
+    assert_same(from_hf(converted), weights)
+    assert_same(to_reference(converted), weights)
     assert_same(to_reference(to_hf_file(weights)), weights)
     assert_same(to_reference(to_hf(without_decoder(weights))), without_decoder(weights))
 
 
 def test_huggingface_names_are_those_of_its_model() -> None:
     with torch.device("meta"):
-        ours = to_hf(MAE(MAEConfig()).state_dict())
+        converted = to_hf(MAE(MAEConfig()).state_dict())
     expected = json.loads((GOLDEN / "hf_vitmae_keys.json").read_text())
-    assert {name: list(tensor.shape) for name, tensor in ours.items()} == expected
+    assert {name: list(tensor.shape) for name, tensor in converted.items()} == expected
 
 
 def test_files_have_the_names_of_published_files() -> None:
@@ -128,54 +128,54 @@ def test_files_have_the_names_of_published_files() -> None:
         for part in block.split()
         for kind in ("weight", "bias")
     }
-    ours = to_hf_file(golden_weights(TINY))
-    assert {name for name in ours if ".1." in name} == expected
+    converted = to_hf_file(golden_weights(TINY))
+    assert {name for name in converted if ".1." in name} == expected
     outside = {name for name in to_hf(golden_weights(TINY)) if "layers." not in name}
-    assert outside == {name for name in ours if "layer." not in name and "layers." not in name}
+    assert outside == {name for name in converted if "layer." not in name and "layers." not in name}
 
 
 def test_files_written_by_huggingface_are_read(tmp_path: Path) -> None:
     """Release 5.23 writes the names of files, except `decoder.decoder_encoder.layer`, which only it has."""
     weights = golden_weights(TINY)
-    theirs = hf_model(TINY).float()
-    theirs.load_state_dict(to_hf(weights))
-    theirs.save_pretrained(tmp_path / "whole")
-    theirs.vit.save_pretrained(tmp_path / "encoder")
+    huggingface = hf_model(TINY).float()
+    huggingface.load_state_dict(to_hf(weights))
+    huggingface.save_pretrained(tmp_path / "whole")
+    huggingface.vit.save_pretrained(tmp_path / "encoder")
     assert_same(to_reference(load_file(tmp_path / "whole" / "model.safetensors")), weights)
     assert_same(to_reference(load_file(tmp_path / "encoder" / "model.safetensors")), without_decoder(weights))
-    assert isinstance(theirs.vit, ViTMAEModel)
+    assert isinstance(huggingface.vit, ViTMAEModel)
 
 
-def both_losses(ours: MAE, weights: dict[str, Tensor], images: Tensor) -> tuple[float, float]:
-    config, theirs = ours.config, hf_model(ours.config)
-    theirs.load_state_dict(to_hf(weights))
+def both_losses(model: MAE, weights: dict[str, Tensor], images: Tensor) -> tuple[float, float]:
+    config, huggingface = model.config, hf_model(model.config)
+    huggingface.load_state_dict(to_hf(weights))
     noise = torch.from_numpy(np.random.RandomState(1).random_sample((len(images), config.num_patches)))
     pixels = normalise(images, config.mean, config.std).double()
     with torch.no_grad():
-        loss = ours.loss(pixels, mask_by_score(noise, config.keep))
-        return loss.item(), theirs(pixels, noise=noise).loss.item()
+        loss = model.loss(pixels, mask_by_score(noise, config.keep))
+        return loss.item(), huggingface(pixels, noise=noise).loss.item()
 
 
 def test_the_loss_equals_huggingface_on_the_same_mask(model: MAE, weights: dict[str, Tensor], images: Tensor) -> None:
-    ours, theirs = both_losses(model, weights, images)
-    assert ours == pytest.approx(theirs, rel=1e-12)
+    loss, expected = both_losses(model, weights, images)
+    assert loss == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_loss_on_plain_pixels_equals_huggingface() -> None:
-    ours, weights = MAE(dataclasses.replace(TINY, target="pixel")).double(), golden_weights(TINY)
-    ours.load_state_dict(weights)
-    loss, theirs = both_losses(ours, weights, torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8))
-    assert loss == pytest.approx(theirs, rel=1e-12)
+    model, weights = MAE(dataclasses.replace(TINY, target="pixel")).double(), golden_weights(TINY)
+    model.load_state_dict(weights)
+    loss, expected = both_losses(model, weights, torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8))
+    assert loss == pytest.approx(expected, rel=1e-12)
 
 
 def test_features_equal_timm(config: MAEConfig, weights: dict[str, Tensor], model: MAE, images: Tensor) -> None:
     options = {"img_size": config.image_size, "embed_dim": config.dim, "depth": config.depth, "num_heads": config.heads}
     with torch.device("meta"):
-        theirs = timm.create_model("vit_base_patch16_224.mae", num_classes=0, **options)
-    theirs = theirs.to_empty(device="cpu").double().eval()
-    theirs.load_state_dict(without_decoder(weights), strict=True)
+        by_timm = timm.create_model("vit_base_patch16_224.mae", num_classes=0, **options)
+    by_timm = by_timm.to_empty(device="cpu").double().eval()
+    by_timm.load_state_dict(without_decoder(weights), strict=True)
     with torch.no_grad():
-        features = theirs.forward_features(normalise(images, config.mean, config.std).double())
+        features = by_timm.forward_features(normalise(images, config.mean, config.std).double())
         assert (features - model.encode(images)).abs().max() < 1e-11
 
 
@@ -189,9 +189,9 @@ def test_features_equal_timm(config: MAEConfig, weights: dict[str, Tensor], mode
 )
 def test_mae_models_of_timm_have_the_names_and_shapes_of_the_encoder(name: str, size: MAEConfig) -> None:
     with torch.device("meta"):
-        ours, theirs = MAE(size).state_dict(), timm.create_model(name).state_dict()
-    assert not mismatches(without_decoder(ours), theirs)
-    assert has_decoder(ours) and not has_decoder(without_decoder(ours))
+        weights, expected = MAE(size).state_dict(), timm.create_model(name).state_dict()
+    assert not mismatches(without_decoder(weights), expected)
+    assert has_decoder(weights) and not has_decoder(without_decoder(weights))
 
 
 def test_weights_that_are_not_of_an_mae_raise() -> None:
@@ -202,9 +202,9 @@ def test_weights_that_are_not_of_an_mae_raise() -> None:
 
 
 def test_a_missing_part_of_query_key_and_value_is_reported() -> None:
-    theirs = to_hf(golden_weights(TINY))
-    del theirs["vit.layers.1.attention.k_proj.bias"]
-    phrases = mismatches(to_reference(theirs), golden_weights(TINY))
+    converted = to_hf(golden_weights(TINY))
+    del converted["vit.layers.1.attention.k_proj.bias"]
+    phrases = mismatches(to_reference(converted), golden_weights(TINY))
     assert phrases[0] == "blocks.1.attn.qkv.bias is missing"
     assert "vit.layers.1.attention.q_proj.bias is not in the model" in phrases and len(phrases) == 3
 

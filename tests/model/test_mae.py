@@ -49,10 +49,10 @@ def test_gathering_before_embedding_equals_gathering_after(options: dict[str, An
     assert isinstance(projection, PatchProjection)
     normalised = normalise(images, config.mean, config.std)
     embedded = F.conv2d(normalised, projection.weight, projection.bias, stride=config.patch_size)
-    places = model.pos_embed[:, 1:].expand(len(images), -1, -1)
-    tokens = gather_patches(embedded.flatten(2).transpose(1, 2) + places, mask.kept)
+    positions = model.pos_embed[:, 1:].expand(len(images), -1, -1)
+    tokens = gather_patches(embedded.flatten(2).transpose(1, 2) + positions, mask.kept)
     if config.encoder_mask_tokens:
-        tokens = torch.cat([tokens, model.encoder_mask_token + gather_patches(places, mask.removed)], dim=1)
+        tokens = torch.cat([tokens, model.encoder_mask_token + gather_patches(positions, mask.removed)], dim=1)
     tokens = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(len(images), -1, -1), tokens], dim=1)
     assert torch.allclose(latent_of(model, images, mask), model.norm(model.blocks(tokens)), atol=1e-5)
 
@@ -100,8 +100,8 @@ def test_decoder_features_follow_the_positions_of_the_patches() -> None:
     mask = random_mask(keys, 16, 4)
     shuffle = torch.tensor([2, 0, 3, 1])
     other = Mask(mask.kept[:, shuffle], mask.removed, torch.cat([mask.kept[:, shuffle], mask.removed], 1).argsort(1))
-    ours, theirs = (model.decode(latent_of(model, images, each), each.restore) for each in (mask, other))
-    assert torch.allclose(ours, theirs, atol=1e-5)
+    features, shuffled = (model.decode(latent_of(model, images, each), each.restore) for each in (mask, other))
+    assert torch.allclose(features, shuffled, atol=1e-5)
 
 
 def test_decoder_features_do_not_depend_on_the_order_of_the_tokens() -> None:

@@ -44,25 +44,25 @@ def test_a_compiled_step_equals_the_eager_one_and_compiles_once(checkpointing: b
         loss.backward()
         expected.backward()
         assert torch.allclose(loss, expected, rtol=1e-5)
-        for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
-            assert ours.grad is not None and theirs.grad is not None
-            assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+        for parameter, expected_parameter in zip(model.parameters(), eager.parameters(), strict=True):
+            assert parameter.grad is not None and expected_parameter.grad is not None
+            assert torch.allclose(parameter.grad, expected_parameter.grad, rtol=1e-4, atol=1e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.parametrize("options", GRAPHS.values(), ids=GRAPHS)
 def test_activation_checkpointing_is_bit_identical(options: dict[str, Any]) -> None:
-    plain, saving = tiny(**options), tiny(**options)
-    saving.activation_checkpointing = True
+    plain, checkpointed = tiny(**options), tiny(**options)
+    checkpointed.activation_checkpointing = True
     images, keys = batch(plain.config)
-    losses = [model(images, keys) for model in (plain, saving)]
+    losses = [model(images, keys) for model in (plain, checkpointed)]
     assert torch.equal(*losses)
     for loss in losses:
         loss.backward()
-    for ours, theirs in zip(plain.parameters(), saving.parameters(), strict=True):
-        assert ours.grad is not None and theirs.grad is not None
-        assert torch.equal(ours.grad, theirs.grad)
+    for parameter, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert parameter.grad is not None and other.grad is not None
+        assert torch.equal(parameter.grad, other.grad)
 
 
 def test_activation_checkpointing_keeps_one_tensor_per_block() -> None:
@@ -70,20 +70,20 @@ def test_activation_checkpointing_keeps_one_tensor_per_block() -> None:
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         storages: dict[int, int] = {}
 
-        def note(tensor: torch.Tensor) -> torch.Tensor:
+        def record(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.untyped_storage().data_ptr() not in weights:
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             keep_alive = model(*batch(TINY, 8))
         assert keep_alive.requires_grad
         return sum(storages.values())
 
     model = tiny(depth=6)
-    whole = kept_bytes(model)
+    without_checkpointing = kept_bytes(model)
     model.activation_checkpointing = True
-    assert kept_bytes(model) < whole / 3
+    assert kept_bytes(model) < without_checkpointing / 3
 
 
 class HostSync(Exception):

@@ -83,7 +83,7 @@ def test_the_mask_of_a_key_does_not_depend_on_the_rest_of_the_batch() -> None:
         assert torch.equal(getattr(together, name), torch.cat([getattr(mask, name) for mask in alone]))
 
 
-def test_masks_neither_use_nor_advance_torch_s_generators() -> None:
+def test_masks_neither_use_nor_advance_the_generators_of_torch() -> None:
     torch.manual_seed(1)
     first = random_mask(random_keys(4), 64, 16)
     torch.manual_seed(2)
@@ -141,8 +141,8 @@ def test_compiled_masks_are_bit_identical() -> None:
         return [draw_mask(kind, keys, (14, 14), 49) for kind in KINDS]
 
     keys = random_keys(16)
-    for ours, eager in zip(torch.compile(all_kinds, fullgraph=True)(keys), all_kinds(keys), strict=True):
-        assert all(torch.equal(*pair) for pair in zip(ours, eager, strict=True))
+    for compiled, eager in zip(torch.compile(all_kinds, fullgraph=True)(keys), all_kinds(keys), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(compiled, eager, strict=True))
 
 
 @pytest.mark.gpu
@@ -151,8 +151,10 @@ def test_compiled_masks_are_bit_identical() -> None:
 @pytest.mark.parametrize("draw", [draw_mask, torch.compile(draw_mask, fullgraph=True)], ids=["eager", "compiled"])
 def test_the_gpu_draws_the_same_masks(draw: Callable[..., Mask], kind: MaskKind) -> None:
     keys = random_keys(512)
-    for ours, theirs in zip(draw(kind, keys.cuda(), (14, 14), 49), draw_mask(kind, keys, (14, 14), 49), strict=True):
-        assert torch.equal(ours.cpu(), theirs)
+    for actual, expected in zip(
+        draw(kind, keys.cuda(), (14, 14), 49), draw_mask(kind, keys, (14, 14), 49), strict=True
+    ):
+        assert torch.equal(actual.cpu(), expected)
 
 
 def removed_grids(mask: Mask, grid: tuple[int, int]) -> np.ndarray:

@@ -35,8 +35,8 @@ def test_neighbours_and_votes_equal_scikit_learn_for_any_chunks_and_ranks(chunk:
     expected = KNeighborsClassifier(
         K, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE)
     ).fit(train.numpy(), labels.numpy())
-    _, theirs = expected.kneighbors(queries.numpy())
-    assert indices.tolist() == theirs.tolist()
+    _, expected_indices = expected.kneighbors(queries.numpy())
+    assert indices.tolist() == expected_indices.tolist()
     assert (similarities - (queries[:, None] * train[indices]).sum(-1)).abs().max() < 1e-6
     ballot = votes(similarities, labels[indices], CLASSES, TEMPERATURE)
     shares = ballot / ballot.sum(1, keepdim=True)

@@ -20,9 +20,9 @@ Golden = Callable[[str], Vectors]
 TARGETS: dict[str, Target] = {"pixel": "pixel", "norm": "normalised_pixel"}
 
 
-def error(ours: torch.Tensor, reference: np.ndarray) -> float:
+def error(actual: torch.Tensor, reference: np.ndarray) -> float:
     expected = torch.from_numpy(np.asarray(reference)).double()
-    return float((ours.cpu().double() - expected).norm() / expected.norm())
+    return float((actual.cpu().double() - expected).norm() / expected.norm())
 
 
 def with_golden_weights(config: MAEConfig, scale: float) -> MAE:

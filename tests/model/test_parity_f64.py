@@ -86,9 +86,9 @@ def gradients_of(model: MAE) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def close(ours: ArrayLike, reference: ArrayLike, tolerance: float) -> None:
-    ours = ours.cpu() if isinstance(ours, torch.Tensor) else ours
-    np.testing.assert_allclose(np.asarray(ours), np.asarray(reference), rtol=tolerance, atol=tolerance)
+def close(actual: ArrayLike, reference: ArrayLike, tolerance: float) -> None:
+    actual = actual.cpu() if isinstance(actual, torch.Tensor) else actual
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(reference), rtol=tolerance, atol=tolerance)
 
 
 def test_masks_of_the_small_model_equal_the_reference_exactly(golden: Golden, device: torch.device) -> None:

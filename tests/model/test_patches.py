@@ -1,4 +1,4 @@
-"""Patches: their order, their inverse, their statistics."""
+"""Patches: order, inverse and statistics."""
 
 import pytest
 import torch

@@ -76,11 +76,11 @@ def test_a_width_that_is_not_divisible_by_4_raises() -> None:
 def test_an_interpolated_table_equals_the_reference(golden: Golden, old: int, new: int, dim: int, every: int) -> None:
     drawn = np.random.RandomState(zlib.crc32(f"interp{old}_{new}".encode())).standard_normal((1, 1 + old * old, dim))
     table = torch.from_numpy(drawn.astype(np.float32))
-    ours = interpolate_table(table, (old, old), (new, new))
+    actual = interpolate_table(table, (old, old), (new, new))
     expected = golden("f64/pos_embed")[f"interp_{old}_{new}_d{dim}"]
-    assert ours.shape == (1, 1 + new * new, dim)
-    assert np.array_equal(ours[:, ::every], expected)
-    assert torch.equal(ours[:, 0], table[:, 0])
+    assert actual.shape == (1, 1 + new * new, dim)
+    assert np.array_equal(actual[:, ::every], expected)
+    assert torch.equal(actual[:, 0], table[:, 0])
 
 
 def test_a_table_is_interpolated_along_each_side_separately() -> None:

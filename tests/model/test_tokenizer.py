@@ -104,10 +104,10 @@ def test_images_are_resized_to_eight_pixels_per_patch() -> None:
 def test_the_reconstruction_loss_is_the_logit_laplace_likelihood() -> None:
     """Its density integrates to the Laplace probability of the interval, for a given location and scale."""
     encoder, decoder = small()
-    place, log_scale = 0.7, -0.4
+    location, log_scale = 0.7, -0.4
     with torch.no_grad():
         decoder.get_parameter("blocks.output.conv.w").zero_()
-        decoder.get_parameter("blocks.output.conv.b").copy_(torch.tensor([place] * 3 + [log_scale] * 3))
+        decoder.get_parameter("blocks.output.conv.b").copy_(torch.tensor([location] * 3 + [log_scale] * 3))
     cells = torch.linspace(0.1, 0.9, 801)[:-1] + 0.0005  # centres of cells of mapped pixels
     density = torch.tensor(
         [
@@ -121,7 +121,7 @@ def test_the_reconstruction_loss_is_the_logit_laplace_likelihood() -> None:
     )
     logits = torch.tensor([0.1, 0.9]).logit()
     scale = math.exp(log_scale)
-    laplace = torch.distributions.Laplace(place, scale)
+    laplace = torch.distributions.Laplace(location, scale)
     assert density.sum().item() * 0.01 == pytest.approx(
         (laplace.cdf(logits[1]) - laplace.cdf(logits[0])).item(), rel=0.01
     )

@@ -58,22 +58,22 @@ def test_every_window_is_inside_its_image(width: int, height: int, epoch: int, s
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (200, 900)])
-def test_windows_are_distributed_as_torchvisions(width: int, height: int) -> None:
+def test_windows_are_distributed_as_in_torchvision(width: int, height: int) -> None:
     """Largest distance of the cumulative distributions; with 20,000 draws it exceeds 0.025 with probability 1e-5."""
     count = 20_000
-    ours = AugmentSampler(0, CROP, (224, 224)).at(
+    sampled = AugmentSampler(0, CROP, (224, 224)).at(
         np.zeros(count, np.int64), np.arange(count), np.full(count, width), np.full(count, height)
     )
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
-    theirs = np.array(
+    by_torchvision = np.array(
         [RandomResizedCrop.get_params(image, list(CROP.scale), list(CROP.ratio)) for _ in range(count)]
     )  # top, left, height, width
     for number, column in enumerate((1, 0, 3, 2)):
         grid = np.arange(max(width, height) + 1)
         distance = np.abs(
-            np.searchsorted(np.sort(ours.windows[:, number]), grid, "right")
-            - np.searchsorted(np.sort(theirs[:, column]), grid, "right")
+            np.searchsorted(np.sort(sampled.windows[:, number]), grid, "right")
+            - np.searchsorted(np.sort(by_torchvision[:, column]), grid, "right")
         ).max()
         assert distance / count < 0.025
 
@@ -89,7 +89,7 @@ def test_parameters_do_not_depend_on_the_rest_of_the_batch() -> None:
         assert alone.flips[0] == together.flips[k] and alone.keys[0] == together.keys[k]
 
 
-def test_half_of_the_images_flip_or_as_many_as_the_setting_says() -> None:
+def test_half_of_the_images_flip_or_the_share_in_the_setting() -> None:
     count = 10_000
     columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 64), np.full(count, 64)
     flips = AugmentSampler(0, CROP, (224, 224)).at(*columns).flips
@@ -111,16 +111,16 @@ GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "f64" / "rrc.npz")
 
 
 @pytest.mark.parametrize("number", range(7))
-def test_one_draw_is_the_reference_s_for_linear_probing(number: int) -> None:
+def test_the_one_draw_crop_equals_the_linear_probing_reference(number: int) -> None:
     """Golden file: maps uniform numbers to boxes (top, left, height, width), without a generator."""
     width, height = GOLDEN["sizes_wh"][number]
-    numbers = GOLDEN["u"][:, None, [0, 1, 3, 2]]  # ours: left before top
+    numbers = GOLDEN["u"][:, None, [0, 1, 3, 2]]  # in this project, left comes before top
     crop = CropConfig(sampler="one_draw", scale=(0.08, 1.0))
     windows = one_draw_crop(numbers, np.full(64, width), np.full(64, height), crop)
     assert np.array_equal(windows[:, [1, 0, 3, 2]], GOLDEN["u_boxes_ijhw"][number])
 
 
-def test_one_draw_is_distributed_as_the_reference_s() -> None:
+def test_the_one_draw_crop_is_distributed_as_in_the_reference() -> None:
     count, crop = 20_000, CropConfig(sampler="one_draw", scale=(0.08, 1.0))
     columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 500), np.full(count, 375)
     windows = AugmentSampler(0, crop, (224, 224)).at(*columns).windows
@@ -130,7 +130,7 @@ def test_one_draw_is_distributed_as_the_reference_s() -> None:
 
 
 @given(width=sides, height=sides, size=st.integers(1, 500), margin=st.floats(1, 2))
-def test_resize_and_centre_crop_are_torchvision_s(width: int, height: int, size: int, margin: float) -> None:
+def test_resize_and_centre_crop_equal_torchvision(width: int, height: int, size: int, margin: float) -> None:
     """The arithmetic of Resize and CenterCrop for a square input."""
     (resize,) = resized_crop(None, np.array([width]), np.array([height]), (size, size), margin)
     short = round(size * margin)
@@ -160,7 +160,7 @@ def test_fixed_size_crops_reach_every_edge() -> None:
     )
 
 
-def test_jitter_is_drawn_within_its_bounds_in_every_order() -> None:
+def test_jitter_factors_are_within_their_bounds_and_every_order_occurs() -> None:
     count = 5000
     columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 500), np.full(count, 375)
     params = AugmentSampler(0, CropConfig(jitter=0.4), (224, 224)).at(*columns).pixel_augment

@@ -38,15 +38,15 @@ def test_every_image_comes_once_for_any_ranks_and_every_rank_gets_equally_many_b
     assert len({len(rank) for rank in found}) == 1
 
 
-def test_the_images_are_central_crops_of_their_samples(packed: Dataset) -> None:
+def test_images_are_the_central_crops_of_their_samples(packed: Dataset) -> None:
     for batch in every_image(packed, Reading(SIZE, 1.0, 16, ONE_THREAD), 1, 2, lambda bad: None):
         assert torch.equal(batch.images, central_images(packed, batch.samples, SIZE))
     margins = [evaluation_margin((side, side)) for side in (32, 224, 448)]
     assert margins == [256 / 224, 256 / 224, 1.0]
-    theirs = transforms.Compose([transforms.Resize(37, InterpolationMode.BICUBIC), transforms.CenterCrop(32)])
+    transform = transforms.Compose([transforms.Resize(37, InterpolationMode.BICUBIC), transforms.CenterCrop(32)])
     for batch in every_image(packed, Reading(SIZE, margins[0], 60, ONE_THREAD), 0, 1, lambda bad: None):
         for image, data in zip(batch.images, ShardReader(packed, True).read(batch.samples), strict=True):
-            expected = np.asarray(theirs(Image.open(io.BytesIO(data.tobytes())))).transpose(2, 0, 1)
+            expected = np.asarray(transform(Image.open(io.BytesIO(data.tobytes())))).transpose(2, 0, 1)
             assert np.abs(image.numpy().astype(int) - expected).mean() < 0.5  # of 255 levels
 
 

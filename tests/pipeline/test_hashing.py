@@ -1,4 +1,4 @@
-"""The hash is SplitMix64's, and its numbers are uniform."""
+"""The hash equals SplitMix64, and its numbers are uniform."""
 
 import numpy as np
 

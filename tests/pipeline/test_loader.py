@@ -199,12 +199,12 @@ def test_a_bad_sample_is_reported_and_replaced_and_all_others_are_unchanged(
     damaged = damaged_copy(packed, tmp_path / "damaged", marker, data)
     reported: list[BadSample] = []
     with loader_of(damaged, BatchSplit(8, 1, 1), max_bad_share=0.02, on_bad=reported.append, decode=decode) as loader:
-        ours = content(islice(loader, 15), pixels)  # two epochs of 60
+        actual = content(islice(loader, 15), pixels)  # two epochs of 60
     undamaged = content(take(packed, BatchSplit(8, 1, 1), 15), pixels)
     assert {(bad.sample, bad.key) for bad in reported} == {(7, packed.keys(np.array([7]))[0])}
     (message,) = map(str, reported)
     assert reason in message and damaged.shard_names[packed.shard[7]] in message
-    differing = [(before, now) for before, now in zip(undamaged, ours, strict=True) if before != now]
+    differing = [(before, now) for before, now in zip(undamaged, actual, strict=True) if before != now]
     assert [before[:2] for before, _ in differing] == [(7, 0), (7, 1)]
     assert all(now[0] != 7 and now[1] == before[1] for before, now in differing)
 
@@ -310,9 +310,9 @@ def test_a_block_shuffle_of_an_object_store_takes_few_long_requests(many: Datase
 
 def test_a_bad_sample_of_a_block_shuffle_is_replaced(packed: Dataset, tmp_path: Path) -> None:
     damaged = damaged_copy(packed, tmp_path / "damaged", b"\xff\xd8", b"GIF89a")
-    ours = content(take(damaged, BatchSplit(8, 1, 1), 8, shuffle="block", max_bad_share=0.02))
+    actual = content(take(damaged, BatchSplit(8, 1, 1), 8, shuffle="block", max_bad_share=0.02))
     undamaged = content(take(packed, BatchSplit(8, 1, 1), 8, shuffle="block"))
-    assert [before[0] for before, now in zip(undamaged, ours, strict=True) if before != now] == [7]
+    assert [before[0] for before, now in zip(undamaged, actual, strict=True) if before != now] == [7]
 
 
 class FlakyFile:

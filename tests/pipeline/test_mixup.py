@@ -1,4 +1,4 @@
-"""Mixup and CutMix are timm's, and a pure function of the batch's keys."""
+"""Mixup and CutMix equal those of timm and depend only on the keys of the batch."""
 
 import numpy as np
 import pytest
@@ -18,16 +18,16 @@ def batch(size: int = 6) -> Tensor:
 
 @pytest.mark.parametrize("config", [MixupConfig(), MixupConfig(cutmix=0.0), MixupConfig(mixup=0.0, cutmix=2.0)])
 @pytest.mark.parametrize("key", [1, 2, 3, -5])
-def test_images_and_targets_are_those_of_timm(config: MixupConfig, key: int) -> None:
+def test_images_and_targets_equal_those_of_timm(config: MixupConfig, key: int) -> None:
     images, targets = apply_mixup(batch(), LABELS, torch.tensor([key, 9, 9]), 10, config)
     np.random.seed(key & 0xFFFFFFFF)
-    theirs = Mixup(config.mixup, config.cutmix, num_classes=10, label_smoothing=0.1)(batch(), LABELS)
-    assert torch.equal(images, theirs[0]) and torch.equal(targets, theirs[1])
+    expected = Mixup(config.mixup, config.cutmix, num_classes=10, label_smoothing=0.1)(batch(), LABELS)
+    assert torch.equal(images, expected[0]) and torch.equal(targets, expected[1])
     assert not torch.equal(images, batch())
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(6))
 
 
-def test_the_same_keys_give_the_same_images_and_numpy_s_generator_is_restored() -> None:
+def test_equal_keys_give_equal_images_and_the_numpy_generator_is_restored() -> None:
     np.random.seed(3)
     expected = np.random.rand()
     np.random.seed(3)
@@ -37,7 +37,7 @@ def test_the_same_keys_give_the_same_images_and_numpy_s_generator_is_restored() 
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]) and not torch.equal(first[0], other[0])
 
 
-def test_an_odd_batch_s_middle_image_is_mixed_with_itself() -> None:
+def test_the_middle_image_of_an_odd_batch_is_mixed_with_itself() -> None:
     images, targets = apply_mixup(batch(5), LABELS[:5], torch.tensor([1]), 10, MixupConfig(cutmix=0.0))
     torch.testing.assert_close(images[2], batch(5)[2])
     assert targets[2].argmax() == 2 and targets[2].max() == pytest.approx(0.91)

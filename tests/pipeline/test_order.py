@@ -18,7 +18,7 @@ def test_every_sample_comes_once_per_epoch(size: int, seed: int, epoch: int) -> 
 
 
 @given(st.data())
-def test_a_position_needs_no_other_position(data: st.DataObject) -> None:
+def test_a_position_is_computed_without_the_others(data: st.DataObject) -> None:
     order = SampleOrder(data.draw(st.integers(1, 2000)), seed=3)
     positions = np.array(data.draw(st.lists(st.integers(0, order.size - 1), min_size=1, max_size=20)))
     epochs = np.array(data.draw(st.lists(st.integers(0, 5), min_size=len(positions), max_size=len(positions))))
@@ -69,7 +69,7 @@ PINNED = [5, 6, 1, 10, 4, 11, 7, 0, 9, 8, 3, 2]
 
 
 @given(size=st.integers(1, 6000), seed=st.integers(0, 1000), epoch=st.integers(0, 100))
-def test_a_block_shuffle_has_every_sample_once_and_superblocks_of_16_blocks(size: int, seed: int, epoch: int) -> None:
+def test_a_block_shuffle_has_each_sample_once_and_superblocks_of_16_blocks(size: int, seed: int, epoch: int) -> None:
     order = SampleOrder(size, seed, "block")
     samples, epochs, positions = epoch_of(order, epoch), np.full(size, epoch), np.arange(size)
     assert np.array_equal(np.sort(samples), positions)

@@ -1,4 +1,4 @@
-"""RandAugment and erasing give timm's results, with tensors instead of PIL."""
+"""RandAugment and erasing on tensors give the results of timm."""
 
 import numpy as np
 import pytest
@@ -17,21 +17,21 @@ def tensor_of(picture: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def test_the_operations_are_timm_s_in_its_order() -> None:
+def test_there_are_as_many_operations_as_in_timm() -> None:
     assert len(auto_augment._RAND_INCREASING_TRANSFORMS) == OPERATIONS
 
 
 @pytest.mark.parametrize("magnitude", [-9.0, 3.0, 9.0])
 @pytest.mark.parametrize("operation", range(OPERATIONS))
-def test_each_operation_gives_timm_s_picture(monkeypatch: pytest.MonkeyPatch, operation: int, magnitude: float) -> None:
+def test_each_operation_equals_that_of_timm(monkeypatch: pytest.MonkeyPatch, operation: int, magnitude: float) -> None:
     picture = photograph(96, 96)
     monkeypatch.setattr(auto_augment, "_randomly_negate", lambda value: value if magnitude > 0 else -value)
     name = auto_augment._RAND_INCREASING_TRANSFORMS[operation]
     level = auto_augment.LEVEL_TO_ARG[name]
     arguments = level(abs(magnitude), {}) if level is not None else ()
-    theirs = auto_augment.NAME_TO_OP[name](picture, *arguments, fillcolor=FILL, resample=Image.Resampling.BILINEAR)
-    ours = rand_augment(tensor_of(picture), operation, magnitude, MEAN)
-    difference = (ours.int() - tensor_of(theirs).int()).abs().float()
+    expected = auto_augment.NAME_TO_OP[name](picture, *arguments, fillcolor=FILL, resample=Image.Resampling.BILINEAR)
+    actual = rand_augment(tensor_of(picture), operation, magnitude, MEAN)
+    difference = (actual.int() - tensor_of(expected).int()).abs().float()
     # Interpolation rounds differently, and a pixel at an edge may be filled or not.
     assert difference.mean() < 2.5 and (difference > 8).float().mean() < 0.03, name
 
@@ -41,7 +41,7 @@ def params_of(**parts: object) -> PixelAugment:
     return PixelAugment(**(none | {"noise_keys": np.array([5])} | parts))
 
 
-def test_an_erased_box_holds_normal_noise_and_the_rest_is_untouched() -> None:
+def test_an_erased_box_holds_normal_noise_and_the_rest_is_unchanged() -> None:
     image = tensor_of(photograph(224, 224))
     box = params_of(boxes=np.array([[20, 30, 150, 120]], np.int32))
     erased = augment_pixels(image, box, 0, MEAN, STD)

@@ -1,4 +1,4 @@
-"""The two halves of the decoder together give the decoder's images."""
+"""Decoding and augmenting in two pipelines gives the images of the one decoder."""
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ def batches() -> list[EncodedBatch]:
     ]
 
 
-def test_the_halves_process_batches_in_turn_and_give_the_decoder_s_images() -> None:
+def test_the_two_halves_process_batches_in_turn_and_equal_the_decoder() -> None:
     data = batches()
     decoder = CpuDecoder(lambda number: data[number % 2], 2, SIZE, 1, CPU)
     expected = [decoder.run() for _ in range(3)]
@@ -36,6 +36,6 @@ def test_the_halves_process_batches_in_turn_and_give_the_decoder_s_images() -> N
     assert [np.asarray(decoded.windows[k]).shape for k in range(2)] == [(80, 100, 3), (200, 300, 3)]
     augment, window_bytes = augment_only(data, SIZE, 1, CPU, DecodeConfig())
     for images in expected:
-        made = augment()
-        assert isinstance(made, torch.Tensor) and torch.equal(made, images)
+        actual = augment()
+        assert isinstance(actual, torch.Tensor) and torch.equal(actual, images)
     assert window_bytes == (80 * 100 + 200 * 300) * 3 / 2

@@ -1,4 +1,4 @@
-"""What the tests of building stand on: images, and what an undisturbed build makes of them."""
+"""Fixtures for the tests of packing: images, and the dataset of an uninterrupted build."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Packed by `OPTIONS`."""
+    """The images packed with `OPTIONS`."""
     folder = tmp_path_factory.mktemp("built") / "tiny"
     pack(str(images), str(folder), OPTIONS, Local(2), lambda _: None)
     return folder

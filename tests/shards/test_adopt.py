@@ -1,4 +1,4 @@
-"""Adopting shards: not a byte of them changes, and every reader sees what the tars hold."""
+"""Adopting existing shards: their bytes stay unchanged, and every reader gets the samples in the tars."""
 
 import hashlib
 import tarfile
@@ -27,9 +27,7 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path / "wds"
 
 
-def test_shards_are_indexed_in_place_and_nothing_of_them_is_rewritten(
-    shards: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_shards_are_indexed_in_place_and_not_rewritten(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, times = digests(shards), [path.stat().st_mtime_ns for path in sorted(shards.glob("*.tar"))]
     assert run("index", [str(shards), "--workers", "2"]) == 0
     assert "8 samples in 2 shards (2 built now), 0 files quarantined" in capsys.readouterr().out
@@ -44,13 +42,13 @@ def test_shards_are_indexed_in_place_and_nothing_of_them_is_rewritten(
     assert "(0 built now)" in capsys.readouterr().out
 
 
-def test_stock_dali_reads_adopted_shards_through_our_idx(shards: Path) -> None:
+def test_stock_dali_reads_adopted_shards_with_the_idx_files(shards: Path) -> None:
     assert run("index", [str(shards), "--workers", "1"]) == 0
     images, labels = by_stock_dali(shards, sorted(path.name for path in shards.glob("*.tar")), 8)
     assert images == IMAGES[:8] and labels == [str(n % 4).encode() for n in range(8)]
 
 
-def test_timm_s_own_description_of_the_splits_stands(shards: Path) -> None:
+def test_the_split_file_of_timm_is_left_unchanged(shards: Path) -> None:
     published = '{"splits": {"train": {"num_samples": 8}}}'
     (shards / "_info.json").write_text(published)
     assert run("index", [str(shards), "--workers", "1"]) == 0
@@ -59,7 +57,7 @@ def test_timm_s_own_description_of_the_splits_stands(shards: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-def test_tars_of_other_writers_with_long_and_foreign_names_are_adopted(tmp_path: Path, form: int) -> None:
+def test_tars_of_other_writers_with_long_and_non_ascii_names_are_adopted(tmp_path: Path, form: int) -> None:
     """DALI's own wds2idx writes wrong offsets for GNU tars with names over 100 characters."""
     (tmp_path / "wds").mkdir()
     names = ["a" * (90 if form == tarfile.USTAR_FORMAT else 150) + ".tench.jpg", "höhe/x.jpg", "./plain.jpg"]
@@ -70,13 +68,13 @@ def test_tars_of_other_writers_with_long_and_foreign_names_are_adopted(tmp_path:
             tar.add(path, name)
     assert run("index", [str(tmp_path / "wds"), "--workers", "1"]) == 0
     dataset = Dataset.open(tmp_path / "wds")
-    # "a.tench.jpg" is extension "tench.jpg", no image's, to webdataset
+    # webdataset reads "a.tench.jpg" as extension "tench.jpg", which no image has
     assert samples_of(dataset) == dict.fromkeys(IMAGES[1:3], "")
     assert "which has tench.jpg" in next(iter(quarantine(tmp_path / "wds").values()))
     assert run("verify", [str(tmp_path / "wds"), "--deep"]) == 0
 
 
-def test_what_cannot_be_decoded_is_left_out_of_the_index(shards: Path) -> None:
+def test_undecodable_images_are_left_out_of_the_index(shards: Path) -> None:
     gif = encoded(photograph(), "GIF").tobytes()
     write_tar(shards / "photos-train-0002.tar", [("g.jpg", gif), ("g.cls", b"1"), ("c.jpg", IMAGES[9][:300])])
     assert run("index", [str(shards), "--workers", "1"]) == 0
@@ -104,9 +102,7 @@ def test_a_flipped_byte_cut_or_swapped_shard_of_an_adopted_dataset_is_found(
         assert complaint in capsys.readouterr().out
 
 
-def test_an_index_of_shards_that_changed_since_is_refused_as_another(
-    shards: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_indexing_again_after_the_shards_changed_is_an_error(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("index", [str(shards), "--workers", "1"]) == 0
     write_tar(shards / "photos-train-0002.tar", webdataset_members(8, 2))
     assert run("index", [str(shards), "--workers", "1"]) == 2
@@ -116,7 +112,9 @@ def test_an_index_of_shards_that_changed_since_is_refused_as_another(
     assert len(Dataset.open(shards)) == 10
 
 
-def test_a_folder_of_two_splits_or_of_none_is_refused(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_two_splits_or_without_images_is_an_error(
+    shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_tar(shards / "photos-validation-0000.tar", webdataset_members(8, 2))
     assert run("index", [str(shards)]) == 2
     assert "photos-validation-0000.tar); a dataset is one split" in capsys.readouterr().err

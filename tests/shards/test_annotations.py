@@ -1,5 +1,7 @@
-"""Miniature iNaturalist and Places sets, in their publishers' folders and formats: the same images and labels enter,
-whatever the year; what is missing is named, and what is listed twice refused."""
+"""Miniature iNaturalist and Places sets in the folders and formats of their publishers.
+
+Every year gives the same images and labels. Missing files are named; an image that is listed twice is an error.
+"""
 
 import json
 from collections.abc import Callable
@@ -33,15 +35,15 @@ def inaturalist(folder: Path, year: int) -> Path:
     ]
     root = "train_val_images" if year == 2017 else f"train_val{year}"
     for split, numbers in (("train", range(9)), ("val", range(9, 12))):
-        images, notes = [], []
+        images, labels = [], []
         for n in numbers:
             k = n % 3
-            place = SPECIES[k] if year == 2017 else f"{k}"
-            name = f"{root}/{supers[k]}/{place}/{n:032x}.jpg"
+            category = SPECIES[k] if year == 2017 else f"{k}"
+            name = f"{root}/{supers[k]}/{category}/{n:032x}.jpg"
             write(folder, name, IMAGES[n])
             images.append({"id": 100 + n, "file_name": name, "width": 40 + n, "height": 30, "license": 1})
-            notes.append({"id": n, "image_id": 100 + n, "category_id": k})
-        listed = {"info": {"year": year}, "images": images, "annotations": notes[::-1], "categories": categories[::-1]}
+            labels.append({"id": n, "image_id": 100 + n, "category_id": k})
+        listed = {"info": {"year": year}, "images": images, "annotations": labels[::-1], "categories": categories[::-1]}
         (folder / f"{split}{year}.json").write_text(json.dumps(listed))
     return folder
 
@@ -97,7 +99,7 @@ def test_a_test_list_without_annotations_is_unlabelled(tmp_path: Path) -> None:
     assert samples_of(dataset) == dict.fromkeys(IMAGES[:9], "") and dataset.classes == []
 
 
-def test_what_is_listed_but_not_there_is_named_and_strict_refuses_it(tmp_path: Path) -> None:
+def test_a_listed_file_that_is_missing_is_quarantined_and_is_an_error_with_strict(tmp_path: Path) -> None:
     source = inaturalist(tmp_path / "inat", 2018)
     gone = "train_val2018/Amphibia/1/" + f"{4:032x}.jpg"
     (source / gone).unlink()
@@ -105,7 +107,7 @@ def test_what_is_listed_but_not_there_is_named_and_strict_refuses_it(tmp_path: P
     assert len(dataset) == 8 and quarantine(tmp_path / "out") == {gone: "listed, but not there"}
     with pytest.raises(DatasetError, match=f"--strict: {gone} cannot enter"):
         pack(str(source), str(tmp_path / "strict"), OPTIONS, Local(1), lambda _: None, strict=True)
-    write(source, gone, IMAGES[4])  # found again: another source, so the finished dataset is not taken for its own
+    write(source, gone, IMAGES[4])  # the source has changed, so the finished dataset is not reused
     with pytest.raises(DatasetError, match="a source that has changed since"):
         build(source, tmp_path / "out")
 
@@ -132,13 +134,13 @@ def test_an_image_without_annotation_is_left_out_with_its_reason(tmp_path: Path)
         (lambda v: [i.update(file_name="no" + i["file_name"]) for i in v["images"]], "none of the 9 images .*is there"),
     ],
 )
-def test_a_list_that_makes_no_sense_is_one_line(tmp_path: Path, change: Callable, complaint: str) -> None:
-    with pytest.raises(DatasetError, match=complaint) as refused:
+def test_an_invalid_list_is_an_error_of_one_line(tmp_path: Path, change: Callable, complaint: str) -> None:
+    with pytest.raises(DatasetError, match=complaint) as error:
         build(changed(tmp_path / "inat", change), tmp_path / "out")
-    assert "\n" not in str(refused.value) and not (tmp_path / "out" / "dataset.json").exists()
+    assert "\n" not in str(error.value) and not (tmp_path / "out" / "dataset.json").exists()
 
 
-def test_the_list_of_a_split_is_chosen_and_several_or_none_are_refused(tmp_path: Path) -> None:
+def test_the_list_of_the_split_is_chosen_and_several_or_none_are_an_error(tmp_path: Path) -> None:
     source = inaturalist(inaturalist(tmp_path / "inat", 2018), 2019)
     with pytest.raises(DatasetError, match=r"holds 2 lists of split train .*give the list itself"):
         build(source, tmp_path / "out")
@@ -173,13 +175,13 @@ def places365(folder: Path) -> Path:
     train = [f"/{SCENES[n % 3]}/{n:08d}.jpg" for n in range(9)]
     val = [f"Places365_val_{n:08d}.jpg" for n in range(9, 12)]
     test = ["Places365_test_00000001.jpg", "Places365_test_00000002.jpg"]
-    for place, names, images in (
+    for subfolder, names, images in (
         ("data_large", train, IMAGES),
         ("val_large", val, IMAGES[9:]),
         ("test_256", test, IMAGES),
     ):
         for name, image in zip(names, images, strict=False):
-            write(folder, f"{place}/{name}", image)
+            write(folder, f"{subfolder}/{name}", image)
     (folder / "places365_train_standard.txt").write_text("".join(f"{p} {n % 3}\n" for n, p in enumerate(train)))
     (folder / "places365_val.txt").write_text("".join(f"{p} {n % 3}\n" for n, p in enumerate(val)))
     (folder / "places365_test.txt").write_text("\n".join(test))
@@ -199,7 +201,7 @@ def test_places_give_images_labels_and_class_names_in_both_splits(make: Callable
     assert samples_of(val) == {image: SCENERY[image] for image in IMAGES[9:]}
 
 
-def test_a_places_list_may_be_given_itself_and_its_test_list_has_no_labels(tmp_path: Path) -> None:
+def test_a_places_list_can_be_the_source_and_its_test_list_has_no_labels(tmp_path: Path) -> None:
     source = places205(tmp_path / "places205") / "trainvalsplit_places205" / "train_places205.csv"
     assert samples_of(build(source, tmp_path / "out")) == {image: SCENERY[image] for image in IMAGES[:9]}
     tested = build(places365(tmp_path / "places365"), tmp_path / "test", "test")
@@ -233,14 +235,14 @@ def test_a_bad_line_of_a_places_list_is_named(tmp_path: Path, line: str, complai
         build(path, tmp_path / "out")
 
 
-def test_two_sizes_of_the_images_side_by_side_are_refused(tmp_path: Path) -> None:
+def test_two_sizes_of_the_images_in_one_folder_are_an_error(tmp_path: Path) -> None:
     source = places365(tmp_path / "places")
     (source / "data_256").mkdir()
     with pytest.raises(DatasetError, match="holds data_256 and data_large; which of them"):
         build(source, tmp_path / "out")
 
 
-# --- whoever builds
+# --- parts and restarts
 
 
 def test_parts_and_restarts_give_the_bytes_of_one_build(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,7 +251,7 @@ def test_parts_and_restarts_give_the_bytes_of_one_build(tmp_path: Path, capsys: 
     options = ["--name", "inat", "--shard-size", "5KiB"]
     assert run("pack", [str(source), str(tmp_path / "one"), *options, "--workers", "1"]) == 0
     assert "8 samples" in capsys.readouterr().out
-    for share in (["--part", "2/2"], []):  # the second call goes on where the first one stopped
+    for share in (["--part", "2/2"], []):  # the second call resumes where the first one stopped
         assert run("pack", [str(source), str(tmp_path / "two"), *options, *share, "--workers", "2"]) == 0
     assert len(list((tmp_path / "one").glob("*.tar"))) > 2
     assert digests(tmp_path / "two") == digests(tmp_path / "one")

@@ -1,4 +1,4 @@
-"""Who runs a build does not matter: processes or Ray, killed, stopped or shared, the bytes are the same."""
+"""A build by processes or by Ray, killed, stopped or shared between machines, gives the same bytes."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ SHARDED = ["--name", "tiny", "--shard-size", "30000", "--seed", "3", "--workers"
 
 
 def start(source: Path, destination: Path, *more: str) -> subprocess.Popen:
-    """`maelstream pack` in a process group of its own."""
+    """Starts `maelstream pack` in its own process group."""
     command = [sys.executable, *PACK, str(source), str(destination), *SHARDED, *more]
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -35,7 +35,7 @@ def wait_until(condition: object, process: subprocess.Popen) -> None:
 
 
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """Its processes that build shards; not the one that Python's multiprocessing keeps for itself."""
+    """The child processes that build shards, without the resource tracker of Python's multiprocessing."""
     return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
 
 
@@ -44,7 +44,7 @@ def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
 
 @pytest.fixture(scope="module", params=["folders", "tars", "parquet"])
 def source(request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same 48 images in each form, in several files where the form has files."""
+    """The same 48 images as class folders, as four tars and as four Parquet files."""
     if request.param == "folders":
         return images
     folder = tmp_path_factory.mktemp(request.param)
@@ -59,9 +59,9 @@ def source(request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytes
 
 
 @pytest.fixture(scope="module")
-def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], float]:
-    """Digests of an undisturbed build, and the seconds that it took."""
-    destination = tmp_path_factory.mktemp("undisturbed") / "out"
+def uninterrupted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], float]:
+    """Digests of an uninterrupted build, and the seconds that it took."""
+    destination = tmp_path_factory.mktemp("uninterrupted") / "out"
     began = time.monotonic()
     process = start(source, destination)
     assert process.wait() == 0
@@ -69,15 +69,15 @@ def undisturbed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_killed_with_9_at_random_moments_until_it_is_done(
-    source: Path, undisturbed: tuple[dict[str, str], float], tmp_path: Path, seed: int
+def test_a_build_killed_at_random_moments_resumes_to_the_same_bytes(
+    source: Path, uninterrupted: tuple[dict[str, str], float], tmp_path: Path, seed: int
 ) -> None:
-    """Each start is killed, with all its workers, at a moment drawn over the length of a build; five times."""
-    expected, whole_s = undisturbed
+    """Five builds are killed with all their workers, each at a random moment of a build's duration."""
+    expected, build_s = uninterrupted
     random = np.random.default_rng(seed)
     for _ in range(5):
         process = start(source, tmp_path / "out")
-        time.sleep(random.uniform(0.2, 1) * whole_s)
+        time.sleep(random.uniform(0.2, 1) * build_s)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     process = start(source, tmp_path / "out")
@@ -86,7 +86,9 @@ def test_killed_with_9_at_random_moments_until_it_is_done(
 
 
 @pytest.mark.parametrize("step", ["claim", "plan.arrow", "shard-000001.arrow", "index.arrow", "dataset.json"])
-def test_killed_right_after_a_file_appeared(images: Path, built: Path, tmp_path: Path, step: str) -> None:
+def test_a_build_killed_right_after_a_file_appears_resumes_to_the_same_bytes(
+    images: Path, built: Path, tmp_path: Path, step: str
+) -> None:
     destination = tmp_path / "out"
     process = start(images, destination)
     wait_until(lambda: (destination / step).exists() or (destination / ".pack" / step).exists(), process)
@@ -132,25 +134,25 @@ def slow(tmp_path: Path) -> Path:
     return folder.parent
 
 
-def test_ctrl_c_finishes_the_shards_being_written_and_says_how_to_go_on(slow: Path, tmp_path: Path) -> None:
+def test_ctrl_c_finishes_the_shards_being_written_and_prints_how_to_resume(slow: Path, tmp_path: Path) -> None:
     destination, options = tmp_path / "out", ["--shard-size", f"{4 * (slow / 'class' / '0.jpg').stat().st_size}"]
     process = start(slow, destination, *options)
     wait_until(lambda: len(list(destination.glob(".pack/shard-*"))) >= 2, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
+    os.killpg(process.pid, signal.SIGINT)  # to every process, as a terminal does
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in printed
     assert printed.splitlines()[-1] == "stopped; run the same command again to build the remaining shards"
     assert "stopping after the files in progress" in printed
     shards = {path.stem[-6:] for path in destination.glob("*.tar")}
     assert 2 <= len(shards) <= 5 and shards == {path.stem[-6:] for path in destination.glob(".pack/shard-*")}
-    assert not list(destination.glob(".pack/.*"))  # nothing half is left
+    assert not list(destination.glob(".pack/.*"))  # no partial file is left
     again = start(slow, destination, *options)
     printed = again.communicate()[0]
     assert again.returncode == 0 and f"({len(list(destination.glob('*.tar'))) - len(shards)} built now)" in printed
 
 
 def test_a_second_ctrl_c_stops_at_once(slow: Path, tmp_path: Path) -> None:
-    process = start(slow, tmp_path / "out", "--shard-size", "1GiB")  # one shard, of all
+    process = start(slow, tmp_path / "out", "--shard-size", "1GiB")  # all images in one shard
     wait_until(lambda: list((tmp_path / "out" / ".pack").glob(".*.tar.*.writing")), process)
     workers = workers_of(process)
     os.killpg(process.pid, signal.SIGINT)
@@ -161,28 +163,28 @@ def test_a_second_ctrl_c_stops_at_once(slow: Path, tmp_path: Path) -> None:
     assert not psutil.wait_procs(workers, timeout=10)[1]
 
 
-# --- shares and Ray
+# --- parts and Ray
 
 
 def test_parts_at_the_same_time_make_one_dataset(
-    source: Path, undisturbed: tuple[dict[str, str], float], tmp_path: Path
+    source: Path, uninterrupted: tuple[dict[str, str], float], tmp_path: Path
 ) -> None:
     parts = [start(source, tmp_path / "out", "--part", f"{number}/3", "--workers", "1") for number in (1, 2, 3)]
     printed = [part.communicate() for part in parts]
     assert [part.returncode for part in parts] == [0, 0, 0], printed
-    assert digests(tmp_path / "out") == undisturbed[0]
+    assert digests(tmp_path / "out") == uninterrupted[0]
     assert any("48 samples in" in out for out, _ in printed)
 
 
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b"])
-def test_a_part_that_is_none_is_refused(
+def test_an_invalid_part_is_an_error(
     images: Path, tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("pack", [str(images), str(tmp_path / "out"), "--part", part]) == 2
     assert "is no part; write I/N" in capsys.readouterr().err
 
 
-def test_ray_gives_the_same_bytes_and_tries_a_lost_worker_s_shard_again(
+def test_ray_gives_the_same_bytes_and_rebuilds_the_shard_of_a_lost_worker(
     images: Path, built: Path, tmp_path: Path
 ) -> None:
     ray = pytest.importorskip("ray")

@@ -1,5 +1,8 @@
-"""The builder: the same bytes whoever runs it, whatever interrupted it; nothing unfit enters, nothing is dropped
-silently; and every other reader of such shards reads the same samples."""
+"""Packing gives the same bytes for any workers and after any interruption.
+
+Unfit files are quarantined with a reason, and none is dropped silently. Other readers of the shards get the same
+samples.
+"""
 
 import hashlib
 import io
@@ -41,7 +44,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_every_image_enters_once_with_its_own_bytes_label_size_and_checksum(images: Path, built: Path) -> None:
+def test_every_image_is_packed_once_with_its_bytes_label_size_and_checksum(images: Path, built: Path) -> None:
     dataset = Dataset.open(built)
     samples = np.arange(len(dataset))
     sources = dataset.sources(samples)
@@ -67,7 +70,7 @@ def test_the_order_is_shuffled_by_the_seed(images: Path, built: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("wait_for", ["000000.tar", "000002.tar", "000004.idx"])
-def test_a_build_killed_with_9_and_started_again_gives_the_same_bytes(
+def test_a_build_that_is_killed_and_started_again_gives_the_same_bytes(
     images: Path, built: Path, tmp_path: Path, wait_for: str
 ) -> None:
     destination = tmp_path / "killed"
@@ -88,12 +91,12 @@ def test_a_build_killed_with_9_and_started_again_gives_the_same_bytes(
     receipts = {path.stem.removeprefix("shard-") for path in destination.glob(".pack/shard-*.arrow")}
     build(images, destination, workers=2)
     assert digests(destination) == digests(built)
-    for number in receipts:  # finished shards are not done again
+    for number in receipts:  # finished shards are not built again
         name = f"tiny-train-{number}.tar"
         assert (destination / name).stat().st_mtime_ns == finished[name]
 
 
-def test_a_shard_that_was_taken_away_before_the_end_is_built_again(images: Path, built: Path, tmp_path: Path) -> None:
+def test_a_shard_that_is_deleted_before_the_end_is_built_again(images: Path, built: Path, tmp_path: Path) -> None:
     destination, every = tmp_path / "out", len(Dataset.open(built).shard_names)
     assert pack(str(images), str(destination), OPTIONS, Local(1), lambda _: None, part=(1, 2)).missing == every // 2
     (destination / "tiny-train-000002.tar").unlink()
@@ -107,7 +110,7 @@ def test_a_finished_dataset_is_not_built_again(images: Path, built: Path) -> Non
     assert digests(built) == before
 
 
-def test_a_folder_that_holds_something_else_is_refused(images: Path, built: Path, tmp_path: Path) -> None:
+def test_a_destination_with_other_files_is_an_error(images: Path, built: Path, tmp_path: Path) -> None:
     before = digests(built)
     with pytest.raises(DatasetError, match="holds something else"):
         build(images, built, options=PackOptions("tiny", "train", 30_000, seed=99))
@@ -146,7 +149,7 @@ def unfit_files(folder: Path) -> dict[str, str]:
     }
 
 
-def test_what_does_not_enter_is_listed_with_its_reason(tmp_path: Path) -> None:
+def test_unfit_files_are_listed_with_their_reasons(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", classes=2, per_class=3)
     expected = unfit_files(images)
     result = build(images, tmp_path / "out")
@@ -158,7 +161,7 @@ def test_what_does_not_enter_is_listed_with_its_reason(tmp_path: Path) -> None:
         assert line["reason"]
 
 
-def test_unusual_images_enter_and_content_decides_the_extension(tmp_path: Path) -> None:
+def test_unusual_images_are_packed_and_their_content_decides_the_extension(tmp_path: Path) -> None:
     folder = tmp_path / "images" / "all"
     folder.mkdir(parents=True)
     picture = Image.effect_noise((33, 21), 80)
@@ -202,16 +205,16 @@ def test_tars_are_plain_ustar_without_owner_or_time(built: Path) -> None:
 
 def test_webdataset_reads_the_same_samples(built: Path) -> None:
     dataset = Dataset.open(built)
-    ours = ShardReader(dataset, check_crc=True).read(np.arange(len(dataset)))
+    expected = ShardReader(dataset, check_crc=True).read(np.arange(len(dataset)))
     urls = [str(built / name) for name in dataset.shard_names]
-    theirs = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
-    assert [sample["__key__"] for sample in theirs] == dataset.keys(np.arange(len(dataset)))
-    assert [sample["jpg"] for sample in theirs] == [data.tobytes() for data in ours]
-    assert [int(sample["cls"]) for sample in theirs] == dataset.label.tolist()
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
+    assert [sample["__key__"] for sample in samples] == dataset.keys(np.arange(len(dataset)))
+    assert [sample["jpg"] for sample in samples] == [data.tobytes() for data in expected]
+    assert [int(sample["cls"]) for sample in samples] == dataset.label.tolist()
 
 
 def by_stock_dali(folder: Path, names: list[str], count: int) -> tuple[list[bytes], list[bytes]]:
-    """Images and labels of the first `count` samples, by DALI's own reader through our `.idx` files."""
+    """Images and labels of the first `count` samples, read by DALI's own reader with our `.idx` files."""
     pipeline = Pipeline(count, 1, device_id=None)
     with pipeline:
         jpg, cls = fn.readers.webdataset(  # type: ignore[misc]
@@ -225,28 +228,28 @@ def by_stock_dali(folder: Path, names: list[str], count: int) -> tuple[list[byte
     return [bytes(images.at(k)) for k in range(count)], [bytes(labels.at(k)) for k in range(count)]
 
 
-def test_stock_dali_reads_the_same_samples_through_our_idx(built: Path) -> None:
+def test_stock_dali_reads_the_same_samples_with_the_idx_files(built: Path) -> None:
     dataset = Dataset.open(built)
     images, labels = by_stock_dali(built, dataset.shard_names, len(dataset))
-    ours = ShardReader(dataset, check_crc=False).read(np.arange(len(dataset)))
-    assert images == [data.tobytes() for data in ours]
+    expected = ShardReader(dataset, check_crc=False).read(np.arange(len(dataset)))
+    assert images == [data.tobytes() for data in expected]
     assert list(map(int, labels)) == dataset.label.tolist()
 
 
-def test_timm_reads_the_folder_unchanged(built: Path) -> None:
+def test_timm_reads_the_folder_as_it_is(built: Path) -> None:
     from timm.data import create_dataset
 
     dataset = Dataset.open(built)
-    theirs = create_dataset("wds/tiny", root=str(built), split="train", is_training=False, batch_size=1)
-    labels = [label for _, label in theirs]
-    assert len(theirs) == len(dataset) and labels == dataset.label.tolist()
+    by_timm = create_dataset("wds/tiny", root=str(built), split="train", is_training=False, batch_size=1)
+    labels = [label for _, label in by_timm]
+    assert len(by_timm) == len(dataset) and labels == dataset.label.tolist()
 
 
-def test_a_full_disk_is_one_clear_error_and_keeps_what_was_finished(images: Path, tmp_path: Path) -> None:
-    """A limit on the size of any one file stands in for the disk, which one shard, with a large image, exceeds."""
+def test_a_full_disk_is_one_clear_error_and_finished_shards_are_kept(images: Path, tmp_path: Path) -> None:
+    """A limit on file size simulates the full disk; one shard, which holds a large image, exceeds it."""
     shutil.copytree(images, tmp_path / "images")
     noise = Image.effect_noise((400, 400), 80)
-    for number in range(50):  # until it falls into a late shard
+    for number in range(50):  # until the large image is in a late shard
         name = tmp_path / "images" / "class00" / f"large{number}.jpg"
         noise.save(name, quality=90)
         build(tmp_path / "images", tmp_path / f"built{number}")
@@ -268,7 +271,7 @@ def test_a_full_disk_is_one_clear_error_and_keeps_what_was_finished(images: Path
     done = subprocess.run([*command, "80000"], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"{built.shard_names[full]} cannot be written (File too large)" in done.stderr
-    # what was finished is kept, and no half shard stands under a shard's name
+    # finished shards are kept, and no partial file has the name of a shard
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == built.shard_names[:full]
     done = subprocess.run([*command, str(2**30)], capture_output=True, text=True)
     assert done.returncode == 0 and f"({len(built.shard_names) - full} built now)" in done.stdout
@@ -281,10 +284,10 @@ def test_strict_makes_any_quarantine_an_error(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"--strict: class00/broken\.jpg cannot enter \(not an image\)"):
         pack(str(images), str(tmp_path / "out"), OPTIONS, Local(1), lambda _: None, strict=True)
     assert not (tmp_path / "out" / "dataset.json").exists()
-    assert build(images, tmp_path / "out").quarantined == 1  # the same build, when it is allowed
+    assert build(images, tmp_path / "out").quarantined == 1  # without --strict the same build succeeds
 
 
-def test_a_bomb_and_a_monstrous_file_do_not_enter(tmp_path: Path) -> None:
+def test_a_decompression_bomb_and_a_huge_file_are_quarantined(tmp_path: Path) -> None:
     folder = tmp_path / "images" / "a"
     folder.mkdir(parents=True)
     Image.new("L", (10, 10)).save(folder / "good.png")
@@ -300,8 +303,8 @@ def test_a_bomb_and_a_monstrous_file_do_not_enter(tmp_path: Path) -> None:
     }
 
 
-def test_damaged_exif_keeps_no_image_out(tmp_path: Path) -> None:
-    """ImageNet has some, at which PIL warns."""
+def test_an_image_with_damaged_exif_is_packed(tmp_path: Path) -> None:
+    """PIL warns about such EXIF data; some ImageNet files have it."""
     folder = tmp_path / "images" / "a"
     folder.mkdir(parents=True)
     exif = Image.Exif()
@@ -351,7 +354,7 @@ def test_only_larger_images_are_resized_and_encoded_again(tmp_path: Path) -> Non
 
 
 def test_worker_memory_does_not_grow_with_huge_images(tmp_path: Path) -> None:
-    """61 megapixels, near the bound."""
+    """Images of 61 megapixels, near the limit of 67."""
     folder = tmp_path / "images" / "a"
     folder.mkdir(parents=True)
     for number in range(3):

@@ -1,4 +1,4 @@
-"""Sources and datasets in an object store, spoken to over HTTP: the same bytes as on a disk."""
+"""Sources and datasets in an object store over HTTP have the same bytes as on a disk."""
 
 import shutil
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ OPTIONS = ["--name", "tiny", "--shard-size", "30000", "--seed", "3", "--workers"
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[object]:
-    """A client of an empty S3 store on loopback, which the environment makes every S3 URI mean."""
+    """A client of an empty S3 store on loopback; the environment directs every S3 URI to it."""
     server = ThreadedMotoServer("127.0.0.1", 0)
     server.start()
     host, port = server.get_host_and_port()
@@ -35,7 +35,7 @@ def store() -> Iterator[object]:
 
 @pytest.fixture
 def bucket(store, request: pytest.FixtureRequest) -> str:  # type: ignore[no-untyped-def]  # boto3 makes its classes
-    """A bucket of the test's own."""
+    """A new bucket for one test."""
     name = f"bucket-{abs(hash(request.node.name)) % 10**9}"
     store.create_bucket(Bucket=name)
     return name
@@ -65,13 +65,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, packed from disk to disk."""
+    """The same images, packed from disk to disk."""
     folder = tmp_path_factory.mktemp("built") / "tiny"
     assert run("pack", [str(images), str(folder), *OPTIONS]) == 0
     return folder
 
 
-def test_a_store_at_both_ends_gives_the_same_bytes_as_a_disk(  # type: ignore[no-untyped-def]
+def test_packing_from_store_to_store_gives_the_same_bytes_as_on_a_disk(  # type: ignore[no-untyped-def]
     store, bucket: str, images: Path, built: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     upload(store, bucket, images, "src")
@@ -82,7 +82,7 @@ def test_a_store_at_both_ends_gives_the_same_bytes_as_a_disk(  # type: ignore[no
     assert "tiny / train" in capsys.readouterr().out
 
 
-def test_tars_in_a_store_are_packed_and_adopted_there(store, bucket: str, built: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_tars_in_a_store_can_be_packed_and_adopted(store, bucket: str, built: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     local = tmp_path / "tars"
     local.mkdir()
     for path in built.glob("*.tar"):
@@ -105,13 +105,13 @@ def test_samples_of_a_store_are_read_by_number(store, bucket: str, built: Path) 
     upload(store, bucket, built, "data")
     remote, local = Dataset.open(f"s3://{bucket}/data"), Dataset.open(built)
     samples = np.random.default_rng(0).permutation(len(local))
-    ours, theirs = (ShardReader(dataset, check_crc=True).read(samples) for dataset in (remote, local))
-    assert [data.tobytes() for data in ours] == [data.tobytes() for data in theirs]
+    actual, expected = (ShardReader(dataset, check_crc=True).read(samples) for dataset in (remote, local))
+    assert [data.tobytes() for data in actual] == [data.tobytes() for data in expected]
     assert remote.fingerprint == local.fingerprint
     assert remote.keys(samples) == local.keys(samples) and remote.sources(samples) == local.sources(samples)
 
 
-def test_samples_close_together_come_with_one_request() -> None:
+def test_samples_close_together_are_read_with_one_request() -> None:
     shards = np.array([0, 1, 0, 0, 0])
     offsets = np.array([1000, 0, 0, 2**20, 2**40])
     sizes = np.array([500, 500, 900, 10, 10])
@@ -133,7 +133,7 @@ def test_damage_in_a_store_is_found(store, bucket: str, built: Path, capsys: pyt
         ShardReader(Dataset.open(f"s3://{bucket}/data"), check_crc=False).read(np.arange(30))
 
 
-def test_a_build_in_a_store_goes_on_where_another_part_stopped(  # type: ignore[no-untyped-def]
+def test_a_build_in_a_store_resumes_after_another_part_stopped(  # type: ignore[no-untyped-def]
     store, bucket: str, images: Path, built: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     destination = f"s3://{bucket}/out"
@@ -147,7 +147,7 @@ def test_a_build_in_a_store_goes_on_where_another_part_stopped(  # type: ignore[
     assert "holds something else" in capsys.readouterr().err
 
 
-def test_no_bucket_and_no_such_store_are_one_line(  # type: ignore[no-untyped-def]
+def test_a_missing_bucket_and_an_unknown_store_are_errors_of_one_line(  # type: ignore[no-untyped-def]
     store, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for where in ("s3://nowhere-at-all/out", "ftp://host/out"):

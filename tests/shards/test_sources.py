@@ -1,4 +1,4 @@
-"""Whatever form images come in, the same images enter with their own bytes and labels; what is damaged is named."""
+"""Every kind of source gives the same images, bytes and labels, and damaged files are named."""
 
 import io
 import json
@@ -64,13 +64,13 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 # --- ILSVRC2012 as downloaded
 
-# By ILSVRC2012_ID from 1: not in the order of the ids' names, with a synset above them that is no class.
+# By ILSVRC2012_ID from 1: not in the order of the WordNet ids; a parent synset that is not a class is in the list.
 WNIDS = ["n02119789", "n01440764", "n03100240"]
 
 
 @pytest.fixture
 def ilsvrc(tmp_path: Path) -> Path:
-    """Train tar of 2 images a class, validation tar of 6 images, devkit."""
+    """A train tar of 2 images per class, a validation tar of 6 images, and the devkit."""
     folder = tmp_path / "ilsvrc"
     classes = [
         (f"{wnid}.tar", tar_bytes((f"{wnid}_{n}.JPEG", IMAGES[2 * k + n]) for n in range(2)))
@@ -105,7 +105,7 @@ def ilsvrc(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_ilsvrc_train_tar_is_a_tar_of_a_tar_a_class(ilsvrc: Path, tmp_path: Path) -> None:
+def test_the_ilsvrc_train_tar_holds_one_tar_per_class(ilsvrc: Path, tmp_path: Path) -> None:
     dataset = build(ilsvrc, tmp_path / "out")
     assert dataset.classes == sorted(WNIDS)
     assert samples_of(dataset) == {IMAGES[2 * k + n]: wnid for k, wnid in enumerate(WNIDS) for n in range(2)}
@@ -113,20 +113,18 @@ def test_the_ilsvrc_train_tar_is_a_tar_of_a_tar_a_class(ilsvrc: Path, tmp_path: 
     assert source in dataset.sources(np.arange(len(dataset)))
 
 
-def test_the_ilsvrc_validation_labels_are_numbered_by_the_devkit_not_by_sorted_names(
-    ilsvrc: Path, tmp_path: Path
-) -> None:
+def test_ilsvrc_validation_labels_are_devkit_numbers_not_sorted_names(ilsvrc: Path, tmp_path: Path) -> None:
     dataset = build(ilsvrc, tmp_path / "out", "val")
     assert dataset.classes == sorted(WNIDS)  # the train split's numbers
     expected = [WNIDS[2], WNIDS[0], WNIDS[1], WNIDS[1], WNIDS[2], WNIDS[0]]
     assert samples_of(dataset) == dict(zip(IMAGES[6:], expected, strict=True))
 
 
-def test_one_ilsvrc_tar_alone_is_a_source_too(ilsvrc: Path, tmp_path: Path) -> None:
+def test_one_ilsvrc_tar_alone_is_a_source(ilsvrc: Path, tmp_path: Path) -> None:
     assert len(build(ilsvrc / "ILSVRC2012_img_val.tar", tmp_path / "out", "val")) == 6
 
 
-def test_the_validation_tar_without_its_devkit_or_with_another_is_refused(ilsvrc: Path, tmp_path: Path) -> None:
+def test_the_validation_tar_without_its_devkit_or_with_another_one_is_an_error(ilsvrc: Path, tmp_path: Path) -> None:
     devkit = ilsvrc / "ILSVRC2012_devkit_t12.tar.gz"
     whole = devkit.read_bytes()
     devkit.write_bytes(whole[: len(whole) // 2])
@@ -172,22 +170,22 @@ def test_webdataset_shards_are_chosen_by_split_or_by_a_pattern(
     dataset = build(f"{webdataset_folder}{pattern}", tmp_path / "out")
     assert samples_of(dataset) == TRAIN
     assert "imagenet1k-train-0001.tar/0005.jpg" in dataset.sources(np.arange(8))
-    theirs = webdataset.WebDataset(
+    samples = webdataset.WebDataset(
         [str(path) for path in sorted(webdataset_folder.glob("*train*"))], shardshuffle=False, empty_check=False
     )
-    assert {sample["jpg"]: sample["cls"].decode() for sample in theirs} == TRAIN
+    assert {sample["jpg"]: sample["cls"].decode() for sample in samples} == TRAIN
 
 
-def test_the_validation_shards_are_the_split_val(webdataset_folder: Path, tmp_path: Path) -> None:
+def test_the_validation_shards_are_split_val(webdataset_folder: Path, tmp_path: Path) -> None:
     assert samples_of(build(webdataset_folder, tmp_path / "out", "val")) == {IMAGES[8]: "0", IMAGES[9]: "1"}
 
 
-def test_an_unknown_split_is_told_what_there_is(webdataset_folder: Path, tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_split_lists_the_files(webdataset_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"2 groups of files \(imagenet#k-train-#\.tar, .*none of split minival"):
         build(webdataset_folder, tmp_path / "out", "minival")
 
 
-def test_a_brace_pattern_whose_file_is_missing_is_refused(webdataset_folder: Path, tmp_path: Path) -> None:
+def test_a_brace_pattern_with_a_missing_file_is_an_error(webdataset_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"imagenet1k-train-0002\.tar: no such file; SRC is"):
         build(f"{webdataset_folder}/imagenet1k-train-{{0000..0002}}.tar", tmp_path / "out")
 
@@ -202,7 +200,7 @@ def test_a_brace_pattern_whose_file_is_missing_is_refused(webdataset_folder: Pat
         ([{"size": 3}, {"size": 4}], None, ["", ""]),
     ],
 )
-def test_the_class_may_stand_in_a_json_field(
+def test_the_class_can_be_in_a_json_field(
     tmp_path: Path, fields: list[dict], option: str | None, expected: list[str]
 ) -> None:
     members = []
@@ -216,13 +214,13 @@ def test_the_class_may_stand_in_a_json_field(
 
 def test_png_and_webp_samples_and_long_names_are_read(tmp_path: Path) -> None:
     png, webp = encoded(photograph(), "PNG").tobytes(), encoded(photograph(), "WEBP").tobytes()
-    deep = "folder/" * 20 + "a"  # beyond the 100 characters of a plain header
+    deep = "folder/" * 20 + "a"  # more than the 100 characters of a plain header
     write_tar(tmp_path / "a.tar", [("./b.png", png), ("./b.cls", b"0"), (f"{deep}.webp", webp), (f"{deep}.cls", b"1")])
     dataset = build(tmp_path / "a.tar", tmp_path / "out")
     assert samples_of(dataset) == {png: "0", webp: "1"}
 
 
-def test_what_is_no_sample_goes_to_quarantine_with_its_reason(tmp_path: Path) -> None:
+def test_invalid_samples_are_quarantined_with_their_reasons(tmp_path: Path) -> None:
     members = [
         ("good.jpg", IMAGES[0]),
         ("good.cls", b"3"),
@@ -252,14 +250,14 @@ def test_what_is_no_sample_goes_to_quarantine_with_its_reason(tmp_path: Path) ->
     assert not reasons
 
 
-def test_class_names_come_from_a_list_or_from_a_packed_folder(webdataset_folder: Path, tmp_path: Path) -> None:
+def test_class_names_are_read_from_a_list_or_from_a_packed_folder(webdataset_folder: Path, tmp_path: Path) -> None:
     names = ["tench", "goldfish", "shark", "hen"]
     dataset = build(webdataset_folder, tmp_path / "out", classes=names)
     assert samples_of(dataset) == {image: names[int(label)] for image, label in TRAIN.items()}
     assert build(tmp_path / "out", tmp_path / "again").classes == names
 
 
-def test_labels_outside_the_classes_are_refused(webdataset_folder: Path, tmp_path: Path) -> None:
+def test_labels_outside_the_classes_are_an_error(webdataset_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"0003\.jpg: label 3 is outside the classes, 0 to 2"):
         build(webdataset_folder, tmp_path / "out", classes=["a", "b", "c"])
     for label in ("-2", "999999999"):
@@ -301,10 +299,10 @@ SOUND = tar_bytes(webdataset_members(0, 4))
 )
 def test_a_bad_tar_is_named_and_nothing_is_packed(tmp_path: Path, data: bytes, complaint: str) -> None:
     (tmp_path / "bad.tar").write_bytes(data)
-    with pytest.raises(DatasetError) as refused:
+    with pytest.raises(DatasetError) as error:
         build(tmp_path / "bad.tar", tmp_path / "out")
-    assert complaint in str(refused.value) and "bad.tar" in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert complaint in str(error.value) and "bad.tar" in str(error.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "out" / "dataset.json").exists()
 
 
@@ -318,7 +316,7 @@ def test_a_bad_member_of_a_nested_tar_is_named(tmp_path: Path) -> None:
         build(tmp_path / "cut.tar", tmp_path / "cut")
 
 
-def test_compressed_tars_are_refused(tmp_path: Path) -> None:
+def test_compressed_tars_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "a.tar.gz").write_bytes(b"")
     with pytest.raises(DatasetError, match="is compressed"):
@@ -361,7 +359,7 @@ def test_plain_columns_and_string_labels_are_read_from_parquet(tmp_path: Path) -
     assert dataset.classes == ["a", "b"] and samples_of(dataset) == dict(zip(IMAGES, "bab", strict=False))
 
 
-def test_parquet_files_that_hold_no_images_are_refused(tmp_path: Path) -> None:
+def test_parquet_files_without_images_are_an_error(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", {"text": ["a"], "label": [1]})
     with pytest.raises(DatasetError, match="which column holds the image"):
         build(tmp_path / "a.parquet", tmp_path / "out")
@@ -376,7 +374,7 @@ def test_parquet_files_that_hold_no_images_are_refused(tmp_path: Path) -> None:
 # --- folders
 
 
-def test_images_in_no_class_folder_are_unlabelled_or_left_out(tmp_path: Path) -> None:
+def test_images_outside_class_folders_are_unlabelled_or_left_out(tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()
     for n in range(3):
@@ -390,7 +388,7 @@ def test_images_in_no_class_folder_are_unlabelled_or_left_out(tmp_path: Path) ->
     assert quarantine(tmp_path / "other") == {f"{n}.jpg": "no label, where others have one" for n in range(3)}
 
 
-def test_links_to_folders_are_followed_and_a_circle_is_refused(tmp_path: Path) -> None:
+def test_links_to_folders_are_followed_and_a_circular_link_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "x.jpg").write_bytes(IMAGES[0])
     (tmp_path / "src").mkdir()
@@ -401,7 +399,7 @@ def test_links_to_folders_are_followed_and_a_circle_is_refused(tmp_path: Path) -
         build(tmp_path / "src", tmp_path / "circle")
 
 
-def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "src" / "class").mkdir(parents=True)
     (tmp_path / "src" / "class" / b"\xff.jpg".decode("utf-8", "surrogateescape")).write_bytes(IMAGES[0])
     with pytest.raises(DatasetError, match="the name is not UTF-8"):

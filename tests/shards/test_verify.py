@@ -1,4 +1,4 @@
-"""verify: finds every flipped byte, every cut, and what is missing or too much; and says where."""
+"""`maelstream verify` finds and locates every flipped byte, every truncation, and missing or extra shards."""
 
 import shutil
 from collections.abc import Generator, Iterable
@@ -17,12 +17,12 @@ from maelstream.shards.verify import verify, verify_shard
 
 @pytest.fixture
 def copy(packed: Dataset, tmp_path: Path) -> Path:
-    """The packed dataset, to be damaged."""
+    """A copy of the packed dataset that a test may damage."""
     return Path(shutil.copytree(packed.folder, tmp_path / "copy"))
 
 
-class Here:
-    """An executor that needs no processes."""
+class InThisProcess:
+    """An executor that runs jobs in the test's process."""
 
     def run(self, task: str, jobs: Iterable[Any]) -> Generator[Any, None, None]:
         assert task == "maelstream.shards.verify:verify_shard"
@@ -30,37 +30,37 @@ class Here:
 
 
 def faults(folder: Path, deep: bool = False) -> list[str]:
-    return [str(fault) for fault in verify(Dataset.open(folder), deep, Here(), lambda: None)]
+    return [str(fault) for fault in verify(Dataset.open(folder), deep, InThisProcess(), lambda: None)]
 
 
-def test_a_fresh_dataset_has_no_fault(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_undamaged_dataset_has_no_faults(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert faults(copy) == faults(copy, deep=True) == []
     assert run("verify", [str(copy)]) == 0
     assert "60 samples in" in capsys.readouterr().out
 
 
-def test_no_workers_are_refused(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zero_workers_are_an_error(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", [str(copy), "--workers", "0"]) == 2
-    assert "--workers 0: at least one has to do it" in capsys.readouterr().err
+    assert "--workers 0: at least one is needed" in capsys.readouterr().err
 
 
 def test_every_flipped_byte_of_every_file_is_found(copy: Path) -> None:
-    """500 places, drawn over all files; each byte is flipped alone, then put back."""
+    """One bit is flipped and restored at each of 500 random positions over all files."""
     random = np.random.default_rng(0)
     files = sorted(path for path in copy.iterdir() if path.stat().st_size)
     for path in files:
         original = path.read_bytes()
-        for place in random.integers(0, len(original), 500 // len(files) + 1):
+        for position in random.integers(0, len(original), 500 // len(files) + 1):
             flipped = bytearray(original)
-            flipped[place] ^= 1 << int(random.integers(8))
+            flipped[position] ^= 1 << int(random.integers(8))
             path.write_bytes(flipped)
-            with suppress(DatasetError):  # the manifest and the index may be refused before anything else is read
-                assert faults(copy), f"byte {place} of {path.name}"
+            with suppress(DatasetError):  # a damaged manifest or index raises before the rest is read
+                assert faults(copy), f"byte {position} of {path.name}"
         path.write_bytes(original)
     assert faults(copy) == []
 
 
-def test_every_cut_at_a_block_is_found(copy: Path) -> None:
+def test_every_truncation_at_a_block_is_found(copy: Path) -> None:
     shard = copy / Dataset.open(copy).shard_names[0]
     original = shard.read_bytes()
     for length in range(0, len(original), 512):
@@ -71,9 +71,9 @@ def test_every_cut_at_a_block_is_found(copy: Path) -> None:
 def test_a_flipped_byte_is_named_by_shard_and_sample(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = Dataset.open(copy)
     shard, key = dataset.shard_names[1], dataset.keys(np.flatnonzero(dataset.shard == 1))[2]
-    place = int(dataset.offset[dataset.shard == 1][2]) + 30
+    position = int(dataset.offset[dataset.shard == 1][2]) + 30
     data = bytearray((copy / shard).read_bytes())
-    data[place] ^= 4
+    data[position] ^= 4
     (copy / shard).write_bytes(data)
     assert run("verify", [str(copy)]) == 1
     printed = capsys.readouterr().out
