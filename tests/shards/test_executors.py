@@ -108,7 +108,9 @@ def test_workers_end_when_the_builder_is_killed(images: Path, tmp_path: Path) ->
     assert not alive
 
 
-def test_a_killed_worker_is_one_line_and_the_build_resumes(images: Path, built: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_is_an_error_of_one_line_and_the_build_resumes(
+    images: Path, built: Path, tmp_path: Path
+) -> None:
     process = start(images, tmp_path / "out")
     wait_until(lambda: (tmp_path / "out" / "tiny-train-000000.tar").exists(), process)
     for worker in workers_of(process):
