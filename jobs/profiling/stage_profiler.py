@@ -15,7 +15,13 @@ import torch
 
 from maelstream.jobs.distributed.ranks import ControlGroup, Ranks
 from maelstream.jobs.format import format_decimal_bytes
-from maelstream.jobs.hardware import copy_bytes_per_s, datasheet_flops_per_s, matrix_flops_per_s, memory_bytes_per_s
+from maelstream.jobs.hardware import (
+    copy_bytes_per_s,
+    datasheet_flops_per_s,
+    matrix_flops_per_s,
+    memory_bytes_per_s,
+    update_bytes_per_s,
+)
 from maelstream.jobs.profiling.bottleneck import RunSetup, find_bottleneck
 from maelstream.jobs.profiling.data_stages import DataPath, fits_in_page_cache, sequential_read_rate
 from maelstream.jobs.profiling.end_to_end import EndToEndStats, measure_end_to_end
@@ -66,6 +72,9 @@ class Machine(NamedTuple):
     matrix_dtype: str
     datasheet_flops_per_s: float | None
     memory_bytes_per_s: float
+    """Copies: bytes read and written."""
+    update_bytes_per_s: float
+    """Updates in place: bytes read and written."""
 
 
 def data_path_of(recipe: Recipe, ranks: Ranks, micro_batches: int | None = None) -> DataPath:
@@ -120,6 +129,7 @@ class StageProfiler:
             str(dtype).removeprefix("torch."),
             datasheet_flops_per_s(name, "bf16" if dtype == torch.bfloat16 else "fp32"),
             memory_bytes_per_s(self.device),
+            update_bytes_per_s(self.device),
         )
         self.stages: dict[str, Stage] = {}
 
@@ -193,8 +203,8 @@ class StageProfiler:
         """The optimizer's step, which comes once per batch of the recipe."""
         images = self.recipe.optim.batch_size / self.control_group.ranks.world_size
         moved = update_bytes(self.parameters, self.recipe.engine.zero, self.control_group.ranks.world_size)
-        limit = None if self.recipe.engine.offload_optimizer else self.machine.memory_bytes_per_s * images / moved
-        why = f"memory: {moved / self.parameters:.0f} bytes per parameter"
+        limit = None if self.recipe.engine.offload_optimizer else self.machine.update_bytes_per_s * images / moved
+        why = f"memory, updated in place: {moved / self.parameters:.0f} bytes per parameter"
         return Stage(images / times.optimizer_s, moved / times.optimizer_s, limit, why)
 
     def comm(self) -> Stage:

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from maelstream.jobs.hardware import datasheet_flops_per_s, matrix_flops_per_s, multiplies_bf16, process_device
+from maelstream.jobs.hardware import (
+    datasheet_flops_per_s,
+    matrix_flops_per_s,
+    multiplies_bf16,
+    process_device,
+    update_bytes_per_s,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +36,10 @@ def test_a_v100_has_an_fp32_rate() -> None:
 
 def test_matrix_products_of_this_machine_have_a_plausible_rate() -> None:
     assert 1e8 < matrix_flops_per_s(torch.float32, torch.device("cpu")) < 1e14
+
+
+def test_updates_in_place_of_this_machine_have_a_plausible_rate() -> None:
+    assert 1e8 < update_bytes_per_s(torch.device("cpu")) < 1e13
 
 
 def test_a_process_without_a_gpu_computes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
