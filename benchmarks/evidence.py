@@ -26,7 +26,7 @@ import yaml
 
 from maelstream.jobs.distributed.launching import SignalForwarder, gpu_count
 from maelstream.jobs.evaluation.results import read_evaluations
-from maelstream.shards.durable import written_whole
+from maelstream.shards.durable import atomic_write
 
 SEEDS = (0, 1, 2)
 LABELLED = {"reduced": 500, "whole": 5000}
@@ -260,7 +260,7 @@ def main() -> None:
     evidence = Evidence(options)
 
     def write_page() -> None:
-        with written_whole(options.out / f"evidence-{options.size}.md") as file:
+        with atomic_write(options.out / f"evidence-{options.size}.md") as file:
             file.write(page(evidence, options.size).encode())
 
     sys.exit(run_side_by_side(evidence.commands(), options.workers, write_page))

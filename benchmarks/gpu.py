@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks.gpu_part import Setting, first_line, last_words, write_setting
 from benchmarks.run import PACKAGES, file_name, version_of
-from maelstream.shards.durable import written_whole
+from maelstream.shards.durable import atomic_write
 
 VERSION = 1
 """Version of the format of the JSON file."""
@@ -243,7 +243,7 @@ def main() -> int:
         out = options.out or (measured if found else options.work / "gpu.json")
         figures = document(outcomes, found or "no CUDA device", time.monotonic() - began)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(out) as file:
+        with atomic_write(out) as file:
             file.write((json.dumps(figures, indent=1) + "\n").encode())
         last = outcomes[-1]
         console.print(f"{last.part}: {last.state}, {first_line(last.found)} -> {out}", style="dim", highlight=False)

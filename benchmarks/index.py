@@ -1,7 +1,7 @@
-"""Opening an index of 100 million rows and finding samples in it, beside one of a million: no difference is the aim.
+"""Compares opening and reading datasets of 1 million and 100 million rows; the aim is no difference.
 
-The rows are made, not packed; the shards are empty files of the right length. Each size is opened in a process of its
-own, which knows nothing of the other. Needs 25 GB of disk for the 100 million rows.
+The rows are generated, not packed; the shards are sparse files of the right length. Each dataset is opened in a new
+process. 100 million rows need 25 GB of disk.
 
     python benchmarks/index.py --rows 100_000_000
 """
@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from maelstream.shards.dataset import FORMAT_VERSION, MANIFEST_NAME, Dataset, sealed
+from maelstream.shards.dataset import FORMAT_VERSION, MANIFEST_NAME, Dataset, with_checksum
 from maelstream.shards.index import INDEX_NAME, SCHEMA, write_one_batch
 from maelstream.shards.reader import ShardReader
 
@@ -32,11 +32,14 @@ _BATCH, _BATCHES = 64, 500
 
 @dataclass(frozen=True)
 class Options:
+    """Compare a small and a large index."""
+
     rows: int = 100_000_000
+    """Rows of the large index."""
     folder: Path | None = None
-    """On a disk with room; the system's folder for temporary files if not given."""
+    """Folder for the datasets, on a disk with 25 GB free. Default: the system's folder for temporary files."""
     json: Path | None = None
-    """Write the figures, too."""
+    """Also write the figures to this file."""
 
 
 def texts(numbers: np.ndarray, prefix: str) -> pa.Array:
@@ -48,8 +51,8 @@ def texts(numbers: np.ndarray, prefix: str) -> pa.Array:
     return pa.Array.from_buffers(pa.large_string(), len(numbers), [None, pa.py_buffer(offsets), pa.py_buffer(text)])
 
 
-def made_rows(rows: int) -> Iterator[pa.Table]:
-    """An index's rows, a million at a time."""
+def generated_rows(rows: int) -> Iterator[pa.Table]:
+    """Yields the rows of an index in tables of a million."""
     for start in range(0, rows, _CHUNK):
         number = np.arange(start, min(start + _CHUNK, rows))
         columns = {
@@ -67,11 +70,11 @@ def made_rows(rows: int) -> Iterator[pa.Table]:
         yield pa.table(arrays | {"key": texts(number, ""), "source": texts(number, "n01440764/n01440764_")}, SCHEMA)
 
 
-def make(folder: Path, rows: int) -> None:
-    """Writes a dataset of `rows` samples whose shards are holes."""
+def write_dataset(folder: Path, rows: int) -> None:
+    """Writes a dataset of `rows` samples with sparse files as shards."""
     folder.mkdir()
     with tempfile.TemporaryDirectory(dir=folder) as scratch, (folder / INDEX_NAME).open("wb") as file:
-        write_one_batch(file, SCHEMA, made_rows(rows), Path(scratch))
+        write_one_batch(file, SCHEMA, generated_rows(rows), Path(scratch))
     shard_bytes = _PER_SHARD * (_SAMPLE_BYTES + 1536) + 1024
     shards: list[dict] = []
     for number in range(-(-rows // _PER_SHARD)):
@@ -86,11 +89,11 @@ def make(folder: Path, rows: int) -> None:
         "shards": shards,
         "side_files": {f"{shard['name'][:-4]}.idx": shard["sha256"] for shard in shards},
     }
-    (folder / MANIFEST_NAME).write_text(json.dumps(sealed(manifest), indent=1))
+    (folder / MANIFEST_NAME).write_text(json.dumps(with_checksum(manifest), indent=1))
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """What it takes to open a dataset and to find samples anywhere in it."""
+    """Time and memory to open a dataset and to read samples anywhere in it."""
 
     def resident_mib() -> float:
         return psutil.Process().memory_info().rss / 2**20
@@ -102,9 +105,10 @@ def measure(folder: Path) -> dict[str, float]:
     figures["open, s"] = time.perf_counter() - began
     figures["resident after, MiB"] = resident_mib()
     random = np.random.default_rng(0)
-    some_shards = random.integers(0, len(dataset.shard_names), 50)  # a shard is opened once, which is not its finding
-    near = np.flatnonzero(np.isin(np.arange(len(dataset.shard_names)), some_shards))
-    batches = near[random.integers(0, len(near), (_BATCHES, _BATCH))] * _PER_SHARD
+    # Only 50 shards, all opened before timing: a shard is opened once, and opening is not what is measured.
+    some_shards = random.integers(0, len(dataset.shard_names), 50)
+    chosen = np.flatnonzero(np.isin(np.arange(len(dataset.shard_names)), some_shards))
+    batches = chosen[random.integers(0, len(chosen), (_BATCHES, _BATCH))] * _PER_SHARD
     batches += random.integers(0, _PER_SHARD, batches.shape)
     batches = np.minimum(batches, len(dataset) - 1)
     reader.read(np.unique(batches // _PER_SHARD) * _PER_SHARD)
@@ -121,18 +125,18 @@ def measure(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints one table."""
+    """Measures both datasets and prints one table."""
     options = tyro.cli(Options)
     figures: dict[int, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for rows in (1_000_000, options.rows):
-            make(Path(folder, str(rows)), rows)
+            write_dataset(Path(folder, str(rows)), rows)
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 figures[rows] = pool.apply(measure, (Path(folder, str(rows)),))
     table = Table("", *(f"{rows:,} rows" for rows in figures), "ratio")
-    few, many = figures.values()
-    for name in few:
-        table.add_row(name, f"{few[name]:,.3g}", f"{many[name]:,.3g}", f"{many[name] / few[name]:.2f}")
+    small, large = figures.values()
+    for name in small:
+        table.add_row(name, f"{small[name]:,.3g}", f"{large[name]:,.3g}", f"{large[name] / small[name]:.2f}")
     Console().print(table)
     if options.json is not None:
         options.json.write_text(json.dumps({str(rows): values for rows, values in figures.items()}, indent=1))

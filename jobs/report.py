@@ -11,7 +11,7 @@ from maelstream.jobs.format import format_bytes
 from maelstream.jobs.reporting.curves import Metrics
 from maelstream.jobs.reporting.html_report import comparison_page, run_page
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.shards.durable import written_whole
+from maelstream.shards.durable import atomic_write
 from maelstream.shards.errors import MaelstreamError
 
 
@@ -51,7 +51,7 @@ def main(args: list[str]) -> int:
     out = command.out or out
     if not out.absolute().parent.is_dir():
         raise MaelstreamError(f"--out {out} cannot be written (there is no folder {out.parent}); create the folder")
-    with written_whole(out) as file:
+    with atomic_write(out) as file:
         file.write(page.encode())
     print(f"{out}: {format_bytes(len(page))}")
     return 0

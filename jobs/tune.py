@@ -31,7 +31,7 @@ from maelstream.jobs.profiling.settings_search import (
 )
 from maelstream.jobs.profiling.trial_runner import TrialRunner
 from maelstream.jobs.recipe import Recipe, RecipeError, load_recipe
-from maelstream.shards.durable import written_whole
+from maelstream.shards.durable import atomic_write
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def tune(command: Tune, recipe: Recipe, out: Path, console: Console) -> None:
         best = own
     text = override_yaml(command.recipe, out, own, best)
     result = _result(own, best, rates, gain)
-    with written_whole(out) as file:
+    with atomic_write(out) as file:
         file.write(f"# maelstream tune {command.recipe.name}: {result}\n{text}".encode())
     table = Table("setting", "recipe", "best", title=f"{command.recipe}, {len(found.measured)} settings tried")
     for key in own:

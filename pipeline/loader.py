@@ -33,7 +33,7 @@ from maelstream.pipeline.stream_source import StreamSource
 from maelstream.pipeline.tracing import trace_range
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
-from maelstream.shards.inspect import Unfit, inspect
+from maelstream.shards.inspect import UnusableImageError, inspect
 
 _POLL_S = 0.1  # how often a thread that waits for a queue checks whether the loader was closed
 
@@ -193,7 +193,7 @@ class ImageLoader:
                 )
                 try:
                     inspect(batch.encoded[index].tobytes())
-                except Unfit as reason:
+                except UnusableImageError as reason:
                     reasons[sample_id] = str(reason)
 
         image_size, decode = self._augment_sampler.image_size, self._config.decode

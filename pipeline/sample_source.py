@@ -18,7 +18,7 @@ from maelstream.pipeline.decode import EncodedBatch
 from maelstream.pipeline.mix import Mix, MixReader
 from maelstream.pipeline.tracing import trace_range
 from maelstream.shards.errors import DatasetError
-from maelstream.shards.inspect import refusal
+from maelstream.shards.inspect import undecodable_reason
 from maelstream.shards.reader import ShardReader
 
 _LISTED = 10  # bad samples in an error message
@@ -106,7 +106,7 @@ class PlannedSource:
             with trace_range("storage"):
                 encoded = self.read_encoded(micro_batch)
             sizes = (column[micro_batch.samples].tolist() for column in (dataset.width, dataset.height))
-            reasons = [refusal(memoryview(data), *size) for data, *size in zip(encoded, *sizes, strict=True)]
+            reasons = [undecodable_reason(memoryview(data), *size) for data, *size in zip(encoded, *sizes, strict=True)]
             if not any(reasons):
                 return micro_batch, EncodedBatch.of(encoded, micro_batch.augment_params)
             ids = micro_batch.sample_ids()

@@ -29,7 +29,7 @@ from maelstream.pipeline.sample_source import BadSample, BadSamples
 from maelstream.pipeline.stream import Stream
 from maelstream.shards import retry
 from maelstream.shards.errors import StorageError
-from maelstream.shards.inspect import MAX_PIXELS, jpeg_size, refusal
+from maelstream.shards.inspect import MAX_PIXELS, jpeg_size, undecodable_reason
 from maelstream.shards.scan import IMAGE_EXTENSIONS, json_label
 
 _SHARD_BITS = 32  # a sample's number is its shard's number shifted by this, plus its own number in the shard
@@ -137,7 +137,7 @@ class StreamSource:
                 images += 1
                 sample = shard << _SHARD_BITS | number
                 width, height = _stored_size(image)
-                reason = refusal(image, width, height)
+                reason = undecodable_reason(image, width, height)
                 if not 0 < width * height <= MAX_PIXELS:
                     reason = reason or f"{width} x {height} pixels; 1 to {MAX_PIXELS:,} are allowed"
                 if reason is not None:

@@ -1,4 +1,4 @@
-"""Builds one shard in a worker: reads, fully decodes and writes its images, or inspects those of an existing tar.
+"""Builds one shard in a worker: reads, fully decodes and writes its images, or checks those of an existing tar.
 
 Every worker builds the same bytes. The receipt is written after the shard and holds its rows of the index, so a
 resumed build keeps every shard that has one.
@@ -23,7 +23,7 @@ from webdataset.tariterators import base_plus_ext
 from maelstream.shards.build_jobs import Receipt, ShardJob
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.index import SCHEMA
-from maelstream.shards.inspect import MAX_BYTES, ImageInfo, Unfit, decoded, inspect, shrunk
+from maelstream.shards.inspect import MAX_BYTES, ImageInfo, UnusableImageError, decode_with_pil, inspect, resize_to_jpeg
 from maelstream.shards.plan import Plan
 from maelstream.shards.storage import Storage
 
@@ -33,7 +33,7 @@ _OPEN_FILES = 128
 _SYNC_BYTES = 2**24
 
 
-class Planned(NamedTuple):
+class PlanRow(NamedTuple):
     """A row of the plan."""
 
     file: str
@@ -46,60 +46,60 @@ class Planned(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    """An image that enters."""
+    """A usable image."""
 
     number: int
-    """In the plan of its shard."""
-    planned: Planned
+    """Its row number in the plan of its shard."""
+    planned: PlanRow
     data: bytes
     info: ImageInfo
 
 
 def build(job: ShardJob) -> tuple[int, Receipt]:
-    """Builds or adopts the shard, then writes its DALI index and its receipt; returns its number and the receipt.
+    """Builds or adopts a shard and writes its DALI index and receipt; returns the shard's number and the receipt.
 
     Raises:
-        DatasetError: a source that cannot be read or has changed, a destination that cannot be written.
+        DatasetError: a source cannot be read or has changed, or the destination cannot be written.
     """
     plan = Plan.open(job.destination)
-    planned = [Planned(**row) for row in plan.rows(job.number).to_pylist()]
-    receipt, table = Receipt(), _Rows(job.number)
+    planned = [PlanRow(**row) for row in plan.rows(job.number).to_pylist()]
+    receipt, rows = Receipt(), _ShardRows(job.number)
     samples = _samples(job, planned, receipt)
     if job.adopt:
-        _adopt(job, samples, table)
+        _adopt(job, samples, rows)
         receipt.sha256 = job.destination.sha256(job.name)
         with job.destination.open(job.name) as file:
             receipt.bytes = file.size()
     else:
-        with job.destination.written_whole(job.name) as file, ThreadPoolExecutor(1, "sync") as threads:
-            hashed = _HashedFile(file, threads)
-            _write(hashed, samples, plan.first_keys[job.number], table)
-            hashed.synced()
+        with job.destination.atomic_write(job.name) as file, ThreadPoolExecutor(1, "sync") as threads:
+            hashed = _HashingFile(file, threads)
+            _write(hashed, samples, plan.first_keys[job.number], rows)
+            hashed.wait_for_sync()
         receipt.sha256, receipt.bytes = hashed.sha256.hexdigest(), hashed.size
-    receipt.samples, receipt.formats = len(table.rows), table.formats
-    with job.destination.written_whole(job.dali_index) as file:
-        file.write("\n".join([f"v1.2 {len(table.dali)}", *table.dali, ""]).encode())
+    receipt.samples, receipt.formats = len(rows.index), rows.formats
+    with job.destination.atomic_write(job.dali_index) as file:
+        file.write("\n".join([f"v1.2 {len(rows.dali)}", *rows.dali, ""]).encode())
     schema = SCHEMA.with_metadata({"receipt": json.dumps(asdict(receipt))})
-    with job.destination.written_whole(job.receipt) as file, pa.ipc.new_file(file, schema) as writer:
-        columns = zip(*table.rows, strict=True) if table.rows else [()] * len(schema)
+    with job.destination.atomic_write(job.receipt) as file, pa.ipc.new_file(file, schema) as writer:
+        columns = zip(*rows.index, strict=True) if rows.index else [()] * len(schema)
         writer.write_table(pa.table([list(column) for column in columns], schema=schema))
     return job.number, receipt
 
 
-class _Rows:
+class _ShardRows:
     """Collects a shard's rows for the index, DALI's index and the receipt, sample by sample."""
 
     def __init__(self, shard: int):
         self.shard = shard
-        self.rows: list[tuple] = []  # of the index's schema
-        self.dali: list[str] = []
+        self.index: list[tuple] = []  # rows of schema `SCHEMA` (`shards/index.py`)
+        self.dali: list[str] = []  # lines of DALI's index
         self.formats: dict[str, int] = {}
 
     def add(self, sample: _Sample, offset: int, key: str, members: list[tuple[str, int, int]]) -> None:
-        """`members` are extension, offset and size of the sample's files, its image's first."""
+        """Adds a sample; `members` are extension, offset and size of its files, the image first."""
         planned, data, info = sample.planned, sample.data, sample.info
         checksum = google_crc32c.value(data)
-        self.rows.append(
+        self.index.append(
             (self.shard, offset, len(data), info.width, info.height, planned.label, checksum, key, planned.path)
         )
         self.dali.append(
@@ -108,15 +108,15 @@ class _Rows:
         self.formats[info.extension] = self.formats.get(info.extension, 0) + 1
 
 
-def _write(file: "_HashedFile", samples: Iterator[_Sample], first_key: int, table: _Rows) -> None:
-    # USTAR, mtime 0 and no owner: the same bytes whoever writes them.
+def _write(file: "_HashingFile", samples: Iterator[_Sample], first_key: int, rows: _ShardRows) -> None:
+    # USTAR, mtime 0 and no owner give the same bytes on every machine.
     writer = webdataset.TarWriter(file, user="", group="", mode=0o644, compress=False, encoder=False, mtime=0)
     writer.tarstream.format = tarfile.USTAR_FORMAT
-    # An image in one piece, past tarfile's own buffer, which copies what is left of it for each 10 KiB.
+    # Writes an image in one piece. tarfile's own buffer would copy the rest of the image for every 10 KiB.
     writer.tarstream.fileobj, writer.tarstream.copybufsize = file, MAX_BYTES
 
     def member(key: str, extension: str, data: bytes) -> tuple[str, int, int]:
-        start = writer.tarstream.offset + 512  # behind the header, one block in USTAR
+        start = writer.tarstream.offset + 512  # after the header, which is one block in USTAR
         writer.write({"__key__": key, extension: data})
         return extension, start, len(data)
 
@@ -125,49 +125,49 @@ def _write(file: "_HashedFile", samples: Iterator[_Sample], first_key: int, tabl
         members = [member(key, sample.info.extension, sample.data)]
         if sample.planned.label >= 0:
             members.append(member(key, "cls", str(sample.planned.label).encode()))
-        table.add(sample, members[0][1], key, members)
+        rows.add(sample, members[0][1], key, members)
     writer.close()
 
 
-def _adopt(job: ShardJob, samples: Iterator[_Sample], table: _Rows) -> None:
+def _adopt(job: ShardJob, samples: Iterator[_Sample], rows: _ShardRows) -> None:
     for sample in samples:
         planned = sample.planned
         key, extension = base_plus_ext(planned.path[len(job.name) + 1 :])
         members = [(extension, planned.offset, planned.size)]
         if planned.label_size:
             members.append(("cls", planned.label_offset, planned.label_size))
-        table.add(sample, planned.offset, key, members)
+        rows.add(sample, planned.offset, key, members)
 
 
-def _samples(job: ShardJob, planned: list[Planned], receipt: Receipt) -> Iterator[_Sample]:
-    """Those of `planned` that may enter, in order; the others go to the receipt's quarantine."""
+def _samples(job: ShardJob, planned: list[PlanRow], receipt: Receipt) -> Iterator[_Sample]:
+    """Usable images of `planned`, in order; unusable ones are added to the receipt's quarantine."""
     for number, (row, data) in enumerate(_read_ahead(job.source, planned)):
         try:
             info = inspect(data)
             if job.resize is not None and min(info.width, info.height) > job.resize:
-                data, info = shrunk(decoded(data)[0], job.resize, job.quality)
+                data, info = resize_to_jpeg(decode_with_pil(data)[0], job.resize, job.quality)
             yield _Sample(number, row, data, info)
-        except Unfit as reason:
+        except UnusableImageError as reason:
             receipt.quarantine.append({"source": row.path, "reason": str(reason)})
 
 
-def _read_ahead(source: Storage, planned: list[Planned]) -> Iterator[tuple[Planned, bytes]]:
-    """Bytes of each row, in order; some are read, in threads, while others are decoded."""
+def _read_ahead(source: Storage, planned: list[PlanRow]) -> Iterator[tuple[PlanRow, bytes]]:
+    """Yields each row and its bytes, in order; threads read ahead while the caller decodes."""
     opened = lru_cache(_OPEN_FILES)(source.open)
     count = 1 if source.local else 16
 
-    def read(row: Planned) -> bytes:
+    def read(row: PlanRow) -> bytes:
         file = opened(row.file)
-        with source.explained(row.file):
-            # of a file beyond the bound just enough that it is seen to be so
+        with source.dataset_errors(row.file):
+            # One byte over the limit is enough to show that a file is too large.
             data = file.read_at(min(row.size, MAX_BYTES + 1), row.offset)
             if (row.file == row.path and file.size() != row.size) or len(data) < min(row.size, MAX_BYTES):
-                raise DatasetError(f"{source}/{row.path} has changed since the plan was made; empty DST and pack again")
+                raise DatasetError(f"{source}/{row.path} has changed since packing began; empty DST and pack again")
         return data
 
-    waiting: deque[tuple[list[Planned], Future[list[bytes]]]] = deque()
+    waiting: deque[tuple[list[PlanRow], Future[list[bytes]]]] = deque()
 
-    def finished() -> Iterator[tuple[Planned, bytes]]:
+    def finished() -> Iterator[tuple[PlanRow, bytes]]:
         rows, future = waiting.popleft()
         yield from zip(rows, future.result(), strict=True)
 
@@ -180,9 +180,9 @@ def _read_ahead(source: Storage, planned: list[Planned]) -> Iterator[tuple[Plann
             yield from finished()
 
 
-def _groups(planned: list[Planned]) -> Iterator[list[Planned]]:
-    """Rows to be read by one thread at a time: few enough, and not one by one, which would cost more than reading."""
-    group: list[Planned] = []
+def _groups(planned: list[PlanRow]) -> Iterator[list[PlanRow]]:
+    """Groups of rows for one thread: up to 8 rows or 1 MiB. A task per row would cost more than reading the row."""
+    group: list[PlanRow] = []
     for row in planned:
         if group and (len(group) == 8 or sum(other.size for other in group) + row.size > _GROUP_BYTES):
             yield group
@@ -192,10 +192,10 @@ def _groups(planned: list[Planned]) -> Iterator[list[Planned]]:
         yield group
 
 
-class _HashedFile:
-    """Hashes and counts what passes through, so that a finished shard need not be read again.
+class _HashingFile:
+    """Hashes and counts the bytes written, so that a finished shard need not be read again.
 
-    The disk is made to take it bit by bit, in a thread, so that the last fsync has little left to wait for.
+    A thread syncs the file every 16 MiB, so that little is left for the last fsync.
     """
 
     def __init__(self, file: BinaryIO, threads: ThreadPoolExecutor):
@@ -204,20 +204,20 @@ class _HashedFile:
         self._sync_at = _SYNC_BYTES
 
     def write(self, data: bytes) -> int:
-        if self._file.closed:  # the disk was full: tarfile still writes its end when it is garbage-collected
+        if self._file.closed:  # after a full disk: tarfile still writes its end when it is garbage-collected
             return len(data)
         self.sha256.update(data)
         self.size += len(data)
         if self.size > self._sync_at:
             self._file.flush()
-            self.synced()
+            self.wait_for_sync()
             self._sync, self._sync_at = self._threads.submit(os.fdatasync, self._file.fileno()), self.size + _SYNC_BYTES
         return self._file.write(data)
 
-    def synced(self) -> None:
-        """Waits for the disk; OSError if it has failed. The system reports this once, not again at the next fsync."""
+    def wait_for_sync(self) -> None:
+        """Waits for the last sync; OSError if it failed. The system reports a failure once, not at each fsync."""
         if self._sync is not None:
             self._sync.result()
 
     def close(self) -> None:
-        """Does nothing: tarfile calls it, but the caller that opened the file closes it."""
+        """Does nothing: tarfile calls this, but the code that opened the file closes it."""

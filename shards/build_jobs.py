@@ -48,7 +48,7 @@ class ScanJob:
 
     @property
     def spool(self) -> str:
-        """File that holds the images of a Parquet file, one after another."""
+        """File that receives the images of a Parquet file, one after another."""
         return f"{WORK}/spool-{self.number:06d}.bin"
 
     def done(self, work: set[str]) -> bool:
@@ -92,7 +92,7 @@ class ShardJob:
 
 @dataclass
 class Receipt:
-    """Facts of a built shard."""
+    """What a worker reports about a built shard."""
 
     samples: int = 0
     bytes: int = 0

@@ -13,21 +13,21 @@ from jaxtyping import Int64
 from pyarrow.fs import FileType
 
 from maelstream.shards.errors import DatasetError
-from maelstream.shards.index import INDEX_NAME, NUMBERS, SCHEMA
+from maelstream.shards.index import INDEX_NAME, NUMERIC_COLUMNS, SCHEMA
 from maelstream.shards.storage import Storage
 
 FORMAT_VERSION = 1
 MANIFEST_NAME, INFO_NAME, QUARANTINE_NAME = "dataset.json", "_info.json", "quarantine.jsonl"
 
 
-def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """`manifest` with a checksum of everything else in it."""
+def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
+    """`manifest` with a `checksum` of all its other fields."""
     rest = {key: value for key, value in manifest.items() if key != "checksum"}
     return rest | {"checksum": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 class Dataset:
-    """A packed dataset. Columns are read-only numpy arrays over the memory map, a number a sample, in order:
+    """A packed dataset. Its columns are read-only, memory-mapped numpy arrays with one number per sample:
 
     `shard`, `size`, `width`, `height`, `crc32c` uint32; `offset` uint64; `label` int32.
     """
@@ -47,31 +47,33 @@ class Dataset:
         fingerprint: str,
         open_index: Callable[[list[str]], pa.RecordBatch],
     ):
-        """`open_index` gives columns of the index by name; `Dataset.open` is how users make one of these."""
+        """`open_index` returns columns of the index by name. Users call `Dataset.open` instead."""
         self.storage, self.manifest, self.fingerprint, self._open_index = storage, manifest, fingerprint, open_index
-        self._numbers = open_index(NUMBERS)
-        for name, column in zip(NUMBERS, self._numbers.columns, strict=True):
+        self._numbers = open_index(NUMERIC_COLUMNS)
+        for name, column in zip(NUMERIC_COLUMNS, self._numbers.columns, strict=True):
             setattr(self, name, column.to_numpy(zero_copy_only=True))
 
     @classmethod
     def open(cls, folder: str | Path) -> "Dataset":
-        """Opens what `maelstream pack` or `maelstream index` wrote: in O(1) where it is local; of a remote one the
-        index's numbers, 32 bytes a sample, are fetched.
+        """Opens a dataset that `maelstream pack` or `maelstream index` wrote.
+
+        A local one opens in O(1). For a remote one, the numbers of the index are fetched: 32 bytes per sample.
 
         Raises:
-            DatasetError: not there, unfinished, of a newer format, or an index that does not match the manifest.
+            DatasetError: the dataset is missing, unfinished, damaged or newer, or index and manifest differ.
         """
         return cls.open_storage(Storage.at(folder))
 
     @classmethod
     def open_storage(cls, storage: Storage) -> "Dataset":
-        """As `open`, of a folder that is known already."""
+        """As `open`, for a folder given as `Storage`."""
         path = f"{storage}/{MANIFEST_NAME}"
         entries = {entry.name for entry in storage.entries()} if storage.kind() == FileType.Directory else set()
         if MANIFEST_NAME not in entries:
             why = "its packing was not finished: run the same `maelstream pack` again" if entries else "missing"
             raise DatasetError(
-                f"{storage} is no packed dataset (no {MANIFEST_NAME}; {why}); `maelstream pack SRC {storage}` makes one"
+                f"{storage} is not a packed dataset (no {MANIFEST_NAME}; {why}); `maelstream pack SRC {storage}` makes "
+                "one"
             )
         text = storage.read(MANIFEST_NAME)
         try:
@@ -83,8 +85,8 @@ class Dataset:
                 f"{storage} was packed by a newer maelstream (format {manifest['format_version']}; this one reads up "
                 f"to {FORMAT_VERSION}); upgrade maelstream"
             )
-        if manifest != sealed(manifest):
-            raise DatasetError(f"{path} is damaged (its checksum does not fit); restore it or pack the dataset again")
+        if manifest != with_checksum(manifest):
+            raise DatasetError(f"{path} is damaged (its checksum does not match); restore it or pack the dataset again")
         dataset = cls(storage, manifest, hashlib.sha256(text).hexdigest(), partial(_index_columns, storage))
         if len(dataset) != manifest["samples"]:
             raise DatasetError(
@@ -98,7 +100,7 @@ class Dataset:
 
     @property
     def folder(self) -> str:
-        """Where it lies, as the user wrote it."""
+        """The dataset's path or URI as the user wrote it."""
         return str(self.storage)
 
     @property
@@ -116,11 +118,11 @@ class Dataset:
         return self._open_index(["key", "source"])
 
     def siblings(self, sample: int) -> tuple[int, int]:
-        """First sample of the dataset that `sample` is in, and the one after its last."""
+        """Range of the samples in the same dataset as `sample`: first, last plus one. A mix has several datasets."""
         return 0, len(self)
 
     def path_and_key(self, sample: int) -> tuple[str, str]:
-        """Shard and key of a sample."""
+        """Path of a sample's shard, and the sample's key."""
         return f"{self.folder}/{self.shard_names[int(self.shard[sample])]}", self.keys(np.array([sample]))[0]
 
     def keys(self, samples: Int64[np.ndarray, "b"]) -> list[str]:
@@ -128,16 +130,16 @@ class Dataset:
         return self._texts.column("key").take(pa.array(samples)).to_pylist()
 
     def sources(self, samples: Int64[np.ndarray, "b"]) -> list[str]:
-        """What `samples` were called where they came from."""
+        """Names of `samples` in the dataset's sources."""
         return self._texts.column("source").take(pa.array(samples)).to_pylist()
 
 
 def _index_columns(storage: Storage, names: list[str]) -> pa.RecordBatch:
-    """Columns of the index, mapped where it is local and fetched where it is remote."""
+    """Columns of the index: memory-mapped if it is local, fetched if it is remote."""
     try:
         if storage.local:
             return pa.ipc.open_file(pa.memory_map(f"{storage.path}/{INDEX_NAME}")).get_batch(0).select(names)
-        # Of a mapped file this would copy the columns.
+        # `included_fields` would copy the columns of a mapped file.
         options = pa.ipc.IpcReadOptions(included_fields=[SCHEMA.get_field_index(name) for name in names])
         return pa.ipc.open_file(storage.open(INDEX_NAME), options=options).get_batch(0)
     except (OSError, pa.ArrowInvalid, DatasetError) as error:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under another name, synced to the disk, then renamed."""
+"""Atomic writes: a file is complete or absent. It is written under another name, synced to disk, then renamed."""
 
 import os
 import secrets
@@ -11,30 +11,29 @@ from maelstream.shards.errors import DatasetError
 
 
 @contextmanager
-def written_whole(path: Path, aside_in: Path | None = None) -> Iterator[BinaryIO]:
-    """A file that becomes `path` when the block ends well; DatasetError when the disk does not take it.
+def atomic_write(path: Path, temporary_folder: Path | None = None) -> Iterator[BinaryIO]:
+    """A file to write that is renamed to `path` at the end of the block; DatasetError if it cannot be written.
 
-    Until then it lies in `aside_in`, a folder of the same file system; the folder of `path` if not given.
+    Until then it is in `temporary_folder`, which is on the same file system; default: the folder of `path`. If the
+    block raises, the file is deleted and `path` does not change.
     """
-    # Not the process's number: two hosts that share the folder may have the same.
-    aside = (aside_in or path.parent) / f".{path.name}.{secrets.token_hex(4)}.writing"
+    # A random name, not the process id: two hosts that share the folder may have the same id.
+    temporary = (temporary_folder or path.parent) / f".{path.name}.{secrets.token_hex(4)}.writing"
     try:
-        with aside.open("wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        aside.rename(path)
+        temporary.rename(path)
         sync(path.parent)
     except OSError as error:
-        raise DatasetError(
-            f"{path} cannot be written ({error.strerror}); what was finished before it is kept"
-        ) from None
+        raise DatasetError(f"{path} cannot be written ({error.strerror}); all finished files are kept") from None
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Puts a file, or a folder's list of names, on the disk."""
+    """Syncs a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

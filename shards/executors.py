@@ -20,10 +20,12 @@ from maelstream.shards.errors import DatasetError
 
 
 class Executor(Protocol):
-    def run(self, task: str, jobs: Iterable[Any]) -> Generator[Any, None, None]:
-        """Results of `task` ("module:function") on each of `jobs`, in any order; the first failure is raised.
+    """Runs jobs in workers."""
 
-        When the caller stops early, jobs that run are finished and no other is begun.
+    def run(self, task: str, jobs: Iterable[Any]) -> Generator[Any, None, None]:
+        """Yields the results of `task` ("module:function") for each of `jobs`, in any order; raises the first failure.
+
+        If the caller stops early, running jobs finish and no other job starts.
         """
 
 
@@ -37,14 +39,14 @@ class Local:
         _check_workers(self.workers)
 
     def run(self, task: str, jobs: Iterable[Any]) -> Generator[Any, None, None]:
-        # Spawned, not forked: the caller may hold threads.
-        pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _begin_worker)
-        left = iter(jobs)
+        # Spawned, not forked: the caller may have threads.
+        pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _start_worker)
+        remaining = iter(jobs)
         running: set[Future] = set()
         try:
             while True:
-                # A job that waits in the pool's queue cannot be called back, so none does.
-                running |= {pool.submit(_call, task, job) for job in islice(left, self.workers - len(running))}
+                # A job in the pool's queue cannot be cancelled, so the queue stays empty.
+                running |= {pool.submit(_call, task, job) for job in islice(remaining, self.workers - len(running))}
                 if not running:
                     return
                 done, running = futures.wait(running, return_when=futures.FIRST_COMPLETED)
@@ -61,7 +63,7 @@ class Local:
 
 @dataclass(frozen=True)
 class Ray:
-    """A Ray cluster: the one that RAY_ADDRESS names, or one on this machine. Lost workers' jobs are tried again."""
+    """A Ray cluster: the one that RAY_ADDRESS names, or one on this machine. Jobs of lost workers run again."""
 
     workers: int
 
@@ -75,10 +77,10 @@ class Ray:
             raise DatasetError("--executor ray needs Ray: pip install 'maelstream[ray]'") from None
         with _ray_cluster(ray, self.workers):
             remote = ray.remote(num_cpus=1, max_retries=3)(_call)
-            left = iter(jobs)
+            remaining = iter(jobs)
             running: list[Any] = []
             while True:
-                running += [remote.remote(task, job) for job in islice(left, self.workers - len(running))]
+                running += [remote.remote(task, job) for job in islice(remaining, self.workers - len(running))]
                 if not running:
                     return
                 (done,), running = ray.wait(running)
@@ -87,7 +89,9 @@ class Ray:
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None
                 except ray.exceptions.RayError as error:
-                    raise DatasetError(f"Ray lost a worker four times ({type(error).__name__}); start again") from None
+                    raise DatasetError(
+                        f"Ray lost the worker of a job four times ({type(error).__name__}); run the same command again"
+                    ) from None
 
 
 @contextmanager
@@ -111,8 +115,8 @@ def _check_workers(workers: int) -> None:
         raise DatasetError(f"--workers {workers}: at least one is needed")
 
 
-def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one decides what it means
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides how to stop
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -124,7 +128,7 @@ def _begin_worker() -> None:
 
 
 def _call(task: str, job: Any) -> Any:
-    # webdataset imports torch where there is one: 4 s and 500 MiB a worker, for nothing that packing needs.
-    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # None makes an import fail
+    # webdataset imports torch if it is installed: 4 s and 500 MiB per worker, and packing does not need it.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # None makes the import fail
     module, name = task.split(":")
     return getattr(import_module(module), name)(job)

@@ -1,4 +1,4 @@
-"""The end of a build: the shards' receipts become the index, the side files and the manifest."""
+"""Finishes a build: merges the shards' receipts into the index, the side files and the manifest."""
 
 import json
 from collections import Counter
@@ -9,24 +9,30 @@ from importlib.metadata import version
 import pyarrow as pa
 
 from maelstream.shards.build_jobs import Build, Receipt, ShardJob
-from maelstream.shards.dataset import FORMAT_VERSION, INFO_NAME, MANIFEST_NAME, QUARANTINE_NAME, sealed
+from maelstream.shards.dataset import FORMAT_VERSION, INFO_NAME, MANIFEST_NAME, QUARANTINE_NAME, with_checksum
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.index import INDEX_NAME, SCHEMA, write_one_batch
 from maelstream.shards.plan import Plan
 
 
-def nothing_usable_message(left_out: list[dict[str, str]]) -> str:
-    first = f"; the first, {left_out[0]['source']}: {left_out[0]['reason']}" if left_out else ""
-    return f"none of {len(left_out):,} files is a usable image{first}"
+def nothing_usable_message(quarantine: list[dict[str, str]]) -> str:
+    """The error message for a build without a usable image."""
+    first = f"; the first, {quarantine[0]['source']}: {quarantine[0]['reason']}" if quarantine else ""
+    return f"none of {len(quarantine):,} files is a usable image{first}"
 
 
-def strict_message(left_out: list[dict[str, str]]) -> str:
-    source, reason = left_out[0]["source"], left_out[0]["reason"]
-    return f"--strict: {source} cannot enter ({reason}); mend it, remove it, or go on without --strict"
+def strict_message(quarantine: list[dict[str, str]]) -> str:
+    """The error message of --strict for the first unusable image."""
+    source, reason = quarantine[0]["source"], quarantine[0]["reason"]
+    return f"--strict: {source} is unusable ({reason}); repair or remove it, or omit --strict"
 
 
 def finish(build: Build, plan: Plan, jobs: list[ShardJob], strict: bool) -> None:
-    """Joins the receipts into the index, the side files and the manifest."""
+    """Merges the receipts into the index, the side files and the manifest, which is written last.
+
+    Raises:
+        DatasetError: no image is usable, or one is not and `strict` is set.
+    """
     destination, options = build.destination, build.options
     receipts: list[Receipt] = []
 
@@ -36,23 +42,23 @@ def finish(build: Build, plan: Plan, jobs: list[ShardJob], strict: bool) -> None
             receipts.append(receipt)
             yield table
 
-    with destination.scratch() as scratch, destination.written_whole(INDEX_NAME) as file:
+    with destination.scratch() as scratch, destination.atomic_write(INDEX_NAME) as file:
         samples = write_one_batch(file, SCHEMA, rows(), scratch)
-    quarantine = plan.left_out + [line for receipt in receipts for line in receipt.quarantine]
+    quarantine = plan.quarantine + [line for receipt in receipts for line in receipt.quarantine]
     quarantine.sort(key=lambda line: line["source"])
     if strict and quarantine:
         raise DatasetError(strict_message(quarantine))
     if not samples:
         raise DatasetError(nothing_usable_message(quarantine))
-    with destination.written_whole(QUARANTINE_NAME) as file:
+    with destination.atomic_write(QUARANTINE_NAME) as file:
         file.writelines((json.dumps(line) + "\n").encode() for line in quarantine)
     shards = [
         {"name": job.name, "samples": receipt.samples, "bytes": receipt.bytes, "sha256": receipt.sha256}
         for job, receipt in zip(jobs, receipts, strict=True)
     ]
-    # Where the shards' publisher has described their splits, that stands.
+    # The publisher's own description of adopted shards is kept.
     if not (build.adopt and destination.has(INFO_NAME)):
-        with destination.written_whole(INFO_NAME) as file:  # timm's and webdataset's description of a split
+        with destination.atomic_write(INFO_NAME) as file:  # timm's and webdataset's description of a split
             split = {
                 "name": options.split,
                 "filenames": [shard["name"] for shard in shards],
@@ -78,5 +84,5 @@ def finish(build: Build, plan: Plan, jobs: list[ShardJob], strict: bool) -> None
             for name in [INDEX_NAME, INFO_NAME, QUARANTINE_NAME, *(job.dali_index for job in jobs)]
         },
     }
-    with destination.written_whole(MANIFEST_NAME) as file:
-        file.write(json.dumps(sealed(manifest), indent=1).encode())
+    with destination.atomic_write(MANIFEST_NAME) as file:
+        file.write(json.dumps(with_checksum(manifest), indent=1).encode())

@@ -1,6 +1,6 @@
 """The index: the position, size, label and checksum of every sample, one row per sample (docs/shards.md).
 
-An uncompressed Arrow IPC file of one record batch: memory-mapped, it opens in O(1) whatever its length, and its columns
+An uncompressed Arrow IPC file of one record batch: memory-mapped, it opens in O(1) at any length, and its columns
 are numpy arrays without a copy.
 """
 
@@ -26,13 +26,13 @@ SCHEMA = pa.schema(
         ("source", pa.large_string()),
     ]
 )
-NUMBERS = SCHEMA.names[:-2]
+NUMERIC_COLUMNS = SCHEMA.names[:-2]
 
 
 def write_one_batch(file: BinaryIO, schema: pa.Schema, tables: Iterable[pa.Table], scratch: Path) -> int:
-    """Writes `tables` (of `schema`: numbers and large strings, no nulls) as one record batch; the number of rows.
+    """Writes `tables` of `schema` (numbers and large strings, no nulls) as one record batch; returns the row count.
 
-    Memory does not grow with the rows: columns are gathered in files in the folder `scratch`, then mapped.
+    Memory does not grow with the rows: each column is collected in files in the folder `scratch`, then mapped.
     """
     columns = [_Column(field.type, scratch / f"column-{number}") for number, field in enumerate(schema)]
     for table in tables:
@@ -46,7 +46,7 @@ def write_one_batch(file: BinaryIO, schema: pa.Schema, tables: Iterable[pa.Table
 
 
 class _Column:
-    """A column's buffers as files that grow."""
+    """The Arrow buffers of one column, collected in files."""
 
     def __init__(self, kind: pa.DataType, path: Path):
         self._kind, self._length = kind, 0
@@ -54,7 +54,7 @@ class _Column:
         if pa.types.is_large_string(kind):
             self._paths.insert(0, path.with_suffix(".offsets"))
         self._files = [path.open("wb") for path in self._paths]
-        self._bytes = 0  # of text so far
+        self._text_bytes = 0  # written so far
         if len(self._files) == 2:
             self._files[0].write(bytes(8))  # the first string begins at 0
 
@@ -65,10 +65,10 @@ class _Column:
         elif len(chunk):
             _, offsets_buffer, text = chunk.buffers()
             offsets = np.frombuffer(offsets_buffer, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
-            self._files[0].write((offsets[1:] - offsets[0] + self._bytes).data)
+            self._files[0].write((offsets[1:] - offsets[0] + self._text_bytes).data)
             if text is not None:
                 self._files[1].write(memoryview(text)[offsets[0] : offsets[-1]])
-            self._bytes += int(offsets[-1] - offsets[0])
+            self._text_bytes += int(offsets[-1] - offsets[0])
 
     def mapped(self) -> pa.Array:
         for file in self._files:

@@ -1,8 +1,8 @@
-"""Which sample goes into which shard: a pure function of the sources and the options.
+"""The plan says which sample goes into which shard: a pure function of the sources and the options.
 
-Any worker, on any machine, at any restart, computes the same plan, so shards can be built in any order and by anybody.
-The plan is a file of the build's work folder, a record batch a shard, so nobody holds more than a shard of it in
-memory.
+Every worker computes the same plan, on any machine and after any restart, so any worker can build any shard in any
+order. The plan is a file in the build's work folder with one record batch per shard, so a worker holds only one shard's
+rows in memory.
 """
 
 import hashlib
@@ -46,9 +46,9 @@ class PackOptions:
     shard_bytes: int
     seed: int
     resize: int | None = None
-    """Short side in pixels; larger images are made so small and encoded again."""
+    """Short side in pixels; larger images are shrunk to it and encoded again."""
     quality: int | None = None
-    """JPEG quality of images that are encoded again."""
+    """JPEG quality of resized images."""
     label_field: str | None = None
     """JSON field or Parquet column that holds the label; found by name if not given."""
 
@@ -61,6 +61,7 @@ class Plan:
 
     @classmethod
     def open(cls, destination: Storage) -> "Plan":
+        """Opens the plan in the work folder of `destination`; memory-mapped if it is local."""
         if destination.local:
             return cls(pa.ipc.open_file(pa.memory_map(f"{destination.path}/{PLAN}")))
         return cls(pa.ipc.open_file(destination.open(PLAN)))
@@ -80,8 +81,8 @@ class Plan:
 
     @property
     def first_keys(self) -> list[int]:
-        """Number of each shard's first sample. A sample's key is its number in the whole plan, so no shard needs to
-        know what was left out of earlier ones."""
+        """Key of each shard's first sample. A sample's key is its number in the whole plan; it does not depend on the
+        images that earlier shards quarantine."""
         return self._facts["first_keys"]
 
     @property
@@ -90,8 +91,8 @@ class Plan:
         return self._facts["shard_bytes"]
 
     @property
-    def left_out(self) -> list[dict[str, str]]:
-        """What was seen to be unfit before any image was read: `source` and `reason`."""
+    def quarantine(self) -> list[dict[str, str]]:
+        """Files found unusable before any image was read: `source` and `reason` of each."""
         return self._facts["left_out"]
 
     def rows(self, shard: int) -> pa.RecordBatch:
@@ -99,14 +100,14 @@ class Plan:
         return self.file.get_batch(shard)
 
 
-Cut = Callable[[pa.RecordBatch], Iterator[np.ndarray]]
-"""From rows as they were found to the rows of each shard, in order."""
+Sharding = Callable[[pa.RecordBatch], Iterator[np.ndarray]]
+"""Divides rows into shards: takes all rows and yields the row numbers of each shard, in order."""
 
 
-def shuffled(seed: int, shard_bytes: int) -> Cut:
-    """Shuffles all rows by a keyed hash of their paths, and cuts them into shards of about `shard_bytes`."""
+def shuffled_sharding(seed: int, shard_bytes: int) -> Sharding:
+    """Shuffles all rows by a keyed hash of their paths and divides them into shards of about `shard_bytes`."""
 
-    def cut(rows: pa.RecordBatch) -> Iterator[np.ndarray]:
+    def divide(rows: pa.RecordBatch) -> Iterator[np.ndarray]:
         if not len(rows):
             return
         keys, key = np.empty(len(rows), np.uint64), str(seed).encode()
@@ -116,92 +117,92 @@ def shuffled(seed: int, shard_bytes: int) -> Cut:
             keys[start : start + len(some)] = np.frombuffer(digests, ">u8")
         order = np.argsort(keys, kind="stable")
         del keys
-        before = np.cumsum(rows.column("size").to_numpy()[order] + np.uint64(_HEADERS_BYTES))  # bytes up to here
+        # bytes up to and including each row
+        ends = np.cumsum(rows.column("size").to_numpy()[order] + np.uint64(_HEADERS_BYTES))
         start, filled = 0, 0
         while start < len(order):
-            # a shard ends with the sample that fills it
-            end = int(np.searchsorted(before, filled + shard_bytes, "left")) + 1
+            # A shard ends with the sample that fills it.
+            end = int(np.searchsorted(ends, filled + shard_bytes, "left")) + 1
             yield order[start:end]
-            start, filled = end, int(before[min(end, len(order)) - 1])
+            start, filled = end, int(ends[min(end, len(order)) - 1])
 
-    return cut
+    return divide
 
 
-def as_found(files: list[str]) -> Cut:
-    """A shard for each of `files`, its rows in the order in which they were found."""
+def per_file_sharding(files: list[str]) -> Sharding:
+    """Makes one shard of each of `files`, with its rows in the order in which they were found."""
 
-    def cut(rows: pa.RecordBatch) -> Iterator[np.ndarray]:
+    def divide(rows: pa.RecordBatch) -> Iterator[np.ndarray]:
         numbers = pc.index_in(rows.column("file"), pa.array(files, pa.large_string())).to_numpy()
         for number in range(len(files)):
             yield np.arange(*np.searchsorted(numbers, [number, number + 1]))
 
-    return cut
+    return divide
 
 
 def write_plan(
-    destination: Storage, tables: Iterable[pa.Table], classes: list[str] | None, named: bool, cut: Cut
+    destination: Storage, tables: Iterable[pa.Table], classes: list[str] | None, named: bool, sharding: Sharding
 ) -> None:
     """Writes the plan of the rows in `tables` (of `ROWS` of `shards/scan.py`).
 
-    `classes` are the names by label, where they are known; `named` says that labels are names, even if they look
-    like numbers.
+    `classes` are the names by label, if known. `named` says that labels are names, even if they look like numbers.
 
     Raises:
-        DatasetError: labels outside the classes, or none that makes sense.
+        DatasetError: a label is outside the classes.
     """
-    left_out: list[dict[str, str]] = []
+    quarantine: list[dict[str, str]] = []
 
-    def fit() -> Iterator[pa.Table]:
+    def usable() -> Iterator[pa.Table]:
         for table in tables:
-            unfit = pc.not_equal(table["reason"], "")
-            lines = table.filter(unfit).select(["path", "reason"]).rename_columns(["source", "reason"])
-            left_out.extend(lines.to_pylist())
-            yield table.filter(pc.invert(unfit)).select(ROWS.names)
+            unusable = pc.not_equal(table["reason"], "")
+            lines = table.filter(unusable).select(["path", "reason"]).rename_columns(["source", "reason"])
+            quarantine.extend(lines.to_pylist())
+            yield table.filter(pc.invert(unusable)).select(ROWS.names)
 
     with destination.scratch() as scratch:
         found = scratch / "found.arrow"
         schema = pa.schema([ROWS.field(n) if n != "label" else pa.field(n, pa.large_string()) for n in ROWS.names])
         with found.open("wb") as file:
-            write_one_batch(file, schema, fit(), scratch)
+            write_one_batch(file, schema, usable(), scratch)
         rows = pa.ipc.open_file(pa.memory_map(str(found))).get_batch(0)
         names, numbers = _numbered(rows, classes, named)
         labelled = names != []
-        places = np.flatnonzero(numbers >= 0) if labelled else np.arange(len(rows))
+        kept = np.flatnonzero(numbers >= 0) if labelled else np.arange(len(rows))
         for row in rows.take(pa.array(np.flatnonzero(numbers < 0))).to_pylist() if labelled else []:
-            left_out.append({"source": row["path"], "reason": "no label, where others have one"})
-        _write(destination, rows, numbers, places, names, left_out, cut, scratch)
+            quarantine.append({"source": row["path"], "reason": "no label, but others have one"})
+        _write(destination, rows, numbers, kept, names, quarantine, sharding, scratch)
 
 
 def _write(
     destination: Storage,
     rows: pa.RecordBatch,
     labels: np.ndarray,
-    places: np.ndarray,
+    kept: np.ndarray,
     classes: list[str],
-    left_out: list[dict[str, str]],
-    cut: Cut,
+    quarantine: list[dict[str, str]],
+    sharding: Sharding,
     scratch: Path,
 ) -> None:
-    kept = rows if len(places) == len(rows) else rows.take(pa.array(places))
-    labels = labels[places]
-    shards = list(cut(kept))
-    sizes = kept.column("size").to_numpy()
+    if len(kept) < len(rows):
+        rows, labels = rows.take(pa.array(kept)), labels[kept]
+    shards = list(sharding(rows))
+    sizes = rows.column("size").to_numpy()
     facts = {
         "classes": classes,
         "first_keys": np.cumsum([0, *map(len, shards[:-1])]).tolist(),
         "shard_bytes": [int(sizes[shard].sum()) for shard in shards],
-        "left_out": sorted(left_out, key=lambda line: line["source"]),
+        "left_out": sorted(quarantine, key=lambda line: line["source"]),
     }
     schema = ROWS.with_metadata({"plan": json.dumps(facts)})
-    with destination.written_whole(PLAN) as file, pa.ipc.new_file(file, schema) as writer:
+    with destination.atomic_write(PLAN) as file, pa.ipc.new_file(file, schema) as writer:
         for shard in shards:
-            columns = dict(zip(kept.schema.names, kept.take(pa.array(shard)).columns, strict=True))
+            columns = dict(zip(rows.schema.names, rows.take(pa.array(shard)).columns, strict=True))
             columns["label"] = pa.array(labels[shard])
             writer.write_batch(pa.RecordBatch.from_pydict(columns, schema))
 
 
 def _numbered(rows: pa.RecordBatch, classes: list[str] | None, named: bool) -> tuple[list[str], np.ndarray]:
-    """Class names by label, and each row's label, int32; no names and -1 where no row has a label."""
+    """Class names by label, and the label of each row, int32; without any label, no names and -1 for every row."""
     encoded = rows.column("label").dictionary_encode()
     texts: list[str] = encoded.dictionary.to_pylist()
     found = sorted(set(texts) - {""})
@@ -221,10 +222,10 @@ def _numbered(rows: pa.RecordBatch, classes: list[str] | None, named: bool) -> t
         by_text = {text: by_name.get(text, -1) for text in found}
         last = len(classes) - 1
     if outside is not None:
-        place = encoded.dictionary.index(outside).as_py()
-        first = rows.column("path")[int(np.flatnonzero(encoded.indices.to_numpy() == place)[0])]
+        position = encoded.dictionary.index(outside).as_py()
+        first = rows.column("path")[int(np.flatnonzero(encoded.indices.to_numpy() == position)[0])]
         raise DatasetError(
-            f"{first}: label {outside} is outside the classes, 0 to {last}; give their names by --classes"
+            f"{first}: label {outside} is outside the classes, 0 to {last}; give the class names with --classes"
         )
     assert classes is not None
     numbers = np.array([by_text.get(text, -1) for text in texts], np.int32)

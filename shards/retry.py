@@ -8,13 +8,13 @@ from typing import TypeVar
 from maelstream.shards.errors import StorageError
 
 PAUSES_S = (0.1, 0.4, 1.6, 6.4)
-"""Seconds between attempts: one attempt more than there are pauses."""
+"""Seconds between attempts; there is one attempt more than pauses."""
 
 T = TypeVar("T")
 
 
-def retried(read: Callable[[], T]) -> T:
-    """The result of `read`, which is called again after growing pauses while it raises StorageError.
+def read_with_retries(read: Callable[[], T]) -> T:
+    """Calls `read`, again after growing pauses while it raises StorageError, and returns its result.
 
     Raises:
         StorageError: every attempt failed.

@@ -1,7 +1,6 @@
-"""Where sources and datasets lie: a local folder, or any URI that `pyarrow.fs` opens (`s3://`, `gs://`).
+"""Folders of sources and datasets: a local path, or any URI that `pyarrow.fs` opens (`s3://`, `gs://`).
 
-A local file is whole or absent because it is renamed into place; an object of a store because it appears when its
-upload is complete.
+Writes are atomic: a local file is renamed when it is complete, and a store's object appears when its upload ends.
 """
 
 import hashlib
@@ -19,22 +18,22 @@ from typing import BinaryIO, NamedTuple
 import pyarrow as pa
 from pyarrow import fs
 
-from maelstream.shards.durable import written_whole
+from maelstream.shards.durable import atomic_write
 from maelstream.shards.errors import DatasetError, StorageError
 
 WORK = ".pack"
-"""Folder of a build inside its dataset; gone when the dataset is whole."""
+"""Work folder of a build inside its dataset; deleted when the dataset is complete."""
 _CHUNK_BYTES = 2**22
 
 
 class Entry(NamedTuple):
-    """What lies in a folder."""
+    """A file or folder inside a folder."""
 
     name: str
     is_file: bool
-    """Or else a folder."""
+    """False for a folder."""
     size: int
-    """Bytes, of a file."""
+    """Bytes, for a file."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,13 @@ class Storage:
 
     filesystem: fs.FileSystem
     path: str
-    """As the file system takes it; absolute."""
+    """Absolute path in `filesystem`."""
     shown: str
-    """As the user wrote it, without credentials."""
+    """Path or URI as the user wrote it, without credentials; for messages."""
 
     @classmethod
     def at(cls, where: str | Path) -> "Storage":
-        """The folder that a path or URI names; it need not exist. DatasetError when no file system knows the URI."""
+        """The folder at a path or URI; it need not exist. DatasetError if no file system supports the URI."""
         text = str(where)
         if "://" not in text:
             return cls(fs.LocalFileSystem(), os.path.abspath(text), text.rstrip("/") or text)
@@ -57,7 +56,7 @@ class Storage:
         try:
             filesystem, path = fs.FileSystem.from_uri(text)
         except (OSError, ValueError, ImportError) as error:
-            raise DatasetError(f"{scheme}://...: no file system takes this URI ({_reason(error)})") from None
+            raise DatasetError(f"{scheme}://...: no file system supports this URI ({_reason(error)})") from None
         path = path.rstrip("/")
         return cls(filesystem, path, path if scheme == "file" else f"{scheme}://{path}")
 
@@ -66,6 +65,7 @@ class Storage:
 
     @property
     def local(self) -> bool:
+        """Whether the folder is on a local file system."""
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
     def inside(self, name: str) -> "Storage":
@@ -74,25 +74,27 @@ class Storage:
 
     @property
     def parent(self) -> "Storage":
+        """The folder that contains this one."""
         return Storage(self.filesystem, os.path.dirname(self.path), os.path.dirname(self.shown) or ".")
 
     @property
     def name(self) -> str:
+        """Last part of the path."""
         return os.path.basename(self.path)
 
     def kind(self) -> fs.FileType:
-        """Whether this is a folder, a file or nothing."""
-        with _explained(self.shown, "be reached"):
+        """Whether the path is a folder, a file or nothing."""
+        with _dataset_errors(self.shown, "be reached"):
             return self.filesystem.get_file_info(self.path).type
 
     def entries(self, folder: str = "") -> list[Entry]:
-        """What lies directly in `folder`, by name; empty where there is none.
+        """Files and folders directly in `folder`, sorted by name; empty if `folder` does not exist.
 
-        DatasetError for what can be no source: a link to nowhere, a device, a name that is not UTF-8.
+        DatasetError for entries that cannot be a source: a broken link, a device, a name that is not UTF-8.
         """
         where, shown = (f"{root}/{folder}".rstrip("/") for root in (self.path, self.shown))
-        with _explained(shown, "be listed"):
-            if self.local:  # pyarrow passes over links to nowhere
+        with _dataset_errors(shown, "be listed"):
+            if self.local:  # pyarrow skips broken links
                 found = _local_entries(where, shown)
             else:
                 infos = self.filesystem.get_file_info(fs.FileSelector(where, allow_not_found=True))
@@ -109,44 +111,48 @@ class Storage:
         return file in self.names(folder)
 
     def open(self, name: str) -> pa.NativeFile:
-        """A file for random access: `size()`, and `read_at(size, offset)` from any thread. DatasetError if it fails."""
-        with self.explained(name):
+        """Opens a file for random access: `size()`, and `read_at(size, offset)` from any thread.
+
+        Raises:
+            DatasetError: it cannot be opened.
+        """
+        with self.dataset_errors(name):
             return self.filesystem.open_input_file(f"{self.path}/{name}")
 
-    def explained(self, name: str) -> AbstractContextManager[None]:
-        """While it is entered, a failure to read file `name` is a DatasetError that says so."""
-        return _explained(f"{self.shown}/{name}", "be read")
+    def dataset_errors(self, name: str) -> AbstractContextManager[None]:
+        """A context that turns a failure to read file `name` into a DatasetError."""
+        return _dataset_errors(f"{self.shown}/{name}", "be read")
 
     def read(self, name: str) -> bytes:
-        """All bytes of a file. DatasetError when it cannot be read."""
-        with self.open(name) as file, self.explained(name):
+        """All bytes of a file. DatasetError if it cannot be read."""
+        with self.open(name) as file, self.dataset_errors(name):
             return file.read()
 
     def sha256(self, name: str) -> str:
-        """SHA-256 of a file, read in pieces. DatasetError when it cannot be read."""
+        """SHA-256 of a file, read in chunks. DatasetError if it cannot be read."""
         digest = hashlib.sha256()
-        with self.open(name) as file, self.explained(name):
+        with self.open(name) as file, self.dataset_errors(name):
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()
 
     def make(self) -> None:
-        """Makes this folder and the one for a build's work; a store's objects need none. DatasetError if it fails."""
+        """Creates this folder and its work folder; a store needs no folders. DatasetError on failure."""
         if self.local:
-            with _explained(self.shown, "be made", "; choose another folder"):
+            with _dataset_errors(self.shown, "be created", "; choose another folder"):
                 self.filesystem.create_dir(f"{self.path}/{WORK}", recursive=True)
 
     @contextmanager
-    def written_whole(self, name: str) -> Iterator[BinaryIO]:
-        """A file that becomes `name` when the block ends well, and not before. DatasetError when it cannot be written.
+    def atomic_write(self, name: str) -> Iterator[BinaryIO]:
+        """A file to write that appears as `name` at the end of the block. DatasetError if it cannot be written.
 
-        A remote one is written to the local disk first, so that the block may seek and nothing half is ever uploaded.
+        A remote file is written to the local disk first, so the block may seek, and a partial file is never uploaded.
         """
         if self.local:
-            with written_whole(Path(self.path, name), aside_in=Path(self.path, WORK)) as file:
+            with atomic_write(Path(self.path, name), temporary_folder=Path(self.path, WORK)) as file:
                 yield file
             return
-        with _explained(f"{self.shown}/{name}", "be written", "; what was finished before it is kept"):
+        with _dataset_errors(f"{self.shown}/{name}", "be written", "; all finished files are kept"):
             with tempfile.TemporaryFile() as file:
                 yield file
                 size = file.tell()
@@ -154,28 +160,28 @@ class Storage:
                 with self.filesystem.open_output_stream(f"{self.path}/{name}") as upload:
                     while chunk := file.read(_CHUNK_BYTES):
                         upload.write(chunk)
-            held = self.filesystem.get_file_info(f"{self.path}/{name}").size
-            if held != size:
-                raise OSError(f"{held} of {size} bytes arrived")
+            stored = self.filesystem.get_file_info(f"{self.path}/{name}").size
+            if stored != size:
+                raise OSError(f"{stored} of {size} bytes arrived")
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A local folder for what need not be kept: on the same disk where this is local, as it may be large."""
+        """A temporary local folder. Its files can be large, so it is on the same disk if this folder is local."""
         with tempfile.TemporaryDirectory(dir=f"{self.path}/{WORK}" if self.local else None) as folder:
             yield Path(folder)
 
     def remove_work(self) -> None:
-        """Deletes the folder of the build's work, if it is there."""
+        """Deletes the build's work folder, if it exists."""
         if self.local:
-            shutil.rmtree(f"{self.path}/{WORK}", ignore_errors=True)  # another finisher may be deleting it, too
+            shutil.rmtree(f"{self.path}/{WORK}", ignore_errors=True)  # another part may be deleting it at the same time
         elif self.entries(WORK):
-            with _explained(f"{self.shown}/{WORK}", "be removed"), suppress(FileNotFoundError):
-                # Google's store has no object for the folder itself, and says so after the files are gone
+            with _dataset_errors(f"{self.shown}/{WORK}", "be removed"), suppress(FileNotFoundError):
+                # Google's store has no object for the folder: it raises FileNotFoundError after it deleted the files.
                 self.filesystem.delete_dir(f"{self.path}/{WORK}")
 
 
-def is_text(name: str) -> bool:
-    """Whether a name was UTF-8; Python keeps bytes that were not as surrogates, which no index takes."""
+def is_utf8(name: str) -> bool:
+    """Whether a name is UTF-8. Python turns other bytes into surrogates, which an index cannot hold."""
     return not any("\udc80" <= letter <= "\udcff" for letter in name)
 
 
@@ -183,15 +189,15 @@ def _local_entries(where: str, shown: str) -> list[Entry]:
     found = []
     for item in os.scandir(where) if os.path.isdir(where) else ():
         path = f"{shown}/{item.name}"
-        if not is_text(item.name):
+        if not is_utf8(item.name):
             raise DatasetError(f"{path!a}: the name is not UTF-8; rename it")
-        with _explained(path, "be read", "; make it readable or remove it"):
+        with _dataset_errors(path, "be read", "; make it readable or remove it"):
             try:
                 status = item.stat()
             except FileNotFoundError:
-                if item.is_symlink():  # to nowhere
+                if item.is_symlink():  # a broken link
                     raise
-                continue  # gone since it was listed: another part of the build has renamed it
+                continue  # another part of the build has renamed it since it was listed
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             raise DatasetError(f"{path} is neither a file nor a folder; remove it")
         found.append(Entry(item.name, stat.S_ISREG(status.st_mode), status.st_size))
@@ -199,7 +205,7 @@ def _local_entries(where: str, shown: str) -> list[Entry]:
 
 
 @contextmanager
-def _explained(path: str, what: str, then: str = "") -> Iterator[None]:
+def _dataset_errors(path: str, what: str, then: str = "") -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
@@ -209,6 +215,6 @@ def _explained(path: str, what: str, then: str = "") -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The part of an error that a reader wants, on one line; pyarrow puts the cause behind the path and a number."""
+    """The cause of an error on one line; pyarrow writes it after the path and an error number."""
     text = getattr(error, "strerror", None) or str(error)
     return re.sub(r"^.*Detail: \[errno \d+\] ", "", " ".join(text.split()))

@@ -1,7 +1,7 @@
-"""What is wrong with a packed dataset: every fault by shard, key and kind.
+"""Verifies a packed dataset and lists every fault by file and sample.
 
-The manifest vouches for itself when it is opened, and by SHA-256 for every other file; where a shard does not fit, the
-index, the tar headers and the samples' CRC32Cs show which part is damaged.
+The manifest holds its own checksum, which is checked when it is opened, and the SHA-256 of every other file. If a shard
+does not match, the index, the tar headers and the samples' CRC32Cs show which part is damaged.
 """
 
 import re
@@ -16,7 +16,7 @@ import numpy as np
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.executors import Executor
-from maelstream.shards.inspect import Unfit, inspect
+from maelstream.shards.inspect import UnusableImageError, inspect
 from maelstream.shards.storage import Storage
 
 _MISSING = "missing"
@@ -24,9 +24,11 @@ _MISSING = "missing"
 
 @dataclass(frozen=True)
 class Fault:
+    """A damaged, missing or unknown file, or a damaged sample."""
+
     file: str
     key: str
-    """Key of the sample; empty if the fault is of the whole file."""
+    """Key of the sample; empty if the fault concerns the whole file."""
     what: str
 
     def __str__(self) -> str:
@@ -35,7 +37,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class VerifyJob:
-    """All that a worker needs to verify one shard."""
+    """What a worker needs to verify one shard."""
 
     storage: Storage
     number: int
@@ -43,13 +45,13 @@ class VerifyJob:
 
 
 def verify(dataset: Dataset, deep: bool, executor: Executor, on_shard: Callable[[], None]) -> Iterator[Fault]:
-    """Every fault of the folder; with `deep`, every image is decoded as well. `on_shard` is called after each shard."""
+    """Yields every fault of the dataset; `deep` also decodes every image. Calls `on_shard` after each shard."""
     present, expected = dataset.storage.names(), set(dataset.shard_names)
     for name in sorted(present - expected):
         if name.endswith(".tar"):
-            yield Fault(name, "", "a shard that the dataset does not know")
+            yield Fault(name, "", "a shard that is not in the dataset")
     for name, sha256 in sorted(dataset.manifest["side_files"].items()):
-        if (fault := _wrong_digest(dataset.storage, name, sha256)) is not None:
+        if (fault := _digest_fault(dataset.storage, name, sha256)) is not None:
             yield fault
     jobs = [VerifyJob(dataset.storage, number, deep) for number in range(len(dataset.shard_names))]
     with closing(executor.run("maelstream.shards.verify:verify_shard", jobs)) as verified:
@@ -62,35 +64,35 @@ def verify_shard(job: VerifyJob) -> list[Fault]:
     """Every fault of one shard."""
     dataset = Dataset.open_storage(job.storage)
     shard = dataset.manifest["shards"][job.number]
-    fault = _wrong_digest(job.storage, shard["name"], shard["sha256"])
+    fault = _digest_fault(job.storage, shard["name"], shard["sha256"])
     faults = [fault] if fault is not None else []
     if (job.deep or faults) and faults != [Fault(shard["name"], "", _MISSING)]:
         faults += _sample_faults(dataset, job.number, job.deep)
     return faults
 
 
-def _wrong_digest(storage: Storage, name: str, sha256: str) -> Fault | None:
+def _digest_fault(storage: Storage, name: str, sha256: str) -> Fault | None:
     try:
-        held = storage.sha256(name)
+        actual = storage.sha256(name)
     except DatasetError as error:
         return Fault(name, "", str(error) if name in storage.names() else _MISSING)
-    return None if held == sha256 else Fault(name, "", "not the bytes that were packed (SHA-256)")
+    return None if actual == sha256 else Fault(name, "", "not the bytes that were packed (SHA-256)")
 
 
 def _sample_faults(dataset: Dataset, number: int, deep: bool) -> Iterator[Fault]:
-    """What of a shard is damaged, sample by sample."""
+    """Yields the faults of a shard's samples."""
     name = dataset.shard_names[number]
-    with dataset.storage.open(name) as file, dataset.storage.explained(name):
+    with dataset.storage.open(name) as file, dataset.storage.dataset_errors(name):
         if file.size() != (packed := dataset.manifest["shards"][number]["bytes"]):
             yield Fault(name, "", f"{file.size()} bytes, {packed} were packed")
-        samples = np.arange(*np.searchsorted(dataset.shard, [number, number + 1]))  # samples stand in shard order
+        samples = np.arange(*np.searchsorted(dataset.shard, [number, number + 1]))  # samples are in shard order
         for sample, key in zip(samples, dataset.keys(samples), strict=True):
             offset, size = int(dataset.offset[sample]), int(dataset.size[sample])
             if file.size() < offset + size:
-                yield Fault(name, key, "lies behind the end of the shard")
+                yield Fault(name, key, "lies beyond the end of the shard")
                 continue
             header, encoded = file.read_at(512, offset - 512), file.read_at(size, offset)
-            if (what := _wrong_header(header, key, size)) is not None:
+            if (what := _header_fault(header, key, size)) is not None:
                 yield Fault(name, key, what)
             if google_crc32c.value(encoded) != dataset.crc32c[sample]:
                 yield Fault(name, key, "not the bytes that were packed (CRC32C)")
@@ -99,20 +101,20 @@ def _sample_faults(dataset: Dataset, number: int, deep: bool) -> Iterator[Fault]
                     info = inspect(encoded)
                     if (info.width, info.height) != (dataset.width[sample], dataset.height[sample]):
                         yield Fault(name, key, f"{info.width} x {info.height} px, the index says otherwise")
-                except Unfit as reason:
+                except UnusableImageError as reason:
                     yield Fault(name, key, str(reason))
 
 
-def _wrong_header(header: bytes, key: str, size: int) -> str | None:
-    """What is wrong with the tar header of a sample's image."""
+def _header_fault(header: bytes, key: str, size: int) -> str | None:
+    """What is wrong with the tar header of a sample's image, or None."""
     try:
-        held = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:
         return f"no tar header before it ({error})"
-    # An adopted tar may keep the end of a long name, or one beyond ASCII, in a header of its own before this one.
-    whole = key.isascii() and len(held.name) < 100
-    if held.size != size or (whole and key != _EXTENSIONS.sub("", held.name)):
-        return f"the index points at {held.name} of {held.size} bytes"
+    # In an adopted tar, an extra header before this one may hold a name that is long or not ASCII.
+    complete = key.isascii() and len(info.name) < 100
+    if info.size != size or (complete and key != _EXTENSIONS.sub("", info.name)):
+        return f"the index points at {info.name} of {info.size} bytes"
     return None
 
 

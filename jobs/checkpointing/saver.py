@@ -22,7 +22,7 @@ from maelstream.jobs.checkpointing.store import FILES, STATE, CheckpointStore, S
 from maelstream.jobs.checkpointing.tensor_writer import fragment, fragments_of, write_tensors
 from maelstream.jobs.distributed.errors import AgreedError
 from maelstream.jobs.distributed.ranks import ControlGroup
-from maelstream.shards.durable import sync, written_whole
+from maelstream.shards.durable import atomic_write, sync
 from maelstream.shards.errors import MaelstreamError
 
 
@@ -202,7 +202,7 @@ class Saver:
             for kind, name in FILES.items():
                 if kind in snapshot.flats:
                     digests[name] = write_tensors(folder / name, self._shapes, merged(kind))
-        with written_whole(folder / STATE) as file:
+        with atomic_write(folder / STATE) as file:
             file.write(json.dumps(self._state).encode())
         digests[STATE] = digest_of(folder / STATE)
         for part in [*parts, *notes]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from maelstream.jobs.checkpointing.digest import Digest, digest_of
 from maelstream.jobs.distributed.errors import AgreedError
-from maelstream.shards.durable import sync, written_whole
+from maelstream.shards.durable import atomic_write, sync
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,11 +176,11 @@ class CheckpointStore:
     def publish(self, writing: Path, step: int, digests: dict[str, Digest]) -> None:
         """Writes the manifest of a folder whose files are on the disk, renames it and lets `newest` point to it."""
         manifest = {"format": _FORMAT, "step": step, "files": {name: asdict(value) for name, value in digests.items()}}
-        with written_whole(writing / MANIFEST) as file:
+        with atomic_write(writing / MANIFEST) as file:
             file.write(json.dumps(manifest, separators=(",", ":")).encode())
         writing.rename(self.at(step))
         sync(self.folder)
-        with written_whole(self.folder / NEWEST) as file:
+        with atomic_write(self.folder / NEWEST) as file:
             file.write(f"{self.at(step).name}\n".encode())
 
     def prune(self, keep: int, keep_every_steps: int) -> None:

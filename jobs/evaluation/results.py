@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from maelstream.shards.durable import sync, written_whole
+from maelstream.shards.durable import atomic_write, sync
 from maelstream.shards.errors import MaelstreamError
 
 Job = Literal["knn", "linprobe", "partial", "finetune", "scratch", "evaluate"]
@@ -137,7 +137,7 @@ def record(evaluation: Evaluation, run: Path | None) -> None:
     line = json.dumps(asdict(evaluation)).encode() + b"\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder / RESULT) as file:
+        with atomic_write(folder / RESULT) as file:
             file.write(line)
         if run is not None:
             _append(run / LINES, line)

@@ -21,7 +21,7 @@ from maelstream.pipeline.config import CropConfig
 from maelstream.pipeline.decode import CpuDecoder, EncodedBatch
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
-from maelstream.shards.inspect import Unfit, inspect
+from maelstream.shards.inspect import UnusableImageError, inspect
 from maelstream.shards.reader import ShardReader
 
 RATIOS = (0.75, 0.85, 0.95)
@@ -129,7 +129,7 @@ def folder_images(folder: Path, count: int, recipe: Recipe) -> InputImages:
         data = path.read_bytes()
         try:
             info = inspect(data)
-        except Unfit as reason:
+        except UnusableImageError as reason:
             print(f"maelstream reconstruct: {path} is left out: {reason}", file=sys.stderr)
             continue
         names.append(str(path.relative_to(folder)))

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from maelstream.model.config import Target
 from maelstream.model.mae import Reconstruction
-from maelstream.shards.durable import written_whole
+from maelstream.shards.durable import atomic_write
 
 COLUMNS = ("original", "masked", "reconstructed", "with visible patches")
 NOTES: dict[Target, str] = {
@@ -90,9 +90,9 @@ def write_reconstructions(folder: Path, results: dict[str, Reconstruction], info
     for old in folder.glob("*.png"):
         old.unlink()
     for ratio, result in results.items():
-        with written_whole(folder / info.file_name(ratio)) as file:
+        with atomic_write(folder / info.file_name(ratio)) as file:
             Image.fromarray(contact_sheet(result)).save(file, "PNG")
-    with written_whole(folder / "about.json") as file:
+    with atomic_write(folder / "about.json") as file:
         file.write(json.dumps(asdict(info)).encode() + b"\n")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter
 
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.shards.durable import written_whole
+from maelstream.shards.durable import atomic_write
 from maelstream.shards.errors import MaelstreamError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def start_of(step: int, ranks: "Ranks") -> Start:
 def record_start(folder: RunFolder, step: int, ranks: "Ranks") -> None:
     """Appends this start, after `step` steps, to `environment.json`; one rank calls it."""
     starts = [*read_starts(folder), start_of(step, ranks)]
-    with written_whole(folder.environment) as file:
+    with atomic_write(folder.environment) as file:
         file.write(json.dumps([asdict(start) for start in starts], indent=1).encode() + b"\n")
 
 

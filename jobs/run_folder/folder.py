@@ -27,7 +27,7 @@ from maelstream.jobs.recipe import (
     load_any_recipe,
     may_change,
 )
-from maelstream.shards.durable import written_whole
+from maelstream.shards.durable import atomic_write
 from maelstream.shards.errors import MaelstreamError
 
 if TYPE_CHECKING:
@@ -140,10 +140,10 @@ class RunFolder:
     def start(self, recipe: AnyRecipe, step: int) -> None:
         """Writes the recipe, and removes the metrics after `step`, because no checkpoint has those steps."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with written_whole(self.config) as file:
+        with atomic_write(self.config) as file:
             file.write(dump_recipe(recipe).encode())
         lines = [json.dumps(line) + "\n" for line in self.read_metrics() if line["step"] <= step]
-        with written_whole(self.metrics) as file:
+        with atomic_write(self.metrics) as file:
             file.write("".join(lines).encode())
 
     def quarantine(self, bad: "BadSample") -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from maelstream.jobs.distributed.errors import AgreedError
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.shards.durable import written_whole
+from maelstream.shards.durable import atomic_write
 
 if TYPE_CHECKING:
     from maelstream.jobs.distributed.ranks import ControlGroup
@@ -49,7 +49,7 @@ class Status:
     """Seconds since 1970."""
 
     def write(self, path: Path) -> None:
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             file.write(json.dumps(asdict(self) | {"process": os.getpid(), "updated": time.time()}).encode())
 
 

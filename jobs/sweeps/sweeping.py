@@ -22,7 +22,7 @@ from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.run_folder.status import is_locked, read_status
 from maelstream.jobs.sweeps.grid import Cell, slug
 from maelstream.jobs.sweeps.table import Outcome
-from maelstream.shards.durable import written_whole
+from maelstream.shards.durable import atomic_write
 
 _FOLDER_OPTION = {"finetune": "--run", "linprobe": "--run", "partial": "--run", "knn": "--folder"}
 """The option of each job for the folder of its result."""
@@ -133,7 +133,7 @@ def run_cells(folder: SweepFolder, cells: Sequence[Cell], steps: Sequence[Step],
         else:
             file = folder.path / "recipes" / f"{cell.folder}.yaml"
             file.parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(file) as written:
+            with atomic_write(file) as written:
                 written.write(dump_recipe(cell.recipe).encode())
             console.print(f"{title}: pretrain")
             if code := start(["pretrain", str(file), "--run", str(run.path)]):

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from maelstream.jobs.evaluation.results import Evaluation
 from maelstream.jobs.sweeps.grid import Cell
-from maelstream.shards.durable import written_whole
+from maelstream.shards.durable import atomic_write
 
 _COLOUR = "#3b6fb6"
 
@@ -115,7 +115,7 @@ def draw(found: Sequence[Outcome], names: Sequence[str], title: str, path: Path)
         axes.grid(alpha=0.3)
         if blocks:
             axes.legend()
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=150)
 
 
@@ -159,11 +159,11 @@ def write_results(found: Sequence[Outcome], names: Sequence[str], folder: Path) 
         | {name: asdict(one) if (one := top1(outcomes, name)) else None for name in names}
         for row, outcomes in rows_of(found).items()
     ]
-    with written_whole(folder / "results.json") as file:
+    with atomic_write(folder / "results.json") as file:
         file.write(json.dumps({"cells": lines, "rows": means}, indent=1).encode())
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]))
     writer.writeheader()
     writer.writerows(lines)
-    with written_whole(folder / "results.csv") as file:
+    with atomic_write(folder / "results.csv") as file:
         file.write(text.getvalue().encode())

@@ -13,7 +13,7 @@ from typing import Any
 
 from maelstream.jobs.recipe import AnyRecipe
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.shards.durable import written_whole
+from maelstream.shards.durable import atomic_write
 from maelstream.shards.errors import MaelstreamError
 
 Tracker = Callable[[int, dict[str, Any]], None]
@@ -69,5 +69,5 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 
 def _write_ids(file: Path, known: dict[str, str]) -> None:
-    with written_whole(file) as out:
+    with atomic_write(file) as out:
         out.write(json.dumps(known).encode())

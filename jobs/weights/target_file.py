@@ -22,7 +22,7 @@ from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.model.config import MAEConfig
 from maelstream.model.targets import PCATarget, TokenTarget
 from maelstream.model.tokenizer import Decoder, Encoder, TokenizerConfig
-from maelstream.shards.durable import written_whole
+from maelstream.shards.durable import atomic_write
 
 FIT_COMMANDS = {"pca": "fit-pca", "token": "fit-tokenizer"}
 _DECODER, _METADATA = "decoder.", "maelstream"
@@ -51,7 +51,7 @@ class TargetFile:
         metadata = self.settings | {"fingerprint": self.fingerprint}
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             # A single metadata entry, because safetensors writes several in an undefined order.
             file.write(save(tensors, {_METADATA: json.dumps(metadata)}))
 

@@ -16,7 +16,7 @@ from maelstream.jobs.command import run
 from maelstream.jobs.evaluation.results import Evaluation, read_evaluations
 from maelstream.jobs.pack import main as pack
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.shards.dataset import Dataset, sealed
+from maelstream.shards.dataset import Dataset, with_checksum
 from tests.conftest import write_images
 from tests.helpers.forked import run_ranks, start
 
@@ -244,7 +244,7 @@ def test_data_without_usable_classes_gets_one_line(
     if data == "few":
         manifest = tmp_path / "shards" / "dataset.json"
         values = json.loads(manifest.read_text())
-        manifest.write_text(json.dumps(sealed(values | {"classes": ["a", "b", "c", "d"]})))
+        manifest.write_text(json.dumps(with_checksum(values | {"classes": ["a", "b", "c", "d"]})))
     other = str(tmp_path / "shards")
     capsys.readouterr()
     val = other if data == "few" else packed.folder

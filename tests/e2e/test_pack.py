@@ -157,7 +157,7 @@ def destination_below_a_file(folder: Path) -> str:
     write_images(folder / "src", classes=1, per_class=1)
     (folder / "file").write_text("a file")
     (folder / "out").symlink_to(folder / "file" / "out")
-    return "out cannot be made"
+    return "out cannot be created"
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_print_config_prints_a_recipe_that_resolves_to_itself(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--data.dataset", "nowhere"], "nowhere is no packed dataset"),
+        (["--data.dataset", "nowhere"], "nowhere is not a packed dataset"),
         (["--optim.batch-size", "61"], "batch_size 61 is larger than the dataset"),
     ],
 )

@@ -78,7 +78,7 @@ def folder(packed: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["watch", "nowhere"], 2, "is not a run"),
         (["info", "--help"], 0, "usage: maelstream info"),
         (["info", "shards"], 0, "60"),
-        (["info", "nowhere"], 2, "is no packed dataset"),
+        (["info", "nowhere"], 2, "is not a packed dataset"),
         (["plan", "--help"], 0, "usage: maelstream plan"),
         (["plan"], 0, "largest micro-batch"),
         (["plan", "--model", "mine.yaml", "--json"], 0, "images_per_s"),

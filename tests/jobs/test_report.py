@@ -162,7 +162,7 @@ def test_the_report_of_a_classification_run_has_both_datasets(packed: Dataset, t
     assert run("report", [str(folder.path)]) == 0
     text = Page(folder.path / "report.html").text
     assert "job linprobe finetune" in text and f"location {packed.folder}" in text
-    assert "gone is no packed dataset" in text
+    assert "gone is not a packed dataset" in text
 
 
 def test_a_missing_dataset_is_reported(tiny: str, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_missing_dataset_is_reported(tiny: str, tmp_path: Path) -> None:
     recipe = folder.config.read_text().splitlines()
     folder.config.write_text("\n".join("  dataset: gone" if "  dataset:" in line else line for line in recipe))
     assert run("report", [str(folder.path)]) == 0
-    assert "The dataset cannot be opened now: gone is no packed dataset" in Page(folder.path / "report.html").text
+    assert "The dataset cannot be opened now: gone is not a packed dataset" in Page(folder.path / "report.html").text
 
 
 def test_bad_input_is_a_one_line_error(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from maelstream.pipeline.decode import DECODERS, CpuDecoder, EncodedBatch, dali_
 from maelstream.pipeline.output import Output
 from maelstream.pipeline.pixel_augment import PixelAugment
 from maelstream.shards.errors import MaelstreamError
-from maelstream.shards.inspect import refusal
+from maelstream.shards.inspect import undecodable_reason
 from tests.conftest import DEVICES, encoded, photograph
 
 SIZE = (224, 224)
@@ -105,9 +105,9 @@ def test_generated_jpegs_are_within_a_third_of_a_level_of_pil(quality: int) -> N
         ("1", "BMP", {}),
     ],
 )
-def test_every_kind_of_file_decodes_as_pil_decodes_it(mode: str, form: str, options: dict, device: str) -> None:
+def test_every_kind_of_file_decodes_as_in_pil(mode: str, form: str, options: dict, device: str) -> None:
     batch = random_crops([encoded(photograph().convert(mode), form, **options)])
-    assert refusal(batch.encoded[0].tobytes(), 300, 200) is None
+    assert undecodable_reason(batch.encoded[0].tobytes(), 300, 200) is None
     assert difference_from_pil(batch, decode(batch, device)).max() < WITHIN[device]
 
 
@@ -209,7 +209,9 @@ def test_memory_of_a_batch_is_reused_but_never_while_a_view_of_it_lives() -> Non
 
 
 @pytest.mark.parametrize(("size", "resized"), [(224, 256), (96, 110)])
-def test_the_centre_crop_is_that_of_torchvision_s_evaluation(imagenet_sample: Path, size: int, resized: int) -> None:
+def test_the_centre_crop_equals_that_of_torchvision_for_evaluation(
+    imagenet_sample: Path, size: int, resized: int
+) -> None:
     """Resize the short side, crop the centre; a window in whole pixels of the stored file may be half a pixel off."""
     data = imagenet_files(imagenet_sample, 64)
     evaluation = Compose([Resize(resized, InterpolationMode.BICUBIC), CenterCrop(size)])
@@ -217,11 +219,11 @@ def test_the_centre_crop_is_that_of_torchvision_s_evaluation(imagenet_sample: Pa
     crop = CropConfig("none", margin=resized / size)
     params = AugmentSampler(0, crop, (size, size)).at(np.zeros(64, int), np.arange(64), sides[:, 0], sides[:, 1])
     batch = EncodedBatch.of(data, params)
-    ours = CpuDecoder(lambda _: batch, 64, (size, size), 2, torch.device("cpu")).run().numpy().astype(int)
-    theirs = [
+    actual = CpuDecoder(lambda _: batch, 64, (size, size), 2, torch.device("cpu")).run().numpy().astype(int)
+    by_torchvision = [
         np.asarray(evaluation(Image.open(io.BytesIO(d.tobytes())).convert("RGB"))).transpose(2, 0, 1) for d in data
     ]
-    differences = np.abs(ours - np.stack(theirs)).mean(axis=(1, 2, 3))
+    differences = np.abs(actual - np.stack(by_torchvision)).mean(axis=(1, 2, 3))
     assert np.median(differences) < 0.1 and differences.max() < 1 and not params.flips.any()
 
 
@@ -244,7 +246,7 @@ def test_the_gpu_graph_run_on_the_cpu_gives_nearly_the_same_images(imagenet_samp
     assert differences.mean(axis=(1, 2, 3)).max() < 1.5 and differences.mean() < 0.5
 
 
-def test_jitter_is_torchvision_s() -> None:
+def test_jitter_equals_that_of_torchvision() -> None:
     data, window = encoded(photograph(), "JPEG"), np.array([[0, 0, 300, 200]], np.int32)
     batch = batch_of([data], window, NONE)
     factors, order = np.array([[1.3, 0.7, 1.2]]), np.array([[2, 0, 1]])

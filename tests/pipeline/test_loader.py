@@ -184,7 +184,7 @@ DAMAGE = [
     (b"\xff\xd8", b"GIF89a", "not a JPEG, PNG, WebP or BMP"),
     (b"\xff\xd8", bytes(300), "not a JPEG, PNG, WebP or BMP"),
     (b"\xff\xd9", bytes(2), "JPEG without an end marker"),  # as in a truncated file
-    (b"\xff\xe0", bytes(300), "JPEG without a sound header"),  # DALI 2.4 segfaults on it
+    (b"\xff\xe0", bytes(300), "JPEG without an intact header"),  # DALI 2.4 segfaults on it
     (b"\xff\xc4", b"\xff\xc4\x00\x1f" + b"\xff" * 20, "cannot be decoded"),  # a Huffman table; DALI raises
 ]
 
@@ -298,7 +298,7 @@ def test_a_block_shuffle_delivers_its_order_on_any_number_of_ranks(many: Dataset
     )
 
 
-def test_a_block_shuffle_of_an_object_store_takes_few_long_requests(many: Dataset) -> None:
+def test_a_block_shuffle_of_an_object_store_makes_few_long_requests(many: Dataset) -> None:
     store = SlowStorage.over(many, delay_s=0)
     remote = Dataset.open_storage(store)
     delivered = content(take(remote, BatchSplit(500, 1, 1), 10, shuffle="block"))

@@ -82,7 +82,7 @@ def test_later_years_take_names_from_the_categories_published_afterwards(tmp_pat
     assert given.classes == ["a", "b", "c"] and len(given) == 9
 
 
-def test_labels_stay_the_category_ids_where_names_repeat_or_ids_are_left_out(tmp_path: Path) -> None:
+def test_labels_are_the_category_ids_if_names_repeat_or_ids_are_missing(tmp_path: Path) -> None:
     def change(values: dict) -> None:
         values["categories"] = [{"id": 0, "name": "Io"}, {"id": 4, "name": "Io"}, {"id": 2, "name": "Aa"}]
         for note in values["annotations"]:
@@ -104,8 +104,8 @@ def test_a_listed_file_that_is_missing_is_quarantined_and_is_an_error_with_stric
     gone = "train_val2018/Amphibia/1/" + f"{4:032x}.jpg"
     (source / gone).unlink()
     dataset = build(source, tmp_path / "out")
-    assert len(dataset) == 8 and quarantine(tmp_path / "out") == {gone: "listed, but not there"}
-    with pytest.raises(DatasetError, match=f"--strict: {gone} cannot enter"):
+    assert len(dataset) == 8 and quarantine(tmp_path / "out") == {gone: "listed, but missing"}
+    with pytest.raises(DatasetError, match=f"--strict: {gone} is unusable"):
         pack(str(source), str(tmp_path / "strict"), OPTIONS, Local(1), lambda _: None, strict=True)
     write(source, gone, IMAGES[4])  # the source has changed, so the finished dataset is not reused
     with pytest.raises(DatasetError, match="a source that has changed since"):
@@ -114,7 +114,7 @@ def test_a_listed_file_that_is_missing_is_quarantined_and_is_an_error_with_stric
 
 def test_an_image_without_annotation_is_left_out_with_its_reason(tmp_path: Path) -> None:
     dataset = build(changed(tmp_path / "inat", lambda values: values["annotations"].pop()), tmp_path / "out")
-    assert len(dataset) == 8 and set(quarantine(tmp_path / "out").values()) == {"no label, where others have one"}
+    assert len(dataset) == 8 and set(quarantine(tmp_path / "out").values()) == {"no label, but others have one"}
 
 
 @pytest.mark.parametrize(
@@ -125,13 +125,13 @@ def test_an_image_without_annotation_is_left_out_with_its_reason(tmp_path: Path)
         (lambda v: v["images"].append(v["images"][0] | {"id": 7}), "lists train_val2018/.*jpg twice"),
         (lambda v: v["annotations"].append({"image_id": 7, "category_id": 0}), "id 7, which it does not list"),
         (lambda v: v["annotations"][0].update(category_id=3), "label 3 is outside the classes, 0 to 2"),
-        (lambda v: v["annotations"][0].update(category_id="lynx"), "is no list of images as iNaturalist has them"),
-        (lambda v: v.pop("images"), "is no list of images as iNaturalist has them"),
+        (lambda v: v["annotations"][0].update(category_id="lynx"), "is not a list of images in iNaturalist's format"),
+        (lambda v: v.pop("images"), "is not a list of images in iNaturalist's format"),
         (lambda v: v["images"].clear() or v["annotations"].clear(), "lists no images"),
         (lambda v: v["images"][0].update(file_name="../x.jpg"), r"\.\./x.jpg leads out of the folder"),
         (lambda v: v["images"][0].update(file_name="/etc/x.jpg"), "/etc/x.jpg leads out of the folder"),
         (lambda v: v["categories"].append({"id": 10**6, "name": "x"}), "category ids go from 0 to 1000000"),
-        (lambda v: [i.update(file_name="no" + i["file_name"]) for i in v["images"]], "none of the 9 images .*is there"),
+        (lambda v: [i.update(file_name="no" + i["file_name"]) for i in v["images"]], "none of the 9 images .*exists"),
     ],
 )
 def test_an_invalid_list_is_an_error_of_one_line(tmp_path: Path, change: Callable, complaint: str) -> None:
@@ -221,7 +221,7 @@ def test_easyformat_is_a_tree_of_class_folders(tmp_path: Path) -> None:
     ("line", "complaint"),
     [
         ("/a/abbey/00000000.jpg 0", "lists a/abbey/00000000.jpg twice"),
-        ("/a/abbey/x.jpg lynx", "line 10: '/a/abbey/x.jpg lynx' is not like 'path label'"),
+        ("/a/abbey/x.jpg lynx", "line 10: '/a/abbey/x.jpg lynx' is not 'path label'"),
         ("/a/abbey/x.jpg", "line 10: '/a/abbey/x.jpg' has no label"),
         ("../x.jpg 0", r"\.\./x.jpg leads out of the folder"),
         ("/a/abbey/x.jpg 3", "label 3 is outside the classes, 0 to 2"),
@@ -238,7 +238,7 @@ def test_a_bad_line_of_a_places_list_is_named(tmp_path: Path, line: str, complai
 def test_two_sizes_of_the_images_in_one_folder_are_an_error(tmp_path: Path) -> None:
     source = places365(tmp_path / "places")
     (source / "data_256").mkdir()
-    with pytest.raises(DatasetError, match="holds data_256 and data_large; which of them"):
+    with pytest.raises(DatasetError, match="holds data_256 and data_large; only one can have the images of"):
         build(source, tmp_path / "out")
 
 

@@ -1,6 +1,6 @@
 """Packing gives the same bytes for any workers and after any interruption.
 
-Unfit files are quarantined with a reason, and none is dropped silently. Other readers of the shards get the same
+Unusable files are quarantined with a reason, and none is dropped silently. Other readers of the shards get the same
 samples.
 """
 
@@ -120,8 +120,8 @@ def test_a_destination_with_other_files_is_an_error(images: Path, built: Path, t
         build(images, tmp_path)
 
 
-def unfit_files(folder: Path) -> dict[str, str]:
-    """Files that must not enter, with their reasons."""
+def unusable_files(folder: Path) -> dict[str, str]:
+    """Writes unusable files into `folder` and returns the expected reason for each."""
     image = Image.open(io.BytesIO((folder / "class00" / "000.jpg").read_bytes()))
     whole = (folder / "class00" / "000.jpg").read_bytes()
     image.save(folder / "class00" / "gif.jpg", "GIF")
@@ -149,9 +149,9 @@ def unfit_files(folder: Path) -> dict[str, str]:
     }
 
 
-def test_unfit_files_are_listed_with_their_reasons(tmp_path: Path) -> None:
+def test_unusable_files_are_listed_with_their_reasons(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", classes=2, per_class=3)
-    expected = unfit_files(images)
+    expected = unusable_files(images)
     result = build(images, tmp_path / "out")
     lines = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
     assert (result.samples, result.quarantined) == (6, len(expected))
@@ -281,7 +281,7 @@ def test_a_full_disk_is_one_clear_error_and_finished_shards_are_kept(images: Pat
 def test_strict_makes_any_quarantine_an_error(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", classes=1, per_class=4)
     (images / "class00" / "broken.jpg").write_bytes(b"no image")
-    with pytest.raises(DatasetError, match=r"--strict: class00/broken\.jpg cannot enter \(not an image\)"):
+    with pytest.raises(DatasetError, match=r"--strict: class00/broken\.jpg is unusable \(not an image\)"):
         pack(str(images), str(tmp_path / "out"), OPTIONS, Local(1), lambda _: None, strict=True)
     assert not (tmp_path / "out" / "dataset.json").exists()
     assert build(images, tmp_path / "out").quarantined == 1  # without --strict the same build succeeds

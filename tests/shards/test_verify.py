@@ -90,7 +90,7 @@ def test_missing_swapped_and_extra_shards_are_named(copy: Path) -> None:
     (copy / second).write_bytes((copy / third).read_bytes())
     (copy / third).write_bytes(second_bytes)
     found = faults(copy)
-    assert f"{first}: missing" in found and "stray.tar: a shard that the dataset does not know" in found
+    assert f"{first}: missing" in found and "stray.tar: a shard that is not in the dataset" in found
     for name in (second, third):
         assert any(fault.startswith(f"{name}, sample") and "the index points at" in fault for fault in found)
 
