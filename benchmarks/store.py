@@ -1,7 +1,7 @@
-"""A block shuffle from a store that takes 20 ms a request, beside the same from the local disk, in one run.
+"""Compares the loader's rate with block shuffle from a store (20 ms per request) and from the local disk, in one run.
 
-The store is the local disk, asked through a wrapper that waits before each answer; requests run side by side as they
-would over a network. A global shuffle from the same store is shown for comparison.
+The store is the local disk behind a wrapper that waits before each read; requests run in parallel, as over a network.
+A global shuffle from the same store is measured for comparison.
 
     python -m benchmarks.store --data ../shared/imagenet-sample
 """
@@ -35,14 +35,15 @@ BATCH, SIZE = 64, (224, 224)
 
 @dataclass(frozen=True)
 class SlowStorage(Storage):
-    """A local folder that behaves as a store: each read of a shard is a request that takes its time."""
+    """A local folder that behaves as a store: each read of a shard waits `delay_s` first."""
 
     delay_s: float
     requests: list[int] = field(default_factory=lambda: [0])
-    """How many there were."""
+    """Number of requests so far, in a list of one, because the class is frozen."""
 
     @classmethod
     def over(cls, dataset: Dataset, delay_s: float) -> "SlowStorage":
+        """The folder of `dataset` as a slow store."""
         storage = dataset.storage
         return cls(storage.filesystem, storage.path, storage.shown, delay_s)
 
@@ -71,19 +72,24 @@ class _SlowFile:
 
 @dataclass(frozen=True)
 class Options:
+    """Compare the loader on a store with the loader on the local disk."""
+
     data: Path = Path("../shared/imagenet-sample")
-    """A folder of images, one folder a class."""
+    """A folder that holds one folder of images per class."""
     delay_s: float = 0.02
+    """Seconds per request."""
     threads: int = 2
+    """Threads of the loader, and processes that pack."""
     rounds: int = 5
+    """Number of rounds."""
     repeat: int = 10
-    """How often each image is packed, so that there are several windows."""
+    """How many times each image is packed, so that there are several superblocks."""
     json: Path | None = None
-    """Write the medians, too: images/s by name."""
+    """Also write the medians to this file: images/s by name."""
 
 
 def main() -> None:
-    """Prints one table."""
+    """Measures the rates and prints one table."""
     options = tyro.cli(Options)
     with tempfile.TemporaryDirectory() as folder:
         src = Path(folder) / "src"
@@ -103,13 +109,13 @@ def main() -> None:
         rates: dict[str, list[float]] = {name: [] for name in candidates}
         for _ in range(options.rounds):
             for name, (dataset, shuffle) in candidates.items():
-                order, draws = SampleOrder(len(dataset), 0, shuffle), AugmentSampler(0, CropConfig(), SIZE)
+                order, augment_sampler = SampleOrder(len(dataset), 0, shuffle), AugmentSampler(0, CropConfig(), SIZE)
                 batch_split = BatchSplit(BATCH, 1, 1)
                 config = LoaderConfig(options.threads)
-                with ImageLoader(dataset, order, draws, batch_split, config=config) as loader:
+                with ImageLoader(dataset, order, augment_sampler, batch_split, config=config) as loader:
                     rates[name].append(rate(iter(loader), 80))
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    table = Table("", "images/s", "of the local disk's", title=f"{len(disk):,} images, {options.delay_s * 1e3:.0f} ms")
+    table = Table("", "images/s", "share of local disk", title=f"{len(disk):,} images, {options.delay_s * 1e3:.0f} ms")
     for name, median in medians.items():
         table.add_row(name, f"{median:,.0f}", f"{median / medians['block shuffle, local disk']:.0%}")
     Console().print(table)

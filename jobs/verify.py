@@ -1,4 +1,4 @@
-"""`maelstream verify DST`: every fault of a packed dataset, by shard and sample."""
+"""`maelstream verify DST`: lists every fault of a packed dataset, by shard and sample."""
 
 import os
 import sys
@@ -16,18 +16,18 @@ from maelstream.shards.verify import verify
 
 @dataclass(frozen=True)
 class Verify:
-    """Check a packed dataset against its checksums; exit code 1 when something is wrong."""
+    """Check a packed dataset against its checksums; the exit code is 1 if something is wrong."""
 
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """A packed dataset; a folder, or a URI such as s3://bucket/folder."""
     deep: bool = False
-    """Decode every image, too."""
+    """Also decode every image."""
     workers: int = len(os.sched_getaffinity(0))
-    """Processes; each verifies a shard at a time."""
+    """Number of processes; each verifies one shard at a time."""
 
 
 def main(args: list[str]) -> int:
-    """`maelstream verify`; 0 when all is as it was packed, 1 when not."""
+    """`maelstream verify`; returns 0 if the dataset is as it was packed, 1 otherwise."""
     command = parse_arguments(Verify, args, "verify")
     dataset = Dataset.open(command.dst)
     faults = 0

@@ -1,1 +1,1 @@
-"""Reports, reconstructions, model cards and progress displays."""
+"""What `maelstream pack` and `maelstream index` share: their options, and how they run a build."""

@@ -54,7 +54,9 @@ def dataset_name(given: str | None, src: str, split: str) -> str:
     """The name `given`, or one derived from `src`; DatasetError if it or `split` cannot be part of a file name."""
     name = default_name(src) if given is None else given
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not re.fullmatch(r"[A-Za-z0-9_-]+", split):
-        raise DatasetError(f"--name {name}, --split {split}: letters, digits, _ and -, for file names")
+        raise DatasetError(
+            f"--name {name}, --split {split}: use only letters, digits, _ and -, because both are part of file names"
+        )
     return name
 
 
