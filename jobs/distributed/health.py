@@ -106,7 +106,7 @@ class Watchdog:
                 least = min(int(count) for count, _ in now.values())
                 behind = [rank for rank in now if int(now[rank][0]) == least]
                 names = ", ".join(map(str, stopped or behind))
-                what = "their processes stand still" if stopped else "the others have come further"
+                what = "their processes are stopped" if stopped else "the others have come further"
                 if not stopped and len(behind) == self._world_size:
                     what = "all ranks wait at the same point"
                 self._end(f"rank {names}: silent for {self._silent_s:g} s ({what}); this run ends")

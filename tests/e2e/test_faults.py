@@ -142,7 +142,7 @@ def test_nan_in_many_steps_in_a_row_stops_the_run_with_the_last_good_checkpoint(
     assert status is not None and status.state == "failed" and "NaN" in status.why
 
 
-@pytest.mark.parametrize(("fault", "why"), [("stop_process:4", "stand still"), ("sleep_in_step:4", "come further")])
+@pytest.mark.parametrize(("fault", "why"), [("stop_process:4", "are stopped"), ("sleep_in_step:4", "come further")])
 def test_a_silent_rank_is_named_and_the_run_ends(tiny: str, folder: RunFolder, fault: str, why: str) -> None:
     running = begin(2, tiny, folder, "--health.silent-s", "3", fault=fault, faulty_rank=1)
     running.ranks[0].join(25)

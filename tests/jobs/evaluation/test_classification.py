@@ -99,7 +99,7 @@ def test_measuring_comes_at_the_end_of_epochs_and_of_the_run(
     assert [step for step in range(1, 13) if found.evaluator.is_due(step, 12)] == due
 
 
-def test_an_empty_validation_set_is_refused(packed: Dataset) -> None:
+def test_an_empty_validation_set_is_rejected(packed: Dataset) -> None:
     """`pack` writes none; a manifest that is made by hand may be of one."""
     empty = Dataset(
         packed.storage, packed.manifest, packed.fingerprint, lambda names: packed._open_index(names).slice(0, 0)
