@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from maelstream.jobs.checkpointing.partition import Partition, partition_of
 from maelstream.jobs.checkpointing.saver import Saver
-from maelstream.jobs.checkpointing.store import State
+from maelstream.jobs.checkpointing.store import CheckpointStore, State
 from maelstream.jobs.distributed.health import BadSteps, Spikes, Watchdog
 from maelstream.jobs.distributed.ranks import ControlGroup, Ranks, process_group
 from maelstream.jobs.distributed.stop import Stop
-from maelstream.jobs.recipe import ClassificationRecipe
+from maelstream.jobs.recipe import AnyRecipe, ClassificationRecipe
 from maelstream.jobs.run_folder.environment import record_start
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.run_folder.status import locked
@@ -220,7 +220,6 @@ def train(
     last_step = schedule.total_steps if stop_at_step is None else min(schedule.total_steps, stop_at_step)
     modules = import_trackers(recipe)
     silent_s, store, evaluator = recipe.health.silent_s, folder.checkpoints, objective.evaluator
-    ema_decay = recipe.tuning.ema if isinstance(recipe, ClassificationRecipe) else 0.0
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop(recipe.health.grace_s))
@@ -236,17 +235,7 @@ def train(
         state = store.state(step, fingerprint) if step else None
         if state is not None:
             loader.load_state_dict(state["loader"])
-
-        model = objective.build_model(store.weights(step) if step else None)
-        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        shapes = {name: tuple(parameter.shape) for name, parameter in trained}
-        shapes |= {name: tuple(tensor.shape) for name, tensor in frozen_tensors(objective).items()}
-        engine = objective.build_engine(model, batch_split)
-        partition = partition_of(engine)
-        if ema_decay:
-            partition = partition.keep_ema()
-        if state is not None:
-            store.restore(step, state, partition)
+        engine, partition, shapes = build(objective, batch_split, store, step, state)
 
         log: Log = no_log
         if ranks.rank == 0:
@@ -286,7 +275,7 @@ def train(
             heartbeat=watchdog.heartbeat,
             control_group=control_group,
             fingerprint=fingerprint,
-            ema_decay=ema_decay,
+            ema_decay=ema_decay(recipe),
         )
         stop.defer()
         trainer.run()
@@ -294,3 +283,29 @@ def train(
             evaluator.record_result(folder, trainer.steps)
         reporter.ended(trainer.steps, trainer.signal)
         return 0 if trainer.signal is None else 128 + trainer.signal
+
+
+def build(
+    objective: Objective, batch_split: BatchSplit, store: CheckpointStore, step: int, state: State | None
+) -> tuple[Any, Partition, dict[str, tuple[int, ...]]]:
+    """Builds the engine with the weights and moments of the checkpoint of `step`, or with initial ones.
+
+    Returns the engine, its partition, and the shapes of the tensors that a checkpoint merges, by name.
+    """
+    model = objective.build_model(None if state is None else store.weights(step))
+    # Before the engine is built: ZeRO 3 partitions the parameters.
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    shapes = {name: tuple(parameter.shape) for name, parameter in trained}
+    shapes |= {name: tuple(tensor.shape) for name, tensor in frozen_tensors(objective).items()}
+    engine = objective.build_engine(model, batch_split)
+    partition = partition_of(engine)
+    if ema_decay(objective.recipe):
+        partition = partition.keep_ema()
+    if state is not None:
+        store.restore(step, state, partition)
+    return engine, partition, shapes
+
+
+def ema_decay(recipe: AnyRecipe) -> float:
+    """Decay per step of the EMA of the weights; 0 if the run keeps none."""
+    return recipe.tuning.ema if isinstance(recipe, ClassificationRecipe) else 0.0
