@@ -1,9 +1,10 @@
 """Sample order: which sample is at each position of an epoch, as a pure function of (seed, epoch, position).
 
 `global`: a keyed bijection over 0..n-1 (a Feistel network, cycle-walked into range: Black and Rogaway, CT-RSA 2002).
-Any position is computed without the ones before it and without a table: O(1) memory for any n. `block`, for disks and
-object stores that are fast only with long reads: blocks of consecutive samples are shuffled, then the samples inside
-each superblock, which is 16 blocks in a row of that shuffle.
+Any position is computed without the ones before it and without a table: O(1) memory for any n. Up to 16 values, where
+such a network is biased (docs/pipeline.md), a value's image is the rank of its hash: every permutation is equally
+likely. `block`, for disks and object stores that are fast only with long reads: blocks of consecutive samples are
+shuffled, then the samples inside each superblock, which is 16 blocks in a row of that shuffle.
 
 Epochs follow one another without end. A global position counts over all of them: epoch * size + position.
 """
@@ -18,6 +19,7 @@ from maelstream.pipeline.config import Shuffle
 from maelstream.pipeline.hashing import mix_bits, sample_keys, seed_word
 
 _ROUNDS = 6
+_RANKED = 16  # sets up to this size are permuted by rank; a change reorders the samples of old runs
 _BLOCK = 128  # samples per block: 14 MB of ImageNet
 _SUPERBLOCK = 16  # blocks per superblock: 225 MB of ImageNet
 
@@ -103,6 +105,23 @@ def _blocks_of(size: int, seed: int, epoch: int) -> _Blocks:
 
 def _permuted(values: np.ndarray, sizes: np.ndarray, word: np.ndarray, tweaks: np.ndarray) -> Int64[np.ndarray, "b"]:
     """Applies a permutation of 0..size-1 to each value; every tweak selects a different permutation."""
+    permuted, small = values.astype(np.int64), sizes <= _RANKED
+    permuted[small] = _ranks(values[small], sizes[small], word, tweaks[small])
+    large = np.flatnonzero(~small)
+    permuted[large] = _walked(values[large], sizes[large], word, tweaks[large])
+    return permuted
+
+
+def _ranks(values: np.ndarray, sizes: np.ndarray, word: np.ndarray, tweaks: np.ndarray) -> np.ndarray:
+    """The rank of each value's hash among the hashes of 0..size-1, which are all different."""
+    own, ranks = sample_keys(word, tweaks, values), np.zeros(len(values), np.int64)
+    for other in range(sizes.max(initial=0)):
+        ranks += (other < sizes) & (sample_keys(word, tweaks, np.full_like(tweaks, other)) < own)
+    return ranks
+
+
+def _walked(values: np.ndarray, sizes: np.ndarray, word: np.ndarray, tweaks: np.ndarray) -> np.ndarray:
+    """The Feistel network's image of each value, applied again until it is below `size`."""
     # The Feistel domain, 4**half_bits values, is smaller than 4 * size.
     half_bits = np.maximum(1, (_bit_length(sizes - 1) + 1) // 2).astype(np.uint64)
     permuted, walking = values.astype(np.uint64), np.arange(values.size)

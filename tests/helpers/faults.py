@@ -237,3 +237,11 @@ def no_profiler(reason: str) -> None:
         raise RuntimeError(reason)
 
     maelstream.jobs.profiling.end_to_end.profile = profile  # type: ignore[assignment, misc]
+
+
+@_fault
+def feistel_for_small_sets(_: str) -> None:
+    """Orders sets of up to 16 samples as version 0.1 did."""
+    from maelstream.pipeline import order
+
+    order._RANKED = 0
