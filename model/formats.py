@@ -1,14 +1,18 @@
 """Names of MAE weights in other libraries; conversion is exact in both directions and reads or writes no files.
 
 This project uses the names of the reference implementation. timm's ViT has the same names, without the decoder. Hugging
-Face's ViTMAE renames everything and splits each `qkv` into query, key and value. Its modules were renamed between
-transformers 5.6 and 5.10; files keep the older names, which every release loads (`conversion_mapping.py` in
+Face's ViTMAE and ViT rename everything and split each `qkv` into query, key and value. Their modules were renamed
+between transformers 5.6 and 5.10; files keep the older names, which every release loads (`conversion_mapping.py` in
 transformers). Both are read.
+
+Training code wraps a model: DDP puts `module.` before every name, `torch.compile` puts `_orig_mod.`, Lightning the name
+of an attribute. `unwrapped` takes any such prefix away, if all weights of the model have it.
 """
 
 import math
 import re
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +20,19 @@ from torch import Tensor
 from maelstream.model.sizes import family_name
 
 Weights = Mapping[str, Tensor]
+V = TypeVar("V")
+
+CLASS_TOKEN = re.compile(r"^((?:.*?\.)??)((vit\.)?embeddings\.)?cls_token$")
+"""Matches the name of a class token, in a model of any prefix; group 1 is the prefix."""
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # at any level of modules
+_OWN_NAMES = re.compile(  # names of a MAE or a ViT classifier without a prefix
+    r"(cls_token|(encoder_)?mask_token|pos_embed|decoder_pos_embed)$|(patch_embed\.proj|norm|fc_norm|head|head\.1|"
+    r"decoder_embed|decoder_norm|decoder_pred|classifier|layernorm|vit\.layernorm)\.(weight|bias)$|"
+    r"((decoder_)?blocks|layers|vit\.layers|(vit\.)?encoder\.layer|decoder\.decoder_layers)\.\d+\.|"
+    r"(vit\.)?embeddings\.|decoder\.(mask_token|decoder_)"
+)
+_AVERAGE = re.compile(r"(^|[._])(ema|averaged?|swa)([._]|$)", re.IGNORECASE)
+_UNUSED = re.compile(r"(vit\.)?pooler\.")  # Hugging Face's ViTModel has one, which no classifier uses
 
 _DECODER = re.compile(r"decoder_|(encoder_)?mask_token$")
 _BLOCK = re.compile(r"(blocks|decoder_blocks)\.(\d+)\.(.+)\.(weight|bias)")
@@ -44,6 +61,8 @@ _OUTSIDE = {  # tensors that do not belong to a block
     "decoder_norm.bias": "decoder.decoder_norm.bias",
     "decoder_pred.weight": "decoder.decoder_pred.weight",
     "decoder_pred.bias": "decoder.decoder_pred.bias",
+    "head.weight": "classifier.weight",  # of ViTForImageClassification
+    "head.bias": "classifier.bias",
 }
 _HF_FILE = {  # names of modules since transformers 5.10, and the names that files have instead
     "vit.layers.": "vit.encoder.layer.",
@@ -66,8 +85,46 @@ def without_decoder(weights: Weights) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights.items() if not _DECODER.match(name)}
 
 
+def is_average(name: str) -> bool:
+    """Whether this name of a model, or prefix, is that of an average of the trained weights: `model_ema`."""
+    return bool(_AVERAGE.search(name))
+
+
+def unwrapped(weights: Mapping[str, V]) -> tuple[dict[str, V], list[str]]:
+    """Takes away the prefix that wrappers put before every name of a ViT, and drops what is not part of it.
+
+    Of a model and an average of its weights, in one dict under two prefixes, the model is taken. Returns the renamed
+    weights, and the names that were dropped. Without a class token, nothing changes.
+
+    Raises:
+        ValueError: several models, or a model of which only a part has the prefix.
+    """
+    names = {_WRAPPERS.sub("", name): name for name in weights}
+    if len(names) < len(weights):
+        raise ValueError("two tensors have the same name when the prefixes of wrappers are taken away")
+    prefixes = [match[1] for name in names if (match := CLASS_TOKEN.match(name))]
+    plain = [prefix for prefix in prefixes if not is_average(prefix)]
+    if not prefixes:
+        return dict(weights), []
+    if len(prefixes) > 1 and len(plain) != 1:
+        listed = ", ".join(repr(prefix) for prefix in prefixes)
+        raise ValueError(f"holds several models, whose names begin with {listed}; save the one you want on its own")
+    prefix = plain[0] if plain else prefixes[0]
+    found, dropped = dict[str, V](), list[str]()
+    for name, original in names.items():
+        if name.startswith(prefix) and not _UNUSED.match(name.removeprefix(prefix)):
+            found[name.removeprefix(prefix)] = weights[original]
+        elif prefix and _OWN_NAMES.match(name):
+            raise ValueError(f"a mixture: {prefix}cls_token has the prefix {prefix!r}, and {name} has not")
+        else:
+            dropped.append(original)
+    return found, dropped
+
+
 def to_hf(weights: Weights) -> dict[str, Tensor]:
-    """Rename from reference names to module names of `ViTMAEForPreTraining`; each `qkv` becomes three copied parts.
+    """Rename from reference names to module names of `ViTMAEForPreTraining` and `ViTForImageClassification`.
+
+    Each `qkv` becomes three copied parts.
 
     Raises:
         ValueError: ViTMAE has no such tensor.
@@ -164,6 +221,16 @@ def square_grid(weights: Weights) -> tuple[int, int] | None:
     return (side, side) if side**2 == weights["pos_embed"].shape[1] - 1 else None
 
 
+def encoder_shape(weights: Weights) -> dict[str, int | float]:
+    """Sizes of an encoder that its shapes show, by the fields of `MAEConfig`: all but image size and heads."""
+    dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
+    found: dict[str, int | float] = {"patch_size": patch_size, "in_chans": in_chans, "dim": dim}
+    found["depth"] = _depth(weights, "blocks")
+    if (hidden := weights.get("blocks.0.mlp.fc1.weight")) is not None:
+        found["mlp_ratio"] = len(hidden) / dim
+    return found
+
+
 def describe_model(weights: Weights) -> str:
     """Description of a model for messages, from shapes of weights: `ViT-B/16 (768 x 12), 224 x 224 px, no decoder`."""
     dim, _, patch, _ = weights["patch_embed.proj.weight"].shape
@@ -183,7 +250,7 @@ def _depth(weights: Weights, stack: str) -> int:
 
 
 def _hf_module_name(name: str) -> str:
-    if not name.startswith(("vit.", "decoder.")):  # a ViTMAEModel saved on its own
+    if not name.startswith(("vit.", "decoder.", "classifier.")):  # a ViTMAEModel saved on its own
         name = f"vit.{name}"
     # When transformers 5.23 saves, it also applies its rule for `vit.layers.` to `decoder_layers.`.
     name = name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers.")

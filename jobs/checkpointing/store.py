@@ -62,41 +62,38 @@ class CheckpointStore:
         """Folder of the checkpoint of `step`."""
         return self.folder / f"step-{step:08d}"
 
+    @staticmethod
+    def is_name(name: str) -> bool:
+        """Whether `name` is that of a complete checkpoint's folder."""
+        return _NAME.fullmatch(name) is not None
+
     def steps(self) -> list[int]:
-        """Steps that have a complete checkpoint, ascending."""
+        """Steps that have a complete checkpoint, ascending.
+
+        Raises:
+            CheckpointError: the folder of checkpoints is a link to a folder that does not exist now.
+        """
         if not self.folder.is_dir():
+            if self.folder.is_symlink():  # a run that seems to have no checkpoint would start again from step 0
+                raise CheckpointError(
+                    f"{self.folder} is a link to {self.folder.readlink()}, which is no folder; mount its disk or "
+                    "correct the link"
+                )
             return []
         return sorted(int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name)))
 
     def step_of(self, path: Path) -> int | None:
         """Step of the checkpoint folder `path`, or of a file in one; None for any other path."""
-        path = path.resolve()
         if path.is_file():
             path = path.parent
-        match = _NAME.fullmatch(path.name)
-        return int(match[1]) if match and path.parent == self.folder.resolve() else None
+        return next((step for step in self.steps() if self.at(step).resolve() == path.resolve()), None)
 
-    def fault(self, step: int, share: int = 0, shares: int = 1, only: str = "") -> str:
+    def fault(self, step: int, share: int = 0, shares: int = 1) -> str:
         """Describes what is wrong with a checkpoint; "" if nothing.
 
-        Reads every `shares`-th file of it, starting at number `share`, or `only` the file of that name.
+        Reads every `shares`-th file of it, starting at number `share`.
         """
-        try:
-            manifest = json.loads((self.at(step) / MANIFEST).read_text())
-            if (manifest["format"], manifest["step"]) != (_FORMAT, step):
-                return f"{MANIFEST} is of format {manifest['format']} and step {manifest['step']}"
-            files = {name: Digest(**digest) for name, digest in manifest["files"].items()}
-            for name in [only] if only else sorted(files)[share::shares]:
-                path, digest = self.at(step) / name, files[name]
-                if path.stat().st_size != digest.bytes:
-                    return f"{name} has {path.stat().st_size:,} bytes instead of {digest.bytes:,}"
-                if digest_of(path) != digest:
-                    return f"{name} is damaged: its SHA-256 differs from that in {MANIFEST}"
-        except OSError as error:
-            return f"{Path(error.filename or MANIFEST).name}: {error.strerror}"
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return f"{MANIFEST} cannot be read"
-        return ""
+        return checkpoint_fault(self.at(step), step, share, shares)
 
     def size_fault(self, step: int) -> str:
         """Like `fault`, but compares only the sizes of the files."""
@@ -133,7 +130,7 @@ class CheckpointStore:
             messages.append(f"{self.at(step)}: {next(filter(None, faults))}")
             if put_aside and control_group.ranks.rank == 0:
                 aside = self.at(step).with_suffix(".bad")
-                shutil.rmtree(aside, ignore_errors=True)
+                remove(aside)
                 self.at(step).rename(aside)
         if messages:
             raise CheckpointError(
@@ -189,15 +186,44 @@ class CheckpointStore:
             if not keep_every_steps or old % keep_every_steps:
                 removed = self.at(old).with_suffix(".removed")  # a half-deleted one must not look like a damaged one
                 self.at(old).rename(removed)
-                shutil.rmtree(removed)
+                remove(removed)
         for bad in self.folder.glob("step-*.bad"):
             if int(bad.stem.removeprefix("step-")) <= self.steps()[-1]:
-                shutil.rmtree(bad)  # the run has passed this step again
+                remove(bad)  # the run has passed this step again
 
     def sweep(self) -> None:
         """Deletes what processes left that died while writing; no other process may be writing."""
         for leftover in [*self.folder.glob("*.writing"), *self.folder.glob("*.removed")]:
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+            remove(leftover)
+
+
+def checkpoint_fault(folder: Path, step: int | None = None, share: int = 0, shares: int = 1, only: str = "") -> str:
+    """Describes what is wrong with the checkpoint in `folder`; "" if nothing.
+
+    Reads every `shares`-th file of it, starting at number `share`, or `only` the file of that name. Compares `step`, if
+    given, with the manifest's.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] != _FORMAT or step not in (None, manifest["step"]):
+            return f"{MANIFEST} is of format {manifest['format']} and step {manifest['step']}"
+        files = {name: Digest(**digest) for name, digest in manifest["files"].items()}
+        for name in [only] if only else sorted(files)[share::shares]:
+            path, digest = folder / name, files[name]
+            if path.stat().st_size != digest.bytes:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {digest.bytes:,}"
+            if digest_of(path) != digest:
+                return f"{name} is damaged: its SHA-256 differs from that in {MANIFEST}"
+    except OSError as error:
+        return f"{Path(error.filename or MANIFEST).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    return ""
+
+
+def remove(path: Path) -> None:
+    """Deletes a folder with all that is in it, or a file; of a link, the link alone. Nothing at `path` is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

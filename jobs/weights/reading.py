@@ -4,48 +4,50 @@ The result has the reference implementation's names, only finite values, and the
 `.pth` only tensors are read: code in it is never run.
 """
 
-import argparse
-import json
-import pickle
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from maelstream.jobs.checkpointing.store import MANIFEST
+from maelstream.jobs.checkpointing.store import MANIFEST, STATE, CheckpointStore, checkpoint_fault
 from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.weights.configuration import ENCODER_SIZES, EXPORT_NAME, known_values, spellings
+from maelstream.jobs.weights.errors import WeightsError
+from maelstream.jobs.weights.tensor_files import FOLDER_NAMES, read_file, report
 from maelstream.model.classifier import build_classifier, encoder_weights, fresh_parameters, make_linear_probe
 from maelstream.model.config import ClassifierConfig, MAEConfig, Pool
 from maelstream.model.formats import (
     Weights,
     describe_model,
+    encoder_shape,
     has_decoder,
     mismatches,
     nonfinite_names,
     square_grid,
     to_reference,
+    unwrapped,
 )
 from maelstream.model.mae import MAE, position_tables
 from maelstream.model.sizes import default_heads
-from maelstream.shards.errors import MaelstreamError
 
-EXPORT_NAME = "export.json"
-"""A file in every folder that `maelstream export` writes: the format, the step and the model's configuration."""
-ENCODER_SIZES = ("image_size", "patch_size", "in_chans", "dim", "depth", "heads", "mlp_ratio")
-"""The fields of `MAEConfig` and `ClassifierConfig` that an encoder's weights determine."""
-_FILE_NAMES = ("weights.safetensors", "model.safetensors", "pytorch_model.bin")
+__all__ = [
+    "ENCODER_SIZES",
+    "EXPORT_NAME",
+    "StoredWeights",
+    "WeightsError",
+    "check_shapes",
+    "classifier_from_encoder",
+    "classifier_values",
+    "encoder_values",
+    "mae_weights",
+    "read_weights",
+    "stored_classifier",
+]
 _MAX_NAMED = 3  # tensors that a message lists
-
-
-class WeightsError(MaelstreamError):
-    """Weights that cannot be read, or that do not fit the requested model."""
 
 
 @dataclass(frozen=True)
@@ -57,46 +59,52 @@ class StoredWeights:
     """By the reference's names, on the CPU, in the dtype of the file."""
     grid: tuple[int, int] | None
     """Rows and columns of patches in the position table; None without a configuration if the table is not square."""
+    known: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `MAEConfig`, and `pool`, from a configuration next to the file (jobs/weights/configuration.py)."""
 
 
-def read_weights(path: Path) -> StoredWeights:
+def read_weights(path: str | Path) -> StoredWeights:
     """Reads the weights in `path`; for a run, those of its newest checkpoint.
+
+    A note on stderr says which weights are read if a file holds several, and which tensors are left out.
 
     Raises:
         WeightsError: no weights at `path`, a checkpoint's file whose SHA-256 has changed, names that no MAE has, code
-            in a `.pth`, or a tensor with a NaN or an infinity.
+            in a `.pth`, a configuration of a model of another kind, or a tensor with a NaN or an infinity.
     """
-    file = _file_of(path)
+    file = _file_of(Path(path))
     _check_digest(file)
-    config = _config_of(file)
+    known, content = known_values(file), read_file(file)
     try:
-        tensors = to_reference(_load(file))
+        tensors, dropped = unwrapped(content.tensors)
+        tensors = to_reference(tensors)
+        if "norm_pix_loss" in content.arguments:
+            known = {"target": "normalised_pixel" if content.arguments["norm_pix_loss"] else "pixel"} | known
+        if "pos_embed" not in tensors:  # checkpoints of a run leave out constant tables
+            if "decoder_depth" not in known:
+                raise WeightsError(
+                    f"{file} has no position table, and no configuration is next to it; give the run's folder"
+                )
+            tensors = position_tables(_mae_config(known)) | tensors
+        _check_known(tensors, known)
     except ValueError as error:
         raise WeightsError(f"{file}: {error}") from None
-    if "pos_embed" not in tensors:  # checkpoints of a run leave out constant tables
-        if config is None:
-            raise WeightsError(
-                f"{file} has no position table, and no configuration is next to it; give the run's folder"
-            )
-        tensors = position_tables(config) | tensors
+    if dropped:
+        report(f"{file}: left out, because no encoder or decoder has them: {_some(dropped, ', ')}")
     if names := nonfinite_names(tensors):
         raise WeightsError(f"{file}: NaN or infinity in {_some(names, ', ')}; use weights of an earlier step")
-    return StoredWeights(file, tensors, square_grid(tensors) if config is None else config.grid)
+    return StoredWeights(file, tensors, _grid(tensors, known), known)
 
 
 def encoder_values(stored: StoredWeights) -> dict[str, Any]:
     """Values of a classification recipe that follow from the encoder: its sizes, and the mean and std of the pixels."""
-    config, tensors = _config_of(stored.file), stored.tensors
-    if config is not None:
-        sizes = {name: getattr(config, name) for name in ENCODER_SIZES}
-        return {"model": sizes, "data": {"mean": config.mean, "std": config.std}}
-    dim, in_chans, patch_size, _ = tensors["patch_embed.proj.weight"].shape
-    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    sizes = {"patch_size": patch_size, "in_chans": in_chans, "dim": dim, "depth": depth}
-    sizes["heads"] = default_heads(dim, depth)
+    shape, known = encoder_shape(stored.tensors), stored.known
+    sizes = shape | {name: known[name] for name in ENCODER_SIZES if name in known}
+    sizes.setdefault("heads", default_heads(sizes["dim"], sizes["depth"]))
     if stored.grid is not None:
-        sizes["image_size"] = tuple(patch_size * side for side in stored.grid)
-    return {"model": sizes}
+        sizes.setdefault("image_size", tuple(sizes["patch_size"] * side for side in stored.grid))
+    pixels = {name: known[name] for name in ("mean", "std") if name in known}
+    return {"model": sizes} | ({"data": pixels} if pixels else {})
 
 
 def mae_weights(stored: StoredWeights, config: MAEConfig) -> dict[str, Tensor]:
@@ -112,7 +120,7 @@ def mae_weights(stored: StoredWeights, config: MAEConfig) -> dict[str, Tensor]:
         )
     with torch.device("meta"):
         expected = MAE(config).state_dict()
-    _check_shapes(stored, expected)
+    check_shapes(stored, expected)
     return stored.tensors
 
 
@@ -133,7 +141,7 @@ def classifier_from_encoder(stored: StoredWeights, config: ClassifierConfig, see
     except ValueError as error:  # the table does not have the grid of the configuration
         raise WeightsError(f"{stored.file}: {error}") from None
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in fresh_parameters(config)}
-    _check_shapes(StoredWeights(stored.file, weights, stored.grid), expected)
+    check_shapes(StoredWeights(stored.file, weights, stored.grid), expected)
     model.load_state_dict(weights, strict=False)
     return model
 
@@ -158,7 +166,7 @@ def classifier_values(
         raise WeightsError(
             f"{stored.file}: its position table has no square grid; give the image size, or the run's folder"
         )
-    pixels = values.get("data", {"mean": MAEConfig.mean, "std": MAEConfig.std})
+    pixels = {"mean": MAEConfig.mean, "std": MAEConfig.std} | values.get("data", {})
     return sizes, pixels["mean"], pixels["std"]
 
 
@@ -181,6 +189,11 @@ def stored_classifier(
         )
     sizes, mean, std = classifier_values(stored, heads, None)
     pool: Pool = "mean" if "fc_norm.weight" in stored.tensors else "class_token"
+    if (expected_pool := stored.known.get("pool", pool)) != pool:
+        raise WeightsError(
+            f"{stored.file}: the configuration next to it classifies by {expected_pool}, and its tensors, "
+            f"{'with' if pool == 'mean' else 'without'} fc_norm, by {pool}; such a model would be computed wrongly"
+        )
     try:
         config = ClassifierConfig(**sizes, classes=len(head), pool=pool, drop_path=0.0)
     except ValueError as error:
@@ -190,12 +203,13 @@ def stored_classifier(
         make_linear_probe(model)
     expected = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     weights = {name: tensor for name, tensor in stored.tensors.items() if tensor.is_floating_point()}
-    _check_shapes(StoredWeights(stored.file, weights, stored.grid), expected)
+    check_shapes(StoredWeights(stored.file, weights, stored.grid), expected)
     model.load_state_dict(weights, strict=False)  # the file may lack a BatchNorm's count of batches
     return model, config, mean, std
 
 
-def _check_shapes(stored: StoredWeights, expected: Weights) -> None:
+def check_shapes(stored: StoredWeights, expected: Weights) -> None:
+    """Raises WeightsError unless the tensors of `stored` have the names and shapes of `expected`."""
     if phrases := mismatches(stored.tensors, expected):
         raise WeightsError(
             f"{stored.file} looks like {describe_model(stored.tensors)}, and the model is {describe_model(expected)}: "
@@ -203,9 +217,27 @@ def _check_shapes(stored: StoredWeights, expected: Weights) -> None:
         )
 
 
+def _check_known(tensors: Weights, known: Mapping[str, Any]) -> None:
+    """Raises ValueError if a configuration gives another size than the tensors have."""
+    for name, found in encoder_shape(tensors).items():
+        if known.get(name, found) != found:
+            raise ValueError(f"the configuration next to it has {name} {known[name]}, its tensors have {found}")
+
+
 def _some(phrases: list[str], separator: str) -> str:
     more = f" and {len(phrases) - _MAX_NAMED} more" if len(phrases) > _MAX_NAMED else ""
     return separator.join(phrases[:_MAX_NAMED]) + more
+
+
+def _mae_config(known: Mapping[str, Any]) -> MAEConfig:
+    return MAEConfig(**{name: value for name, value in known.items() if name != "pool"})
+
+
+def _grid(tensors: Weights, known: Mapping[str, Any]) -> tuple[int, int] | None:
+    if "image_size" not in known:
+        return square_grid(tensors)
+    patch = tensors["patch_embed.proj.weight"].shape[-1]
+    return known["image_size"][0] // patch, known["image_size"][1] // patch
 
 
 def _file_of(path: Path) -> Path:
@@ -213,61 +245,20 @@ def _file_of(path: Path) -> Path:
         return path
     if (folder := RunFolder(path)).config.exists():
         path = folder.checkpoints.at(folder.last_step())
-    for name in _FILE_NAMES:
+    for name in FOLDER_NAMES:
         if (path / name).exists():
             return path / name
     raise WeightsError(
-        f"{path} holds no weights: it is not a run, and has none of {', '.join(_FILE_NAMES)}; give a run or a file"
+        f"{path} holds no weights: it is not a run, and has none of {', '.join(FOLDER_NAMES)}; give a run or a file"
     )
 
 
 def _check_digest(file: Path) -> None:
     """Raises WeightsError if a checkpoint's file differs from its manifest; without a manifest, checks nothing."""
-    store = RunFolder(file.resolve().parent.parent.parent).checkpoints
-    step = store.step_of(file)
-    if step is None or not (store.at(step) / MANIFEST).exists():
+    folders = [path.parent for path in spellings(file)]
+    if not (file.parent / MANIFEST).exists() or not (
+        (file.parent / STATE).exists() or any(CheckpointStore(folder.parent).is_name(folder.name) for folder in folders)
+    ):
         return
-    if fault := store.fault(step, only=file.name):
-        raise WeightsError(f"{store.at(step)}: {fault}; give another checkpoint's folder")
-
-
-def _config_of(file: Path) -> MAEConfig | None:
-    """The model's configuration, if `file` is part of a run or an export."""
-    if (export := file.parent / EXPORT_NAME).exists():
-        try:
-            return TypeAdapter(MAEConfig).validate_python(json.loads(export.read_text())["model"])
-        except (ValueError, LookupError, TypeError):
-            raise WeightsError(f"{export} is damaged, or of another version; export the run again") from None
-    checkpoints = file.resolve().parent.parent
-    folder = RunFolder(checkpoints.parent)
-    is_of_run = checkpoints == folder.checkpoints.folder and folder.config.exists()
-    return folder.recipe().model if is_of_run else None
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    """Reads every tensor of a file, under the file's own names."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        # Training checkpoints of the reference also hold their command line, which is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise WeightsError(f"{file} cannot be read ({error.strerror or 'not found'}); give a run or a file") from None
-    except pickle.UnpicklingError as error:
-        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise WeightsError(
-                f"{file} holds code ({code[1]}) next to its tensors, which is never run; "
-                "ask its author for a file of tensors"
-            ) from None
-        raise WeightsError(f"{file} is not a file of weights that torch can read as plain tensors") from None
-    except (SafetensorError, RuntimeError, EOFError, LookupError, ValueError):
-        raise WeightsError(f"{file} is truncated or is not a file of weights; fetch it again") from None
-    for key in ("model", "state_dict"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict):
-        raise WeightsError(
-            f"{file} holds a {type(found).__name__} instead of a dict of tensors; give a file of weights"
-        )
-    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    if fault := checkpoint_fault(file.parent, only=file.name):
+        raise WeightsError(f"{file.parent}: {fault}; give another checkpoint's folder")
