@@ -25,6 +25,7 @@ from maelstream.jobs.sweeps.grid import load_recipe_or_row, slug
 from maelstream.jobs.training.pretraining import Pretraining
 from maelstream.jobs.training.run_options import RunOptions
 from maelstream.jobs.training.trainer import train
+from maelstream.jobs.weights.initial import initial_weights
 from maelstream.jobs.weights.target_file import run_target_file
 
 
@@ -54,17 +55,21 @@ def main(args: list[str]) -> int:
         print(dump_recipe(recipe), end="")
         return 0
     folder = RunFolder(command.run)
+    recipe, initial = initial_weights(recipe, folder)
     folder.check_same_experiment(recipe, command.allow)
     target_file = run_target_file(recipe, folder)
-    objective = Pretraining(recipe, None if target_file is None else target_file.target(recipe.model))
+    target = None if target_file is None else target_file.target(recipe.model)
+    objective = Pretraining(recipe, target, None if initial is None else initial.tensors)
 
-    def keep_target_file() -> None:
+    def keep_files() -> None:
         if target_file is not None and target_file.path != folder.target_file:
             target_file.write(folder.target_file)
+        if initial is not None:
+            initial.write(folder.initial_weights)
 
     reconstruct = CheckpointReconstructor(recipe, folder, objective.dataset_size)
     ranks = ranks_from_environment()
-    return train(objective, folder, command.stop_at_step, ranks, keep_target_file, reconstruct)
+    return train(objective, folder, command.stop_at_step, ranks, keep_files, reconstruct)
 
 
 if __name__ == "__main__":

@@ -167,6 +167,11 @@ class Recipe:
     target_file: str = ""
     """File of `maelstream fit-pca` or `fit-tokenizer` that the targets "pca" and "token" need. A run keeps its own copy
     forever; runs are compared by the content of the file, not by its path."""
+    init: str = ""
+    """Weights to start from instead of random ones: a run, a file or a folder, with or without a decoder. The run keeps
+    its own copy."""
+    init_sha256: Annotated[str, tyro.conf.Suppress] = ""
+    """SHA-256 of the file of `init`, written by the run."""
     engine: EngineConfig = EngineConfig()
     loader: LoaderConfig = LoaderConfig()
     log: LogConfig = LogConfig()

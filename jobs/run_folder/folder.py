@@ -8,6 +8,7 @@ environment.json       jobs/run_folder/environment.py
 ranks/                 jobs/distributed/health.py
 quarantine.jsonl       one line per replaced sample
 target.safetensors     the file that the targets "pca" and "token" need
+init.safetensors       the weights of --init
 reconstructions/       jobs/reporting/reconstruction_files.py
 tensorboard/
 """
@@ -52,6 +53,11 @@ class RunFolder:
     def target_file(self) -> Path:
         """The run's own copy of the file that the targets "pca" and "token" need."""
         return self.path / "target.safetensors"
+
+    @property
+    def initial_weights(self) -> Path:
+        """The run's own copy of the weights of `--init`."""
+        return self.path / "init.safetensors"
 
     @property
     def tensorboard(self) -> Path:

@@ -20,9 +20,9 @@ class Pretraining:
 
     evaluator = None
 
-    def __init__(self, recipe: Recipe, target: PCATarget | TokenTarget | None):
-        """`target` is what the model predicts instead of pixels."""
-        self.recipe, self._target = recipe, target
+    def __init__(self, recipe: Recipe, target: PCATarget | TokenTarget | None, initial: dict[str, Tensor] | None):
+        """`target` is what the model predicts instead of pixels; `initial` are parameters to start from, by name."""
+        self.recipe, self._target, self._initial = recipe, target, initial
         self._dataset, self._order = open_data(recipe.data, recipe.seed)
         self.dataset_size = len(self._dataset)
 
@@ -33,8 +33,10 @@ class Pretraining:
 
     def build_model(self, weights: dict[str, Tensor] | None) -> MAE:
         model = build_model(self.recipe, self._target)
-        if weights is not None:
-            model.load_state_dict(weights, strict=False)  # a checkpoint holds no buffers
+        if (weights := weights or self._initial) is not None:
+            model.load_state_dict(
+                weights, strict=False
+            )  # a checkpoint has no buffers, initial weights may lack a decoder
         return model
 
     def build_engine(self, model: MAE, batch_split: BatchSplit) -> Any:

@@ -46,6 +46,7 @@ __all__ = [
     "mae_weights",
     "read_weights",
     "stored_classifier",
+    "weights_file",
 ]
 _MAX_NAMED = 3  # tensors that a message lists
 
@@ -72,7 +73,7 @@ def read_weights(path: str | Path) -> StoredWeights:
         WeightsError: no weights at `path`, a checkpoint's file whose SHA-256 has changed, names that no MAE has, code
             in a `.pth`, a configuration of a model of another kind, or a tensor with a NaN or an infinity.
     """
-    file = _file_of(Path(path))
+    file = weights_file(Path(path))
     _check_digest(file)
     known, content = known_values(file), read_file(file)
     try:
@@ -240,7 +241,8 @@ def _grid(tensors: Weights, known: Mapping[str, Any]) -> tuple[int, int] | None:
     return known["image_size"][0] // patch, known["image_size"][1] // patch
 
 
-def _file_of(path: Path) -> Path:
+def weights_file(path: Path) -> Path:
+    """The file of weights that `path` names: of a run's newest checkpoint, in a folder, or `path` itself."""
     if not path.is_dir():
         return path
     if (folder := RunFolder(path)).config.exists():

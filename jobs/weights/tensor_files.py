@@ -5,6 +5,7 @@ what to do.
 """
 
 import json
+import os
 import re
 import sys
 import tarfile
@@ -86,8 +87,9 @@ def read_file(file: Path) -> FileContent:
 
 @cache
 def report(message: str) -> None:
-    """Prints a note about weights on stderr, once per process."""
-    print(f"maelstream: {message}", file=sys.stderr, flush=True)
+    """Prints a note about weights on stderr, once per process and on one rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"maelstream: {message}", file=sys.stderr, flush=True)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
