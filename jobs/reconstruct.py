@@ -1,4 +1,7 @@
-"""`maelstream reconstruct RUN`: how the model fills in images whose patches were mostly removed (paper, figure 4)."""
+"""`maelstream reconstruct RUN`: how the model fills in images whose patches were mostly removed (paper, figure 4).
+
+In place of a run it takes weights with a decoder, such as a published full checkpoint.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -7,7 +10,9 @@ from typing import Annotated
 import tyro
 
 from maelstream.jobs.arguments import parse_arguments
+from maelstream.jobs.recipe import Recipe
 from maelstream.jobs.reporting.reconstruction import (
+    InputImages,
     check_shows_pixels,
     dataset_images,
     folder_images,
@@ -18,7 +23,10 @@ from maelstream.jobs.reporting.reconstruction import (
 )
 from maelstream.jobs.reporting.reconstruction_files import ReconstructionInfo, draw_grid, write_reconstructions
 from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.weights.reading import read_weights
+from maelstream.jobs.weights.stored_mae import stored_mae
 from maelstream.model.config import MAEConfig
+from maelstream.model.mae import Reconstruction
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
 
@@ -28,7 +36,8 @@ class Reconstruct:
     """Write original, masked and reconstructed images at several mask ratios as PNGs in RUN/reconstructions/."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """The folder of a run."""
+    """The folder of a run; or weights with a decoder: a `.pth`, a Hugging Face folder, an export. Without a run, give
+    --images or --dataset; the PNGs go to runs/reconstruct-NAME/."""
     images: Path | None = None
     """A folder of image files (JPEG, PNG, WebP, BMP) to reconstruct; folders below it are searched, too."""
     dataset: str | None = None
@@ -43,6 +52,13 @@ class Reconstruct:
     `.pth`."""
     out: Path | None = None
     """Write only one picture of all ratios to this FILE.png."""
+    norm_pix: bool = False
+    """For weights without a run: the decoder predicts normalised pixels. A Hugging Face folder and an export store it;
+    for other files plain pixels are assumed, which the published mae_visualize_* predict."""
+    heads: int | None = None
+    """For weights without a run: attention heads of the encoder, if not stored; dim / 64 if not given."""
+    decoder_heads: int | None = None
+    """For weights without a run: attention heads of the decoder, if not stored; dim / 32 if not given."""
 
 
 def ratios_from(text: str | None, config: MAEConfig) -> list[float]:
@@ -66,29 +82,65 @@ def main(args: list[str]) -> int:
     """Runs `maelstream reconstruct`; returns 0 when the pictures are written."""
     command = parse_arguments(Reconstruct, args, "reconstruct")
     folder = RunFolder(command.run)
+    if command.images is not None and command.dataset is not None:
+        raise MaelstreamError("--images and --dataset both name images to reconstruct; give one")
+    if folder.config.exists():
+        return _reconstruct_run(command, folder)
+    return _reconstruct_weights(command)
+
+
+def _reconstruct_run(command: Reconstruct, folder: RunFolder) -> int:
+    if command.norm_pix or command.heads or command.decoder_heads:
+        raise MaelstreamError(f"{command.run} is a run, which stores its heads and target; leave out these options")
     recipe = folder.recipe()
     ratios = ratios_from(command.ratios, recipe.model)
     weights = command.weights or folder.checkpoints.at(folder.last_step())
-    name = weights.stem if weights.is_file() else weights.resolve().name
     check_shows_pixels(recipe, folder)
-    if command.images is not None and command.dataset is not None:
-        raise MaelstreamError("--images and --dataset both name images to reconstruct; give one")
-    if command.images is not None:
-        inputs = folder_images(command.images, command.count, recipe)
-    else:
-        inputs = dataset_images(Dataset.open(command.dataset or run_dataset(recipe)), command.count, recipe)
+    inputs = _inputs(command, recipe)
     results = reconstruct(trained_model(folder, weights), inputs, ratios)
-    step = folder.checkpoints.step_of(weights)
-    info = ReconstructionInfo.describe(results, name, step, inputs.source, inputs.names, recipe.model.target)
+    name = _name(weights)
+    source = command.images or command.dataset
+    out = folder.reconstructions / (name if source is None else f"{name}-{PurePath(source).name}")
+    info = ReconstructionInfo.describe(
+        results, name, folder.checkpoints.step_of(weights), inputs.source, inputs.names, recipe.model.target
+    )
+    return _write(command, results, info, out)
+
+
+def _reconstruct_weights(command: Reconstruct) -> int:
+    """Weights without a run: sizes from their shapes, masks as in the first epoch of a run with seed 0."""
+    if command.weights is not None:
+        raise MaelstreamError(f"{command.run} is not a run: it has no config.yaml; give --weights alone, in its place")
+    stored = read_weights(command.run)
+    model = stored_mae(stored, command.heads, command.decoder_heads, command.norm_pix)
+    if (source := command.images or command.dataset) is None:
+        raise MaelstreamError(f"{command.run} is not a run, so it has no images; give --images or --dataset")
+    recipe = Recipe(model=model.config)
+    inputs = _inputs(command, recipe)
+    results = reconstruct(model, inputs, ratios_from(command.ratios, model.config))
+    name = _name(command.run)
+    info = ReconstructionInfo.describe(results, name, None, inputs.source, inputs.names, model.config.target)
+    return _write(command, results, info, Path("runs") / f"reconstruct-{name}-{PurePath(source).name}")
+
+
+def _name(weights: Path) -> str:
+    return weights.stem if weights.is_file() else weights.absolute().name
+
+
+def _inputs(command: Reconstruct, recipe: Recipe) -> InputImages:
+    if command.images is not None:
+        return folder_images(command.images, command.count, recipe)
+    return dataset_images(Dataset.open(command.dataset or run_dataset(recipe)), command.count, recipe)
+
+
+def _write(command: Reconstruct, results: dict[str, Reconstruction], info: ReconstructionInfo, out: Path) -> int:
+    """Writes one picture to --out, or all files to the folder `out`."""
     if command.out is not None:
-        draw_grid(results, info, command.out)
         out = command.out
+        draw_grid(results, info, out)
     else:
-        source = command.images or command.dataset
-        suffix = "" if source is None else f"-{PurePath(source).name}"
-        out = folder.reconstructions / f"{name}{suffix}"
         write_reconstructions(out, results, info)
         draw_grid(results, info, out / "grid.png")
     losses = ", ".join(f"{loss:.4f} at {float(ratio):.0%}" for ratio, loss in info.losses.items())
-    print(f"{out}: {len(inputs.names)} images of {inputs.source}, {name}, loss on removed patches {losses}")
+    print(f"{out}: {len(info.names)} images of {info.images}, {info.weights}, loss on removed patches {losses}")
     return 0

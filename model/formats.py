@@ -231,6 +231,17 @@ def encoder_shape(weights: Weights) -> dict[str, int | float]:
     return found
 
 
+def decoder_shape(weights: Weights) -> dict[str, int | bool]:
+    """Sizes of a decoder that its shapes show, by the fields of `MAEConfig`; ValueError without `decoder_embed`."""
+    if "decoder_embed.weight" not in weights:
+        raise ValueError("a decoder without decoder_embed.weight")
+    return {
+        "decoder_dim": len(weights["decoder_embed.weight"]),
+        "decoder_depth": _depth(weights, "decoder_blocks"),
+        "encoder_mask_tokens": "encoder_mask_token" in weights,
+    }
+
+
 def describe_model(weights: Weights) -> str:
     """Description of a model for messages, from shapes of weights: `ViT-B/16 (768 x 12), 224 x 224 px, no decoder`."""
     dim, _, patch, _ = weights["patch_embed.proj.weight"].shape

@@ -17,7 +17,7 @@ from maelstream.jobs.checkpointing.digest import CHUNK
 from maelstream.jobs.recipe import Recipe, RecipeError
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.weights.errors import WeightsError
-from maelstream.jobs.weights.reading import StoredWeights, check_shapes, read_weights, weights_file
+from maelstream.jobs.weights.reading import StoredWeights, check_known, check_shapes, read_weights, weights_file
 from maelstream.jobs.weights.tensor_files import files_of, read_file, report
 from maelstream.model.config import MAEConfig
 from maelstream.model.formats import has_decoder, without_decoder
@@ -101,12 +101,7 @@ def _parameters(stored: StoredWeights, config: MAEConfig) -> dict[str, Tensor]:
         expected = without_decoder(expected)
     found = {name: tensor.float() for name, tensor in stored.tensors.items() if name not in _TABLES}
     check_shapes(replace(stored, tensors=found), expected)
-    for name in ("heads", "mean", "std", *(["decoder_heads"] if with_decoder else [])):
-        if stored.known.get(name, value := getattr(config, name)) != value:
-            raise WeightsError(
-                f"{stored.file} was trained with {name} {stored.known[name]}, and model.{name} is {value}; give "
-                f"--model.{name.replace('_', '-')} the value of the weights"
-            )
+    check_known(stored, config, "heads", "mean", "std", *(["decoder_heads"] if with_decoder else []))
     _check_tables(stored, config)
     if not with_decoder:
         report(f"{stored.file}: the run starts from this encoder; the decoder has random weights")

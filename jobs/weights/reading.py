@@ -39,6 +39,8 @@ __all__ = [
     "EXPORT_NAME",
     "StoredWeights",
     "WeightsError",
+    "check_has_decoder",
+    "check_known",
     "check_shapes",
     "classifier_from_encoder",
     "classifier_values",
@@ -87,7 +89,7 @@ def read_weights(path: str | Path) -> StoredWeights:
                     f"{file} has no position table, and no configuration is next to it; give the run's folder"
                 )
             tensors = position_tables(_mae_config(known)) | tensors
-        _check_known(tensors, known)
+        _check_sizes(tensors, known)
     except ValueError as error:
         raise WeightsError(f"{file}: {error}") from None
     if dropped:
@@ -112,16 +114,13 @@ def mae_weights(stored: StoredWeights, config: MAEConfig) -> dict[str, Tensor]:
     """The state dict for `MAE(config).load_state_dict`.
 
     Raises:
-        WeightsError: an encoder without a decoder, or a model of another size.
+        WeightsError: an encoder without a decoder, a model of another size, or of other heads, mean or std.
     """
-    if not has_decoder(stored.tensors):
-        raise WeightsError(
-            f"{stored.file} holds an encoder alone ({describe_model(stored.tensors)}), as the published mae_pretrain_* "
-            "do: it can be fine-tuned, but reconstruction needs a decoder; give a full checkpoint"
-        )
+    check_has_decoder(stored)
     with torch.device("meta"):
         expected = MAE(config).state_dict()
     check_shapes(stored, expected)
+    check_known(stored, config, "heads", "decoder_heads", "mean", "std")
     return stored.tensors
 
 
@@ -218,7 +217,26 @@ def check_shapes(stored: StoredWeights, expected: Weights) -> None:
         )
 
 
-def _check_known(tensors: Weights, known: Mapping[str, Any]) -> None:
+def check_has_decoder(stored: StoredWeights) -> None:
+    """Raises WeightsError for an encoder alone."""
+    if not has_decoder(stored.tensors):
+        raise WeightsError(
+            f"{stored.file} holds an encoder alone ({describe_model(stored.tensors)}), as the published mae_pretrain_* "
+            "do: it can be fine-tuned, but reconstruction needs a decoder; give a full checkpoint"
+        )
+
+
+def check_known(stored: StoredWeights, config: MAEConfig, *names: str) -> None:
+    """Raises WeightsError if a configuration next to the weights has other values of these fields than `config`."""
+    for name in names:
+        if stored.known.get(name, value := getattr(config, name)) != value:
+            raise WeightsError(
+                f"{stored.file} was trained with {name} {stored.known[name]}, and model.{name} is {value}; "
+                "make them equal"
+            )
+
+
+def _check_sizes(tensors: Weights, known: Mapping[str, Any]) -> None:
     """Raises ValueError if a configuration gives another size than the tensors have."""
     for name, found in encoder_shape(tensors).items():
         if known.get(name, found) != found:

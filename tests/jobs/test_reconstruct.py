@@ -1,5 +1,7 @@
 """`maelstream reconstruct`: ratios, nested masks, images of a folder, and the files that it writes."""
 
+import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from maelstream.jobs.command import run
-from maelstream.jobs.recipe import Recipe, load_recipe
+from maelstream.jobs.recipe import Recipe, dump_recipe, load_recipe
 from maelstream.jobs.reconstruct import ratios_from
 from maelstream.jobs.reporting.reconstruction import InputImages, folder_images, possible_ratios, reconstruct
 from maelstream.jobs.reporting.reconstruction_files import (
@@ -20,8 +23,11 @@ from maelstream.jobs.reporting.reconstruction_files import (
     read_info,
     write_reconstructions,
 )
-from maelstream.model.config import MAEConfig
+from maelstream.jobs.weights.tensor_files import report
+from maelstream.model.config import MAEConfig, Target
+from maelstream.model.formats import without_decoder
 from maelstream.model.mae import MAE
+from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
 from tests.conftest import photograph, write_images
 
@@ -133,3 +139,76 @@ def test_images_and_dataset_together_are_an_error(
     (tmp_path / "config.yaml").write_text(Path(tiny).read_text())
     assert run("reconstruct", [str(tmp_path), "--images", "a", "--dataset", "b"]) == 2
     assert "give one" in capsys.readouterr().err
+
+
+LOOSE = MAEConfig((32, 32), 4, dim=64, depth=2, heads=1, decoder_dim=32, decoder_depth=1, decoder_heads=1)
+"""Its heads are those that are assumed for its width."""
+
+
+def losses_of(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    capsys.readouterr()
+    assert run("reconstruct", list(args)) == 0
+    return capsys.readouterr().out.partition("loss on removed patches ")[2]
+
+
+@pytest.mark.parametrize("target", ["pixel", "normalised_pixel"])
+def test_weights_without_a_run_are_reconstructed_as_the_run_reconstructs(
+    tmp_path: Path, packed: Dataset, target: Target, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file says nothing about heads and target; the reference's own checkpoint has the target in its `args`."""
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(LOOSE, target=target)
+    weights = MAE(config, seed=5).state_dict()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000001"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(dump_recipe(Recipe(model=config)))
+    save_file(weights, checkpoint / "weights.safetensors")
+    where = ["--dataset", packed.folder, "--count", "1", "--ratios", "0.75"]
+    expected = losses_of(capsys, "run", *where)
+    torch.save({"model": weights}, "mae_visualize_tiny.pth")
+    torch.save(
+        {"model": weights, "args": argparse.Namespace(norm_pix_loss=target == "normalised_pixel")}, "trained.pth"
+    )
+    norm_pix = ["--norm-pix"] if target == "normalised_pixel" else []
+    assert losses_of(capsys, "mae_visualize_tiny.pth", *where, *norm_pix) == expected
+    name = f"reconstruct-mae_visualize_tiny-{Path(packed.folder).name}"
+    assert {path.name for path in (tmp_path / "runs" / name).iterdir()} >= {"grid.png", "about.json", "ratio-0.75.png"}
+    assert losses_of(capsys, "trained.pth", *where, "--out", "x.png") == expected
+    assert run("export", ["run", "--format", "hf", "--out", "hf"]) == 0
+    (tmp_path / "hf" / "export.json").unlink()  # as others publish it
+    report.cache_clear()
+    assert losses_of(capsys, "hf", *where, "--out", "x.png") == expected
+
+
+def test_what_is_assumed_about_a_file_is_said(
+    tmp_path: Path, packed: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(MAE(LOOSE).state_dict(), tmp_path / "x.pth")
+    where = ["--dataset", packed.folder, "--count", "1", "--ratios", "0.5", "--out", str(tmp_path / "x.png")]
+    assert run("reconstruct", [str(tmp_path / "x.pth"), *where]) == 0
+    assert "assumed: 1 heads (--heads), 1 decoder heads (--decoder-heads), plain pixels as" in capsys.readouterr().err
+    given = ["--heads", "2", "--decoder-heads", "4", "--norm-pix"]
+    report.cache_clear()
+    assert run("reconstruct", [str(tmp_path / "x.pth"), *where, *given]) == 0
+    assert "assumed" not in capsys.readouterr().err
+
+
+def test_weights_that_cannot_be_shown_are_one_line(
+    tmp_path: Path, packed: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = MAE(LOOSE).state_dict()
+    torch.save(without_decoder(weights), tmp_path / "encoder.pth")
+    torch.save(weights, tmp_path / "full.pth")
+    torch.save(MAE(dataclasses.replace(LOOSE, target="pca", components=9)).state_dict(), tmp_path / "pca.pth")
+    dataset = ["--dataset", packed.folder, "--count", "2"]
+    for name, options, expected in (
+        ("encoder.pth", dataset, "holds an encoder alone"),
+        ("full.pth", [], "is not a run, so it has no images; give --images or --dataset"),
+        ("full.pth", [*dataset, "--heads", "3"], "heads 3 does not divide dim 64; give --heads and --decoder-heads"),
+        ("full.pth", [*dataset, "--weights", "x"], "is not a run: it has no config.yaml"),
+        ("pca.pth", dataset, "decoder_pred.weight is (9, 32) where the model has (48, 32)"),
+        ("nothing.pth", dataset, "nothing.pth cannot be read"),
+    ):
+        assert run("reconstruct", [str(tmp_path / name), *options]) == 2
+        err = capsys.readouterr().err
+        assert expected in err and "Traceback" not in err

@@ -95,7 +95,7 @@ def test_a_run_accepts_the_same_weights_under_another_name_and_no_others(
         ({"patch_size": 4}, r"patch_embed.proj.weight is \(48, 3, 8, 8\) where the model has \(48, 3, 4, 4\)"),
         ({"decoder_depth": 2}, "decoder_blocks.1.norm1.weight is missing"),
         ({"target": "pca", "components": 9}, r"decoder_pred.weight is \(192, 32\) where the model has \(9, 32\)"),
-        ({"heads": 6}, "was trained with heads 3, and model.heads is 6; give --model.heads"),
+        ({"heads": 6}, "was trained with heads 3, and model.heads is 6; make them equal"),
         ({"mean": (0.5, 0.5, 0.5)}, r"was trained with mean \(0.485, 0.456, 0.406\), and model.mean is"),
     ],
 )
