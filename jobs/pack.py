@@ -43,6 +43,9 @@ class Pack:
     All other images keep their bytes."""
     quality: int | None = None
     """Quality of the JPEGs that --resize writes, 1 to 100; 90 if not given."""
+    reencode: bool = False
+    """Store images that PIL decodes and DALI does not (GIF, TIFF, BMP with 16 bits, ...) as PNG; of several pictures in
+    a file, the first. Otherwise they are listed in quarantine.jsonl."""
     part: str = "1/1"
     """I/N builds every N-th shard from the I-th. Run N such calls at once (a SLURM array); the last to end completes
     the dataset."""
@@ -57,7 +60,8 @@ class Pack:
             raise DatasetError(f"--quality {self.quality}: 1 to 100, and with --resize, which is what encodes again")
         name = dataset_name(self.name, self.src, self.split)
         shard_bytes = parse_bytes(self.shard_size)
-        return PackOptions(name, self.split, shard_bytes, self.seed, self.resize, self.quality, self.labels.label_field)
+        label_field, reencode = self.labels.label_field, self.reencode
+        return PackOptions(name, self.split, shard_bytes, self.seed, self.resize, self.quality, label_field, reencode)
 
 
 def parse_bytes(text: str) -> int:

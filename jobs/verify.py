@@ -21,7 +21,7 @@ class Verify:
     dst: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DST")]
     """A packed dataset; a folder, or a URI such as s3://bucket/folder."""
     deep: bool = False
-    """Also decode every image."""
+    """Also decode every image, as a run does."""
     workers: int = len(os.sched_getaffinity(0))
     """Number of processes; each verifies one shard at a time."""
 

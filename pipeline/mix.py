@@ -77,6 +77,15 @@ class Mix:
     def label(self) -> "_Column":
         return _Column(self, "label")
 
+    @property
+    def crc32c(self) -> "_Column":
+        return _Column(self, "crc32c")
+
+    @property
+    def dali_checked(self) -> bool:
+        """Whether packing made sure that DALI decodes every image of every dataset."""
+        return all(dataset.dali_checked for dataset in self.datasets)
+
     def split(self, samples: Int64[np.ndarray, "b"]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For each dataset: indices into `samples` of the samples it provides, and their numbers in that dataset."""
         owners = np.searchsorted(self.starts, samples, "right") - 1

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import google_crc32c
 import numpy as np
 
 from maelstream.pipeline.batch_plan import BatchPlan, MicroBatch, SampleId
@@ -18,7 +19,8 @@ from maelstream.pipeline.decode import EncodedBatch
 from maelstream.pipeline.mix import Mix, MixReader
 from maelstream.pipeline.tracing import trace_range
 from maelstream.shards.errors import DatasetError
-from maelstream.shards.inspect import undecodable_reason
+from maelstream.shards.forms import is_proven_jpeg, jpeg_frame
+from maelstream.shards.inspect import UnusableImageError, inspect
 from maelstream.shards.reader import ShardReader
 
 _LISTED = 10  # bad samples in an error message
@@ -62,7 +64,7 @@ class BadSamples:
                 listed = "; ".join(map(str, list(self._found.values())[:_LISTED]))
                 raise DatasetError(
                     f"{len(self._found)} bad samples, max_bad_share allows {self._most}: {listed}; "
-                    "run `maelstream verify` to find all damage"
+                    "run `maelstream verify --deep` to find all damage"
                 )
 
 
@@ -70,7 +72,8 @@ class SampleSource(Protocol):
     """Reads the micro-batches of one rank, counted from where its loader starts."""
 
     def read(self, number: int) -> tuple[MicroBatch, EncodedBatch]:
-        """Micro-batch `number`, whose bytes are safe to pass to DALI.
+        """Micro-batch `number`, whose bytes are safe to pass to DALI: in a batch of 32 or more, one image that makes
+        DALI raise can end the process.
 
         Several threads call it. It is called again for micro-batches that were read but not delivered before `replace`.
         """
@@ -93,6 +96,7 @@ class PlannedSource:
         """`start` is the first global position."""
         self._plan, self._start, self._bad = plan, start, bad
         self._bad_ids: set[SampleId] = set()
+        self._inspected: dict[int, str | None] = {}
         self._reader: ShardReader | MixReader
         dataset = plan.dataset
         self._reader = MixReader(dataset, False) if isinstance(dataset, Mix) else ShardReader(dataset, False)
@@ -105,12 +109,30 @@ class PlannedSource:
             micro_batch = self._plan.micro_batch(self._start, number, self._bad_ids)
             with trace_range("storage"):
                 encoded = self.read_encoded(micro_batch)
-            sizes = (column[micro_batch.samples].tolist() for column in (dataset.width, dataset.height))
-            reasons = [undecodable_reason(memoryview(data), *size) for data, *size in zip(encoded, *sizes, strict=True)]
+            checksums = dataset.crc32c[micro_batch.samples].tolist()
+            reasons = list(map(self._reason, micro_batch.samples.tolist(), encoded, checksums))
             if not any(reasons):
                 return micro_batch, EncodedBatch.of(encoded, micro_batch.augment_params)
             ids = micro_batch.sample_ids()
             self.replace({sample_id: reason for sample_id, reason in zip(ids, reasons, strict=True) if reason})
+
+    def _reason(self, sample: int, encoded: np.ndarray, checksum: int) -> str | None:
+        """Why an image must not reach DALI, or None."""
+        if google_crc32c.value(encoded) != checksum:
+            return "not the bytes that were packed (CRC32C)"
+        if self._plan.dataset.dali_checked:
+            return None
+        # An old version packed it, and decoded it in full, but not with DALI.
+        frame = jpeg_frame(data := encoded.tobytes())
+        if frame is not None and is_proven_jpeg(frame, data):
+            return None
+        if sample not in self._inspected:
+            try:
+                inspect(data)
+                self._inspected[sample] = None
+            except UnusableImageError as reason:
+                self._inspected[sample] = str(reason)
+        return self._inspected[sample]
 
     def read_encoded(self, micro_batch: MicroBatch) -> list[np.ndarray]:
         """Encoded bytes of each sample, uint8, unchecked."""

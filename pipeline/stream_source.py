@@ -7,7 +7,6 @@ masks are drawn from (seed, epoch, sample) as always. A resumed run begins with 
 position: samples of shards that had been started may come again in that epoch, or not at all.
 """
 
-import io
 import json
 import random
 import threading
@@ -17,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset
-from PIL import Image, UnidentifiedImageError
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -29,7 +27,7 @@ from maelstream.pipeline.sample_source import BadSample, BadSamples
 from maelstream.pipeline.stream import Stream
 from maelstream.shards import retry
 from maelstream.shards.errors import StorageError
-from maelstream.shards.inspect import MAX_PIXELS, jpeg_size, undecodable_reason
+from maelstream.shards.inspect import UnusableImageError, inspect
 from maelstream.shards.scan import IMAGE_EXTENSIONS, json_label
 
 _SHARD_BITS = 32  # a sample's number is its shard's number shifted by this, plus its own number in the shard
@@ -136,15 +134,13 @@ class StreamSource:
                     continue  # a sample without an image, such as text
                 images += 1
                 sample = shard << _SHARD_BITS | number
-                width, height = _stored_size(image)
-                reason = undecodable_reason(image, width, height)
-                if not 0 < width * height <= MAX_PIXELS:
-                    reason = reason or f"{width} x {height} pixels; 1 to {MAX_PIXELS:,} are allowed"
-                if reason is not None:
-                    self._bad.add(BadSample(sample, shards[shard], key, reason))
+                try:
+                    info = inspect(image)  # there is no index whose checksum would prove it
+                except UnusableImageError as reason:
+                    self._bad.add(BadSample(sample, shards[shard], key, str(reason)))
                     continue
                 data = np.frombuffer(image, np.uint8)
-                yield StreamSample(epoch, sample, shards[shard], key, data, width, height, _label(parts))
+                yield StreamSample(epoch, sample, shards[shard], key, data, info.width, info.height, _label(parts))
             if not images:
                 raise StorageError(f"{shards[shard]} holds no images; take it out of the stream's urls")
             position += self._batch_split.world_size
@@ -212,17 +208,6 @@ class _CheckedTar:
         uncompressed = self._head[257:262] == b"ustar"  # decompression detects truncation itself
         if uncompressed and self._tail != bytes(512):
             raise OSError("it is truncated")
-
-
-def _stored_size(data: bytes) -> tuple[int, int]:
-    """Width and height from an image's header; (0, 0) if it cannot be read."""
-    if data[:2] == b"\xff\xd8":
-        return jpeg_size(data) or (0, 0)
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.size
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
-        return 0, 0
 
 
 def _label(parts: dict[str, bytes]) -> int:

@@ -21,9 +21,10 @@ import webdataset
 from webdataset.tariterators import base_plus_ext
 
 from maelstream.shards.build_jobs import Receipt, ShardJob
+from maelstream.shards.checks import check_images
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.index import SCHEMA
-from maelstream.shards.inspect import MAX_BYTES, ImageInfo, UnusableImageError, decode_with_pil, inspect, resize_to_jpeg
+from maelstream.shards.inspect import MAX_BYTES, ImageInfo
 from maelstream.shards.plan import Plan
 from maelstream.shards.storage import Storage
 
@@ -141,14 +142,12 @@ def _adopt(job: ShardJob, samples: Iterator[_Sample], rows: _ShardRows) -> None:
 
 def _samples(job: ShardJob, planned: list[PlanRow], receipt: Receipt) -> Iterator[_Sample]:
     """Usable images of `planned`, in order; unusable ones are added to the receipt's quarantine."""
-    for number, (row, data) in enumerate(_read_ahead(job.source, planned)):
-        try:
-            info = inspect(data)
-            if job.resize is not None and min(info.width, info.height) > job.resize:
-                data, info = resize_to_jpeg(decode_with_pil(data)[0], job.resize, job.quality)
-            yield _Sample(number, row, data, info)
-        except UnusableImageError as reason:
-            receipt.quarantine.append({"source": row.path, "reason": str(reason)})
+    images = _read_ahead(job.source, planned)
+    for number, (row, checked) in enumerate(check_images(images, job.conversion, isolated=job.attempt > 0)):
+        if isinstance(checked, str):
+            receipt.quarantine.append({"source": row.path, "reason": checked})
+        else:
+            yield _Sample(number, row, *checked)
 
 
 def _read_ahead(source: Storage, planned: list[PlanRow]) -> Iterator[tuple[PlanRow, bytes]]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
 
+from maelstream.shards.inspect import Conversion
 from maelstream.shards.plan import PackOptions
 from maelstream.shards.sources import Sources
 from maelstream.shards.storage import WORK, Storage
@@ -40,6 +41,8 @@ class ScanJob:
     """As in `PackOptions` (`shards/plan.py`)."""
     ground_truth: list[str] | None
     """As in `Sources` (`shards/sources.py`)."""
+    attempt: int = 0
+    """How many workers have died with this job."""
 
     @property
     def output(self) -> str:
@@ -68,9 +71,9 @@ class ShardJob:
     """File name of the shard."""
     adopt: bool
     """Whether the shard exists already and must not change."""
-    resize: int | None
-    """As in `PackOptions` (`shards/plan.py`)."""
-    quality: int
+    conversion: Conversion
+    attempt: int = 0
+    """How many workers have died with this job."""
 
     @property
     def receipt(self) -> str:

@@ -108,6 +108,11 @@ class Dataset:
         """Class names by label; empty without labels."""
         return self.manifest["classes"]
 
+    @property
+    def dali_checked(self) -> bool:
+        """Whether packing made sure that DALI decodes every image; versions up to 0.1.0 did not."""
+        return self.manifest.get("dali_checked", False)
+
     @cached_property
     def shard_names(self) -> list[str]:
         """File names by shard number."""

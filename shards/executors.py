@@ -10,17 +10,19 @@ from concurrent import futures
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
-from itertools import islice
+from itertools import chain, islice
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from maelstream.shards.errors import DatasetError
 
+_ATTEMPTS = 3
+
 
 class Executor(Protocol):
-    """Runs jobs in workers."""
+    """Runs jobs in workers. A job is a dataclass with the field `attempt`: how many workers have died with it."""
 
     def run(self, task: str, jobs: Iterable[Any]) -> Generator[Any, None, None]:
         """Yields the results of `task` ("module:function") for each of `jobs`, in any order; raises the first failure.
@@ -39,31 +41,39 @@ class Local:
         _check_workers(self.workers)
 
     def run(self, task: str, jobs: Iterable[Any]) -> Generator[Any, None, None]:
-        # Spawned, not forked: the caller may have threads.
-        pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _start_worker)
         remaining = iter(jobs)
-        running: set[Future] = set()
+        while lost := (yield from self._run_pool(task, remaining)):
+            remaining = chain([_next_attempt(job) for job in lost], remaining)
+
+    def _run_pool(self, task: str, remaining: Iterator[Any]) -> Generator[Any, None, list[Any]]:
+        """Runs jobs until none remain or a worker dies, which ends the others too; returns the lost jobs."""
+        # Spawned, not forked: the caller may have threads.
+        pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), start_worker)
+        running: dict[Future, Any] = {}
+        lost: list[Any] = []
         try:
             while True:
-                # A job in the pool's queue cannot be cancelled, so the queue stays empty.
-                running |= {pool.submit(_call, task, job) for job in islice(remaining, self.workers - len(running))}
+                if not lost:
+                    try:  # a job in the pool's queue cannot be cancelled, so the queue stays empty
+                        for job in islice(remaining, self.workers - len(running)):
+                            running[pool.submit(_call, task, job)] = job
+                    except BrokenProcessPool:
+                        lost.append(job)
                 if not running:
-                    return
-                done, running = futures.wait(running, return_when=futures.FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        except BrokenProcessPool:
-            raise DatasetError(
-                "a worker was killed, perhaps because memory ran out; run the same command again to build the "
-                "remaining shards, with fewer --workers if so"
-            ) from None
+                    return lost
+                for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    if isinstance(future.exception(), BrokenProcessPool):
+                        lost.append(job)
+                    else:
+                        yield future.result()
         finally:
             pool.shutdown()
 
 
 @dataclass(frozen=True)
 class Ray:
-    """A Ray cluster: the one that RAY_ADDRESS names, or one on this machine. Jobs of lost workers run again."""
+    """A Ray cluster: the one that RAY_ADDRESS names, or one on this machine."""
 
     workers: int
 
@@ -76,22 +86,22 @@ class Ray:
         except ImportError:
             raise DatasetError("--executor ray needs Ray: pip install 'maelstream[ray]'") from None
         with _ray_cluster(ray, self.workers):
-            remote = ray.remote(num_cpus=1, max_retries=3)(_call)
+            remote = ray.remote(num_cpus=1, max_retries=0)(_call)
             remaining = iter(jobs)
-            running: list[Any] = []
+            running: dict[Any, Any] = {}
             while True:
-                running += [remote.remote(task, job) for job in islice(remaining, self.workers - len(running))]
+                for job in islice(remaining, self.workers - len(running)):
+                    running[remote.remote(task, job)] = job
                 if not running:
                     return
-                (done,), running = ray.wait(running)
+                (done,), _ = ray.wait(list(running))
+                job = running.pop(done)
                 try:
                     yield ray.get(done)
                 except ray.exceptions.RayTaskError as error:
                     raise error.cause from None
-                except ray.exceptions.RayError as error:
-                    raise DatasetError(
-                        f"Ray lost the worker of a job four times ({type(error).__name__}); run the same command again"
-                    ) from None
+                except ray.exceptions.RayError:
+                    remaining = chain([_next_attempt(job)], remaining)
 
 
 @contextmanager
@@ -115,7 +125,19 @@ def _check_workers(workers: int) -> None:
         raise DatasetError(f"--workers {workers}: at least one is needed")
 
 
-def _start_worker() -> None:
+def _next_attempt(job: Any) -> Any:
+    """A lost job, to be run again, isolated (`shards/checks.py`)."""
+    if job.attempt + 1 == _ATTEMPTS:
+        raise DatasetError(
+            f"a worker was killed {_ATTEMPTS} times at the same job, perhaps because memory ran out; run the same "
+            "command again to do the rest, with fewer --workers if so"
+        )
+    print("a worker died; its job runs again, with each image checked in another process", file=sys.stderr)
+    return replace(job, attempt=job.attempt + 1)
+
+
+def start_worker() -> None:
+    """Prepares a worker process: it ends with its parent, and leaves Ctrl-C to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides how to stop
     parent = multiprocessing.parent_process()
     assert parent is not None

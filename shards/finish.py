@@ -78,6 +78,7 @@ def finish(build: Build, plan: Plan, jobs: list[ShardJob], strict: bool) -> None
         "adopted": build.adopt,
         "options": asdict(options),
         "packer": {"maelstream": version("maelstream"), "pillow": version("pillow")},
+        "dali_checked": True,
         "plan": build.fingerprint,
         "side_files": {
             name: destination.sha256(name)

@@ -20,12 +20,12 @@ from maelstream.shards.dataset import MANIFEST_NAME
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.executors import Executor
 from maelstream.shards.finish import finish, nothing_usable_message, strict_message
+from maelstream.shards.inspect import Conversion
 from maelstream.shards.plan import PLAN, PackOptions, Plan, per_file_sharding, shuffled_sharding, write_plan
 from maelstream.shards.sources import find_sources
 from maelstream.shards.storage import WORK, Storage
 
 _CLAIM = f"{WORK}/claim"
-_JPEG_QUALITY = 90
 
 
 class Progress(NamedTuple):
@@ -245,9 +245,9 @@ def _shard_jobs(build: Build, count: int) -> list[ShardJob]:
         names = [f"{options.name}-{options.split}-{number:06d}.tar" for number in range(count)]
         if sources.kind == "parquet":
             source = destination.inside(WORK)
-    quality = options.quality or _JPEG_QUALITY
+    conversion = Conversion(options.resize, options.quality or Conversion.quality, options.reencode)
     return [
-        ShardJob(source, destination, number, name, build.adopt, options.resize, quality)
+        ShardJob(source, destination, number, name, build.adopt, conversion)
         for number, name in enumerate(names)
     ]
 

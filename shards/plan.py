@@ -51,6 +51,8 @@ class PackOptions:
     """JPEG quality of resized images."""
     label_field: str | None = None
     """JSON field or Parquet column that holds the label; found by name if not given."""
+    reencode: bool = False
+    """As in `Conversion` (`shards/inspect.py`)."""
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import google_crc32c
 import numpy as np
 
+from maelstream.shards.checks import check_images
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.executors import Executor
-from maelstream.shards.inspect import UnusableImageError, inspect
+from maelstream.shards.inspect import Conversion
 from maelstream.shards.storage import Storage
 
 _MISSING = "missing"
@@ -42,6 +43,8 @@ class VerifyJob:
     storage: Storage
     number: int
     deep: bool
+    attempt: int = 0
+    """How many workers have died with this job."""
 
 
 def verify(dataset: Dataset, deep: bool, executor: Executor, on_shard: Callable[[], None]) -> Iterator[Fault]:
@@ -67,7 +70,7 @@ def verify_shard(job: VerifyJob) -> list[Fault]:
     fault = _digest_fault(job.storage, shard["name"], shard["sha256"])
     faults = [fault] if fault is not None else []
     if (job.deep or faults) and faults != [Fault(shard["name"], "", _MISSING)]:
-        faults += _sample_faults(dataset, job.number, job.deep)
+        faults += _sample_faults(dataset, job)
     return faults
 
 
@@ -79,14 +82,15 @@ def _digest_fault(storage: Storage, name: str, sha256: str) -> Fault | None:
     return None if actual == sha256 else Fault(name, "", "not the bytes that were packed (SHA-256)")
 
 
-def _sample_faults(dataset: Dataset, number: int, deep: bool) -> Iterator[Fault]:
-    """Yields the faults of a shard's samples."""
-    name = dataset.shard_names[number]
+def _sample_faults(dataset: Dataset, job: VerifyJob) -> Iterator[Fault]:
+    """Yields the faults of a shard's samples; for `deep`, those of the images after all others."""
+    name = dataset.shard_names[job.number]
     with dataset.storage.open(name) as file, dataset.storage.dataset_errors(name):
-        if file.size() != (packed := dataset.manifest["shards"][number]["bytes"]):
+        if file.size() != (packed := dataset.manifest["shards"][job.number]["bytes"]):
             yield Fault(name, "", f"{file.size()} bytes, {packed} were packed")
-        samples = np.arange(*np.searchsorted(dataset.shard, [number, number + 1]))  # samples are in shard order
-        for sample, key in zip(samples, dataset.keys(samples), strict=True):
+        samples = np.arange(*np.searchsorted(dataset.shard, [job.number, job.number + 1]))  # in shard order
+        sound: list[tuple[str, int]] = []
+        for sample, key in zip(samples.tolist(), dataset.keys(samples), strict=True):
             offset, size = int(dataset.offset[sample]), int(dataset.size[sample])
             if file.size() < offset + size:
                 yield Fault(name, key, "lies beyond the end of the shard")
@@ -96,13 +100,16 @@ def _sample_faults(dataset: Dataset, number: int, deep: bool) -> Iterator[Fault]
                 yield Fault(name, key, what)
             if google_crc32c.value(encoded) != dataset.crc32c[sample]:
                 yield Fault(name, key, "not the bytes that were packed (CRC32C)")
-            elif deep:
-                try:
-                    info = inspect(encoded)
-                    if (info.width, info.height) != (dataset.width[sample], dataset.height[sample]):
-                        yield Fault(name, key, f"{info.width} x {info.height} px, the index says otherwise")
-                except UnusableImageError as reason:
-                    yield Fault(name, key, str(reason))
+            else:
+                sound.append((key, sample))
+        if not job.deep:
+            return
+        images = ((item, file.read_at(int(dataset.size[item[1]]), int(dataset.offset[item[1]]))) for item in sound)
+        for (key, sample), checked in check_images(images, Conversion(), isolated=job.attempt > 0):
+            if isinstance(checked, str):
+                yield Fault(name, key, checked)
+            elif (checked[1].width, checked[1].height) != (dataset.width[sample], dataset.height[sample]):
+                yield Fault(name, key, f"{checked[1].width} x {checked[1].height} px, the index says otherwise")
 
 
 def _header_fault(header: bytes, key: str, size: int) -> str | None:

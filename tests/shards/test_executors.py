@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from maelstream.jobs.command import run
+from maelstream.shards.errors import DatasetError
 from maelstream.shards.executors import EXECUTORS, Local, Ray
 from maelstream.shards.pack import pack
 from tests.conftest import encoded, photograph
@@ -108,18 +110,36 @@ def test_workers_end_when_the_builder_is_killed(images: Path, tmp_path: Path) ->
     assert not alive
 
 
-def test_a_killed_worker_is_an_error_of_one_line_and_the_build_resumes(
-    images: Path, built: Path, tmp_path: Path
-) -> None:
+def test_the_jobs_of_killed_workers_run_again(images: Path, built: Path, tmp_path: Path) -> None:
     process = start(images, tmp_path / "out")
     wait_until(lambda: (tmp_path / "out" / "tiny-train-000000.tar").exists(), process)
-    for worker in workers_of(process):
+    workers = workers_of(process)
+    for worker in workers:
         worker.kill()
     _, printed = process.communicate()
-    assert process.returncode == 2 and "a worker was killed, perhaps because memory ran out" in printed
-    assert printed.count("\n") == 1
-    pack(str(images), str(tmp_path / "out"), OPTIONS, Local(2), lambda _: None)
+    assert workers and process.returncode == 0, printed
+    assert "a worker died; its job runs again" in printed
     assert digests(tmp_path / "out") == digests(built)
+
+
+@dataclass(frozen=True)
+class KillJob:
+    """A job that kills its worker."""
+
+    log: Path
+    attempt: int = 0
+
+
+def kill_worker(job: KillJob) -> None:
+    with job.log.open("a") as log:
+        log.write(f"{job.attempt}\n")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_job_whose_worker_is_killed_three_times_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="a worker was killed 3 times at the same job, perhaps because memory ran"):
+        list(Local(1).run("tests.shards.test_executors:kill_worker", [KillJob(tmp_path / "log")]))
+    assert (tmp_path / "log").read_text().split() == ["0", "1", "2"]
 
 
 # --- Ctrl-C
