@@ -48,7 +48,7 @@ from rich.table import Table
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
-from maelstream.pipeline.config import CropConfig, LoaderConfig
+from maelstream.pipeline.config import CropConfig, DecodeConfig, LoaderConfig
 from maelstream.pipeline.loader import ImageLoader
 from maelstream.pipeline.order import SampleOrder
 from maelstream.pipeline.sample_source import BadSample
@@ -249,7 +249,7 @@ def load(folder: str) -> Loaded:
     dataset, delivered = Dataset.open(folder), 0
     bad: list[BadSample] = []
     batches = -(-len(dataset) // BATCH)
-    config = LoaderConfig(threads=2, max_bad_share=1.0)
+    config = LoaderConfig(threads=2, decode=DecodeConfig(on="cpu"), max_bad_share=1.0)
     sampler, split = AugmentSampler(0, CropConfig(), (64, 64)), BatchSplit(BATCH, 1, 1)
     try:
         with ImageLoader(dataset, SampleOrder(len(dataset), 0), sampler, split, 0, config, on_bad=bad.append) as loader:
@@ -860,6 +860,7 @@ def main() -> int:
     """Measures one part and prints its table; 1 if something failed."""
     part = tyro.cli(Part, prog="python -m benchmarks.robustness", description=__doc__)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    CONTEXT.set_forkserver_preload(["benchmarks.robustness"])  # the tests' list imports more
     with tempfile.TemporaryDirectory() as name:
         if isinstance(part, Files | Mutations):
             return print_outcomes(part.measure(Path(name)), part.details)
