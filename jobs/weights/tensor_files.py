@@ -118,7 +118,9 @@ def _read_one(file: Path) -> FileContent:
         try:
             return FileContent(load_file(file))
         except SafetensorError:
-            raise WeightsError(f"{file} is truncated or damaged (a safetensors file); {_FETCH}") from None
+            raise WeightsError(
+                f"{file} is truncated or is not a file of weights (a safetensors file); {_FETCH}"
+            ) from None
     if kind := _other_kind(file, start):
         raise WeightsError(f"{file} is {kind}")
     try:
