@@ -28,7 +28,7 @@ from maelstream.jobs.recipe_schema import (
     StreamConfig,
     TuningConfig,
 )
-from maelstream.pipeline.config import LoaderConfig
+from maelstream.pipeline.config import MARGIN, LoaderConfig, evaluation_margin
 from maelstream.shards.errors import MaelstreamError
 
 # fmt: off
@@ -110,11 +110,17 @@ def differing_keys(old: AnyRecipe, new: AnyRecipe) -> dict[str, tuple[Any, Any]]
     """The dotted keys of the experiment in which two recipes differ, each with the old and the new value."""
     old_values, new_values = (
         flat_values({name: value for name, value in asdict(recipe).items() if name not in _NO_EXPERIMENT})
+        | {"data.crop.margin": recipe.data.crop.margin or _margin(recipe)}
         for recipe in (old, new)
     )
     names = [*new_values, *(name for name in old_values if name not in new_values)]
     pairs = {name: (old_values.get(name), new_values.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _margin(recipe: AnyRecipe) -> float:
+    """The margin of a recipe without one; up to version 0.1, every recipe had one."""
+    return MARGIN if isinstance(recipe, Recipe) else evaluation_margin(recipe.model.image_size)
 
 
 def may_change(name: str) -> bool:

@@ -5,6 +5,7 @@ the class token after the pre-trained norm. Linear probing trains only a linear 
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -16,12 +17,13 @@ from maelstream.model.position import interpolate_table
 from maelstream.model.transformer import initialise, layer_norm
 
 
-def build_classifier(config: ClassifierConfig, seed: int = 0) -> VisionTransformer:
+def build_classifier(config: ClassifierConfig, seed: int = 0, head_std: float = 2e-5) -> VisionTransformer:
     """timm's ViT with new weights: normalised float images (B, C, H, W) in, logits (B, classes) out.
 
     The position table is a trained parameter. Weights depend on `seed` and their names, as in `MAE`. They are normal
-    with standard deviation 0.02 (truncated at +-2, as in the reference). For the head it is 2e-5, so that the first
-    logits are nearly equal. Biases are 0, LayerNorm scales are 1.
+    with standard deviation 0.02 (truncated at +-2, as in the reference), those of the head with `head_std`: 2e-5 on a
+    trained encoder, so that the first logits are nearly equal, and 0.02 as everywhere when training from scratch (timm,
+    and the reference without weights). Biases are 0, LayerNorm scales are 1.
     """
     device = torch.get_default_device()
     with torch.device("meta"):  # so timm's initialisation costs no time and does not advance torch's random generator
@@ -40,7 +42,7 @@ def build_classifier(config: ClassifierConfig, seed: int = 0) -> VisionTransform
             weight_init="skip",
         )
     model.to_empty(device=device)
-    initialise(model, seed, _draw)
+    initialise(model, seed, partial(_draw, head_std=head_std))
     return model
 
 
@@ -148,8 +150,8 @@ def drop_path_rates(model: VisionTransformer) -> list[float]:
     return [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
 
 
-def _draw(name: str, weights: Tensor, generator: torch.Generator) -> None:
+def _draw(name: str, weights: Tensor, generator: torch.Generator, head_std: float) -> None:
     if weights.ndim > 1:
-        nn.init.trunc_normal_(weights, std=2e-5 if name == "head.weight" else 0.02, generator=generator)
+        nn.init.trunc_normal_(weights, std=head_std if name == "head.weight" else 0.02, generator=generator)
     else:
         weights.fill_(0 if name.endswith("bias") else 1)

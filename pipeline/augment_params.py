@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float64, Int32, Int64
 
-from maelstream.pipeline.config import CropConfig
+from maelstream.pipeline.config import MARGIN, CropConfig
+from maelstream.pipeline.erase import Erasing
 from maelstream.pipeline.hashing import sample_keys, seed_word, uniforms
 from maelstream.pipeline.pixel_augment import OPERATIONS, PixelAugment
 
@@ -58,7 +59,7 @@ class AugmentSampler:
         else:
             windows = np.stack([0 * widths, 0 * heights, widths, heights], axis=1).astype(np.int32)
             at = tries[:, 0, 2:] if crop.kind == "fixed_size" else None
-            resizes = resized_crop(at, widths, heights, self.image_size, crop.margin)
+            resizes = resized_crop(at, widths, heights, self.image_size, crop.margin or MARGIN)
         augments_pixels = crop.jitter or crop.rand_augment or crop.erase
         return AugmentParams(
             windows=windows,
@@ -70,7 +71,7 @@ class AugmentSampler:
 
     def _pixel_augment(self, epochs: np.ndarray, samples: np.ndarray) -> PixelAugment:
         crop = self.crop
-        factors = orders = operations = magnitudes = boxes = None
+        factors = orders = operations = magnitudes = erasing = None
 
         def numbers(purpose: str, count: int) -> np.ndarray:
             return uniforms(sample_keys(seed_word(self.seed, purpose), epochs, samples), count)  # (B, count)
@@ -89,8 +90,9 @@ class AugmentSampler:
             drawn = numbers("erase", 1 + 4 * _TRIES)
             boxes = boxes_to_erase(drawn[:, 1:].reshape(-1, _TRIES, 4), self.image_size)
             boxes[drawn[:, 0] >= crop.erase] = 0
-        noise_keys = sample_keys(seed_word(self.seed, "noise"), epochs, samples).view(np.int64)
-        return PixelAugment(factors, orders, operations, magnitudes, boxes, noise_keys)
+            noise_keys = sample_keys(seed_word(self.seed, "noise"), epochs, samples).view(np.int64)
+            erasing = Erasing(boxes, noise_keys)
+        return PixelAugment(factors, orders, operations, magnitudes, erasing)
 
 
 def boxes_to_erase(numbers: Float64[np.ndarray, "b tries 4"], image_size: tuple[int, int]) -> Int32[np.ndarray, "b 4"]:
@@ -122,11 +124,14 @@ def resized_crop(
 ) -> Int32[np.ndarray, "b 4"]:
     """Height and width to resize whole images to, and top and left of the crop of `image_size`.
 
-    The resized image is the smallest that contains `margin` times `image_size`, rounded as torchvision's Resize does.
-    The crop is its centre, rounded as CenterCrop does; or `at` gives its left and top as uniform numbers in [0, 1).
+    The resized image is the smallest that contains `margin` times `image_size`. The crop is its centre: the short side
+    is truncated as in the reference, `int(size / crop_pct)`, the rest as in torchvision's Resize and CenterCrop. Or
+    `at` gives the left and top of the crop as uniform numbers in [0, 1).
     """
     sides = np.stack([heights, widths], axis=1).astype(np.int64)  # (B, 2)
-    goals = np.rint(np.array(image_size) * margin).astype(np.int64)  # (2,)
+    goals = np.array(image_size) * margin  # (2,)
+    # 256 / 224 is not exact. Random crops are rounded, so that those of old runs stay the same.
+    goals = (np.floor(goals + 1e-6) if at is None else np.rint(goals)).astype(np.int64)
     binding = np.argmax(goals / sides, axis=1)[:, None]  # the side that is shorter relative to its goal
     goal, side = goals[binding], np.take_along_axis(sides, binding, axis=1)  # (B, 1)
     resized = np.where(np.arange(2) == binding, goal, goal * sides // side)  # (B, 2)

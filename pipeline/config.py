@@ -9,6 +9,13 @@ from typing import Literal
 Shuffle = Literal["global", "block", "none"]
 """See `pipeline/order.py`."""
 
+MARGIN = 256 / 224
+
+
+def evaluation_margin(image_size: tuple[int, int]) -> float:
+    """The reference's size of the resized image divided by the crop's: 256 / 224 up to 224 px, 1 above."""
+    return MARGIN if max(image_size) <= 224 else 1.0
+
 
 @dataclass(frozen=True)
 class CropConfig:
@@ -24,9 +31,10 @@ class CropConfig:
     """Smallest and largest share of the image's area that a random_size crop covers."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width / height of a random_size crop."""
-    margin: float = 256 / 224
+    margin: float | None = None
     """Size of the resized image divided by the size of the crop: 256 / 224 resizes the short side to 256 and crops
-    224."""
+    224. Without a value, fixed_size and none take 256 / 224, and the evaluation of a classifier takes 256 / 224 up to
+    224 px and 1 above, as the reference does."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     jitter: float = 0.0
@@ -41,7 +49,7 @@ class CropConfig:
             raise ValueError(f"scale {self.scale} is not within 0..1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio {self.ratio} is no pair of widths over heights")
-        if self.margin < 1:
+        if self.margin is not None and self.margin < 1:
             raise ValueError(f"margin {self.margin}: a crop larger than the image; it must be at least 1")
         if not 0 <= self.flip <= 1 or not 0 <= self.jitter < 1:
             raise ValueError(f"flip {self.flip} must be in 0..1, jitter {self.jitter} in 0..1 without 1")

@@ -26,6 +26,7 @@ from maelstream.pipeline.augment_params import AugmentParams
 from maelstream.pipeline.config import DecodeConfig
 from maelstream.pipeline.dali_graph import decoded_windows, resized_windows
 from maelstream.pipeline.dct_scaling import STUB, decode_reduced_window, reduction
+from maelstream.pipeline.erase import erase
 from maelstream.pipeline.output import BufferPool, Output
 from maelstream.pipeline.pixel_augment import PixelAugment, augment_pixels
 from maelstream.pipeline.tracing import trace_range
@@ -127,6 +128,7 @@ class CpuDecoder:
         """Resizes, crops and flips windows, and applies pixel augmentation."""
         windows, batch, reductions = decoded
         images = self._output.allocate(len(windows), self._image_size, self._buffers.take)  # (B, 3, H, W)
+        erasing = batch.pixel_augment.erasing if batch.pixel_augment is not None and self._output.erase else None
 
         def resize(index: int) -> None:
             # `windows.at` would copy. The batch axis is added before the permutation: with the axis of length 1 added
@@ -139,8 +141,10 @@ class CpuDecoder:
             image = interpolate(window, size=(height, width), mode="bicubic", antialias=True)[0]
             image = image[:, top : top + self._image_size[0], left : left + self._image_size[1]]
             image = image.flip(-1) if batch.flips[index] else image
-            image = augment_pixels(image, batch.pixel_augment, index, self._output.mean, self._output.std)
+            image = augment_pixels(image, batch.pixel_augment, index, self._output.mean)
             self._output.write(images[index], image)
+            if erasing is not None:
+                erase(images[index : index + 1], erasing.of(index), self._output.mean, self._output.std)
 
         indices = iter(range(len(windows)))  # shared: each thread costs one hand-over per batch, and none idles
 
@@ -198,10 +202,12 @@ class GpuDecoder:
             pixels = Output().allocate(len(decoded), self._image_size, take)  # (B, 3, H, W)
             feed_ndarray(decoded.as_tensor(), pixels.permute(0, 2, 3, 1), cuda_stream=self._stream)
             if (params := self._in_dali.popleft()) is not None:
-                noise = self._output.mean, self._output.std
-                pixels = torch.stack([augment_pixels(image, params, n, *noise) for n, image in enumerate(pixels)])
+                mean = self._output.mean
+                pixels = torch.stack([augment_pixels(image, params, n, mean) for n, image in enumerate(pixels)])
             images = self._output.allocate(len(decoded), self._image_size, take)
             self._output.write(images, pixels)
+            if params is not None and params.erasing is not None and self._output.erase:
+                erase(images, params.erasing, self._output.mean, self._output.std)
         # Finish before DALI reuses `decoded`. The stream is separate because training's has whole steps queued.
         self._stream.synchronize()
         images.record_stream(torch.cuda.default_stream(self._device))  # where training reads and frees them

@@ -14,17 +14,12 @@ from torch import Tensor
 
 from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
-from maelstream.pipeline.config import CropConfig, LoaderConfig
+from maelstream.pipeline.config import CropConfig, LoaderConfig, evaluation_margin
 from maelstream.pipeline.loader import ImageLoader
 from maelstream.pipeline.order import SampleOrder
 from maelstream.pipeline.sample_source import BadSample
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
-
-
-def evaluation_margin(image_size: tuple[int, int]) -> float:
-    """Size of the resized image divided by the crop's: 256 / 224 up to 224 px, 1 above, as the reference evaluates."""
-    return 256 / 224 if max(image_size) <= 224 else 1.0
 
 
 @dataclass(frozen=True)
@@ -33,12 +28,17 @@ class Reading:
 
     image_size: tuple[int, int]
     """Height and width of the crop in pixels."""
-    margin: float
-    """See `CropConfig.margin`."""
+    margin: float | None
+    """Size of the resized image divided by the size of the crop; None: `evaluation_margin` of the size."""
     micro_batch_size: int
     """Images per rank and forward pass."""
     loader: LoaderConfig = LoaderConfig()
     """`max_bad_share` has no effect: an evaluation reports all bad images."""
+
+    @property
+    def crop(self) -> CropConfig:
+        """The evaluation crop, with the margin that applies."""
+        return CropConfig("none", margin=self.margin or evaluation_margin(self.image_size))
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def every_image(
     loader = ImageLoader(
         dataset,
         SampleOrder(size, 0, "none"),
-        AugmentSampler(0, CropConfig(kind="none", margin=reading.margin), reading.image_size),
+        AugmentSampler(0, reading.crop, reading.image_size),
         batch_split,
         rank,
         replace(reading.loader, max_bad_share=1.0),

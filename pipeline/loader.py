@@ -24,6 +24,7 @@ from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchPlan, BatchSplit, MicroBatch, SampleId
 from maelstream.pipeline.config import LoaderConfig
 from maelstream.pipeline.decode import DECODERS, EncodedBatch, decode_device
+from maelstream.pipeline.erase import Erasing
 from maelstream.pipeline.mix import Mix, MixOrder
 from maelstream.pipeline.order import SampleOrder
 from maelstream.pipeline.output import Output
@@ -57,6 +58,8 @@ class Batch:
     weight: float
     """Size of this slice divided by the mean size of slices: the average over slices of weight times mean loss is the
     mean loss of the global batch."""
+    erasing: Erasing | None = None
+    """Boxes that the caller erases after normalising, with `Output(erase=False)`."""
 
 
 class ImageLoader:
@@ -212,7 +215,7 @@ class ImageLoader:
         return found or {sample_id: "DALI cannot decode it" for sample_id in suspects if fails(sample_id)}
 
     def _batch(self, micro_batch: MicroBatch, images: Tensor) -> Batch:
-        split = self._batch_split
+        split, augment = self._batch_split, micro_batch.augment_params.pixel_augment
         return Batch(
             images=images,
             keys=torch.from_numpy(micro_batch.augment_params.keys),
@@ -220,6 +223,7 @@ class ImageLoader:
             epochs=micro_batch.epochs,
             labels=micro_batch.labels,
             weight=len(micro_batch.samples) * split.world_size * split.micro_batches / split.batch_size,
+            erasing=None if self._output.erase or augment is None else augment.erasing,
         )
 
     def _offer(self, batches: "Queue[Batch | Exception]", item: Batch | Exception) -> None:

@@ -22,6 +22,9 @@ class Output:
     """Memory layout; the shape is (B, 3, H, W) either way."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    erase: bool = True
+    """False: boxes are left to the caller, who normalises bytes and then calls `erase(images, batch.erasing, ...)`
+    (`pipeline/erase.py`). In bytes, the noise of erased boxes is rounded and clipped to 0..255."""
 
     def allocate(
         self, count: int, image_size: tuple[int, int], take: Callable[[int], UInt8[Tensor, "size"]]

@@ -26,6 +26,7 @@ from maelstream.model.optimise import LARS, Span, layer_decay_groups
 from maelstream.model.patches import normalise
 from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
+from maelstream.pipeline.erase import erase
 from maelstream.pipeline.hashing import sample_keys, seed_word
 from maelstream.pipeline.loader import Batch, ImageLoader
 from maelstream.pipeline.mixup import apply_mixup
@@ -54,7 +55,7 @@ class Classification:
             batch_split,
             rank,
             replace(recipe.loader, threads=threads),
-            Output(mean=data.mean, std=data.std),
+            Output(mean=data.mean, std=data.std, erase=False),
             on_bad,
         )
 
@@ -101,6 +102,8 @@ class Classification:
         key = sample_keys(seed_word(recipe.seed, "dropout"), np.array([step]), np.array([part]))
         torch.manual_seed(int(key[0]))  # stochastic depth draws from torch's own generator
         levels = normalise(images, recipe.data.mean, recipe.data.std)  # (B, 3, H, W)
+        if batch.erasing is not None:
+            erase(levels, batch.erasing, recipe.data.mean, recipe.data.std)
         labels = torch.from_numpy(batch.labels).long().to(engine.device, non_blocking=True)
         target: Tensor = labels
         if mixing.mixup or mixing.cutmix:
@@ -121,7 +124,7 @@ def model_of(recipe: ClassificationRecipe, trained: dict[str, Tensor] | None) ->
     if recipe.weights and trained is None:
         model = classifier_from_encoder(read_weights(Path(recipe.weights)), recipe.model, recipe.seed)
     else:
-        model = build_classifier(recipe.model, recipe.seed)
+        model = build_classifier(recipe.model, recipe.seed, head_std=0.02)
     if needs_widening(recipe):
         model.__class__ = Float32Classifier
     if recipe.tuning.probe:

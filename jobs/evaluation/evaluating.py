@@ -33,7 +33,7 @@ class TrainedClassifiers:
     image_size: tuple[int, int]
     """Height and width in pixels."""
     margin: float | None
-    """The run's evaluation margin; None for a file, which stores no margin."""
+    """The margin in the run's recipe, if it has one."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
     step: int | None
@@ -86,7 +86,7 @@ def evaluate(weights: str, val: str, options: EvaluationOptions) -> None:
             "best": best,
             "all": {head: {"top1": each.top1, "top5": each.top5} for head, each in by_head.items()},
             "trained_step": trained.step,
-            "margin": reading.margin,
+            "margin": reading.crop.margin,
             "image_size": list(trained.image_size),
         },
         step=recipe.weights_step if recipe else None,

@@ -95,7 +95,7 @@ def evaluate_neighbours(weights: str, train: str, val: str, options: KnnOptions)
             "k": options.k,
             "temperature": options.temperature,
             "pool": options.pool,
-            "margin": reading.margin,
+            "margin": reading.crop.margin,
             "image_size": list(config.image_size),
         },
         step=step,

@@ -6,7 +6,7 @@ from pathlib import Path
 from maelstream.jobs.distributed.ranks import Ranks
 from maelstream.jobs.recipe import RecipeError
 from maelstream.pipeline.config import DecodeConfig, LoaderConfig
-from maelstream.pipeline.eval_pass import Reading, evaluation_margin
+from maelstream.pipeline.eval_pass import Reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,8 +14,8 @@ class EvaluationOptions:
     """How every image is read once, and where the result goes."""
 
     margin: float | None = None
-    """Size of the resized image divided by the size of the crop. Default: the run's margin; for a file 256 / 224 up to
-    224 px and 1 above."""
+    """Size of the resized image divided by the size of the crop. Default: the run's margin if its recipe has one, and
+    otherwise the reference's: 256 / 224 up to 224 px and 1 above."""
     heads: int | None = None
     """Attention heads, for a file that does not store their number; dim / 64 if not given."""
     micro_batch_size: int = 64
@@ -34,10 +34,9 @@ class EvaluationOptions:
             )
 
     def reading(self, image_size: tuple[int, int], margin: float | None, ranks: Ranks) -> Reading:
-        """How to read images of the model's `image_size`; `margin` is the run's own, or None for a file."""
-        margin = self.margin or margin or evaluation_margin(image_size)
+        """How to read images of the model's `image_size`; `margin` is the recipe's, if it has one."""
         loader = LoaderConfig(self.threads or ranks.threads, decode=self.decode)
-        return Reading(image_size, margin, self.micro_batch_size, loader)
+        return Reading(image_size, self.margin or margin, self.micro_batch_size, loader)
 
     def result_folder(self, weights: Path, step: int | None, name: str) -> Path:
         """The folder of the result: inside the run `weights` if there is a `step`, below runs/ for a file."""

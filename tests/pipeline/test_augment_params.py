@@ -18,7 +18,7 @@ from maelstream.pipeline.augment_params import (
     random_resized_crop,
     resized_crop,
 )
-from maelstream.pipeline.config import CropConfig
+from maelstream.pipeline.config import CropConfig, evaluation_margin
 
 CROP = CropConfig()
 sides = st.integers(1, 5000)
@@ -131,12 +131,22 @@ def test_the_one_draw_crop_is_distributed_as_in_the_reference() -> None:
 
 @given(width=sides, height=sides, size=st.integers(1, 500), margin=st.floats(1, 2))
 def test_resize_and_centre_crop_equal_torchvision(width: int, height: int, size: int, margin: float) -> None:
-    """The arithmetic of Resize and CenterCrop for a square input."""
+    """The arithmetic of Resize and CenterCrop for a square input, on the short side that the reference gives Resize."""
     (resize,) = resized_crop(None, np.array([width]), np.array([height]), (size, size), margin)
-    short = round(size * margin)
+    short = int(size * margin + 1e-6)
     expected = _compute_resized_output_size((height, width), [short])
     assert resize[:2].tolist() == expected
     assert resize[2:].tolist() == [round((side - size) / 2.0) for side in expected]
+
+
+def test_the_short_side_is_the_references_at_every_size() -> None:
+    """`size = int(args.input_size / crop_pct)`, crop_pct 224 / 256 up to 224 px and 1 above; all sizes of 1 to 512."""
+    for size in range(1, 513):
+        crop_pct = 224 / 256 if size <= 224 else 1.0
+        margin = evaluation_margin((size, size))
+        for length in (1, size, 500, 5000):
+            (resize,) = resized_crop(None, np.array([length]), np.array([length]), (size, size), margin)
+            assert resize[:2].tolist() == [int(size / crop_pct)] * 2
 
 
 @given(width=sides, height=sides, sample=st.integers(0, 10**6))
@@ -168,7 +178,7 @@ def test_jitter_factors_are_within_their_bounds_and_every_order_occurs() -> None
     assert params is not None and params.jitter_factors is not None and params.jitter_orders is not None
     assert 0.6 <= params.jitter_factors.min() < 0.61 and 1.39 < params.jitter_factors.max() <= 1.4
     assert len({tuple(order) for order in params.jitter_orders.tolist()}) == 6
-    assert params.operations is None and params.boxes is None
+    assert params.operations is None and params.erasing is None
 
 
 def test_rand_augment_is_drawn_as_timm_draws_it() -> None:
@@ -193,8 +203,10 @@ def test_boxes_are_erased_with_the_probability_and_size_of_the_setting() -> None
     count = 20_000
     columns = np.zeros(count, np.int64), np.arange(count), np.full(count, 500), np.full(count, 375)
     params = AugmentSampler(0, CropConfig(erase=0.25), (224, 224)).at(*columns).pixel_augment
-    assert params is not None and params.boxes is not None
-    left, top, width, height = params.boxes[params.boxes[:, 2] > 0].T
+    assert params is not None and params.erasing is not None
+    boxes = params.erasing.boxes
+    assert len(set(params.erasing.keys.tolist())) == count
+    left, top, width, height = boxes[boxes[:, 2] > 0].T
     assert abs(len(left) / count - 0.25) < 0.01
     assert (left >= 0).all() and (top >= 0).all() and (left + width <= 224).all() and (top + height <= 224).all()
     share = width * height / 224**2

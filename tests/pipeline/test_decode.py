@@ -250,7 +250,7 @@ def test_jitter_equals_that_of_torchvision() -> None:
     data, window = encoded(photograph(), "JPEG"), np.array([[0, 0, 300, 200]], np.int32)
     batch = batch_of([data], window, NONE)
     factors, order = np.array([[1.3, 0.7, 1.2]]), np.array([[2, 0, 1]])
-    params = PixelAugment(factors, order, None, None, None, np.zeros(1, np.int64))
+    params = PixelAugment(factors, order, None, None, None)
     plain, jittered = decode(batch), decode(replace(batch, pixel_augment=params))
     picture = Image.fromarray(plain[0].permute(1, 2, 0).numpy())
     for adjust, factor in ((adjust_saturation, 1.2), (adjust_brightness, 1.3), (adjust_contrast, 0.7)):

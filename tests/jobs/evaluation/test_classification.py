@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,16 +12,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maelstream.jobs.distributed.ranks import Ranks
-from maelstream.jobs.evaluation.classification import Classification
+from maelstream.jobs.evaluation import classification
+from maelstream.jobs.evaluation.classification import Classification, model_of
 from maelstream.jobs.evaluation.classify import check_datasets
-from maelstream.jobs.recipe import ClassificationRecipe, EngineConfig, OptimConfig, TuningConfig
-from maelstream.model.config import ClassifierConfig
+from maelstream.jobs.recipe import ClassificationRecipe, EngineConfig, Job, LabelledData, OptimConfig, TuningConfig
+from maelstream.model.config import ClassifierConfig, MAEConfig
+from maelstream.model.mae import MAE
+from maelstream.pipeline.erase import Erasing, erase
 from maelstream.pipeline.loader import Batch
 from maelstream.pipeline.mixup import MixupConfig
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
 
 PLAIN = MixupConfig(0, 0, 0)
+MEAN, STD = torch.tensor(LabelledData().mean), torch.tensor(LabelledData().std)
 BATCH = Batch(
     images=torch.arange(5 * 3 * 16).view(5, 3, 4, 4).to(torch.uint8),
     keys=torch.arange(5) * 7919,
@@ -107,3 +112,39 @@ def test_an_empty_validation_set_is_rejected(packed: Dataset) -> None:
     assert len(empty) == 0
     with pytest.raises(MaelstreamError, match="holds no images; pack some"):
         check_datasets(packed, empty)
+
+
+def test_a_box_is_erased_after_normalising_and_before_mixup(
+    task: Callable[..., Classification], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the reference: normal noise, not limited to the levels of a byte, which mixup then mixes."""
+    boxes = np.array([[0, 0, 4, 4], *[[0, 0, 0, 0]] * 3, [1, 0, 2, 3]], np.int32)
+    erasing, seen = Erasing(boxes, np.arange(5)), list[Tensor]()
+    batch = replace(BATCH, erasing=erasing)
+
+    def mixed(levels: Tensor, labels: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        seen.append(levels.clone())
+        return levels, labels
+
+    monkeypatch.setattr(classification, "apply_mixup", mixed)
+    task(MixupConfig()).loss(Engine(), 0, batch.images, batch, 0)
+    expected = (batch.images.float() / 255 - MEAN[:, None, None]) / STD[:, None, None]
+    erase(expected, erasing, (), ())
+    torch.testing.assert_close(seen[0], expected)
+    assert float(seen[0].min()) < -2.2  # black is -2.12
+
+
+@pytest.mark.parametrize(("job", "std"), [("scratch", 0.02), ("finetune", 2e-5)])
+def test_the_head_starts_at_timms_deviation_from_scratch_and_at_the_references_on_weights(
+    tmp_path: Path, job: Job, std: float
+) -> None:
+    """Reference: timm's 0.02, and 2e-5 only when weights are loaded."""
+    file = ""
+    if job == "finetune":
+        file = str(tmp_path / "encoder.pth")
+        mae = MAE(MAEConfig((16, 16), 4, dim=48, depth=1, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2))
+        torch.save({"model": mae.state_dict()}, file)
+    model = ClassifierConfig(100, (16, 16), 4, dim=48, depth=1, heads=2)
+    built: Any = model_of(ClassificationRecipe(job=job, model=model, weights=file), None)
+    assert built.head.weight.std().item() == pytest.approx(std, rel=0.1)
+    assert built.blocks[0].attn.qkv.weight.std().item() > 0.01 and not built.head.bias.any()
