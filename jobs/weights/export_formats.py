@@ -5,6 +5,7 @@ model card says about them.
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from maelstream.model.config import MAEConfig
 from maelstream.model.formats import has_decoder, to_hf_file
 from maelstream.model.sizes import VIT_B16, VIT_H14, VIT_L16, ViTSize
+from maelstream.pipeline.config import evaluation_margin
 from maelstream.shards.errors import MaelstreamError
 
 Format = Literal["reference", "timm", "hf"]
@@ -97,8 +99,8 @@ def write_hf(folder: Path, weights: dict[str, Tensor], config: MAEConfig) -> For
     write_json(folder / "config.json", hf_config(config, architecture))
     write_json(folder / "preprocessor_config.json", hf_preprocessing(config))
     load = (
-        f"from transformers import {architecture}, ViTImageProcessor\n\n"
-        'processor = ViTImageProcessor.from_pretrained(".")\n'
+        f"from transformers import AutoImageProcessor, {architecture}\n\n"
+        'processor = AutoImageProcessor.from_pretrained(".")\n'
     )
     if has_decoder(weights):
         load += f'model = {architecture}.from_pretrained(".")'
@@ -113,7 +115,7 @@ def write_hf(folder: Path, weights: dict[str, Tensor], config: MAEConfig) -> For
         files={
             "model.safetensors": f"the weights of `{architecture}`, float32, under the names of published checkpoints",
             "config.json": "transformers' configuration: sizes, mask ratio, target, epsilon",
-            "preprocessor_config.json": "transformers' image processor: image size, mean and deviation of the pixels",
+            "preprocessor_config.json": "transformers' image processor: size, crop, mean and deviation of pixels",
         },
         load=load,
     )
@@ -147,7 +149,7 @@ def timm_config(config: MAEConfig, architecture: str) -> dict[str, Any]:
             "input_size": [config.in_chans, *config.image_size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": 0.9,
+            "crop_pct": round(1 / evaluation_margin(config.image_size), 3),
             "mean": config.mean,
             "std": config.std,
             "num_classes": 0,
@@ -187,12 +189,19 @@ def hf_config(config: MAEConfig, architecture: str) -> dict[str, Any]:
 
 
 def hf_preprocessing(config: MAEConfig) -> dict[str, Any]:
-    """transformers' `preprocessor_config.json`: bicubic resize to the image size, then the model's normalisation."""
+    """transformers' `preprocessor_config.json`: the crop of our evaluation, then the model's normalisation.
+
+    The images are square. ViTImageProcessor, the default of ViTMAE, squashes them to that shape up to transformers 4.
+    """
+    side = config.image_size[0]
     return {
-        "image_processor_type": "ViTImageProcessor",
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": config.image_size[0], "width": config.image_size[1]},
+        "size": {"shortest_edge": math.floor(side * evaluation_margin(config.image_size) + 1e-6)},
         "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
