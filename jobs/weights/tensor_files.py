@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from maelstream.jobs.weights.errors import WeightsError
-from maelstream.jobs.weights.torch_pickle import Items, NotTorchFileError, TensorRef, TorchFile
+from maelstream.jobs.weights.torch_file import NotTorchFileError, TorchFile
+from maelstream.jobs.weights.torch_pickle import Items, TensorRef
 from maelstream.model.formats import CLASS_TOKEN, is_average
 
 FOLDER_NAMES = (
@@ -185,10 +186,7 @@ def _tar_kind(file: Path) -> str:
     except tarfile.TarError:
         return f"a damaged tar file; {_FETCH}"
     if {"pickle", "storages", "tensors"} & {name.removeprefix("./") for name in first}:
-        return (
-            "a checkpoint of torch 0.1, a tar file, which torch reads only with weights_only=False; if you trust it: "
-            "torch.save(torch.load(FILE, weights_only=False), NEW)"
-        )
+        return ""  # torch 0.1
     return "a tar file; unpack it, and give the file of weights in it"
 
 

@@ -1,27 +1,17 @@
-"""Reads what `torch.save` wrote, in its zip format and in the older one, without running anything from the file.
+"""An unpickler that runs nothing from the file.
 
 A pickle is a program that calls functions by name, so every name in the file becomes an object of this module. The few
 functions that rebuild tensors and plain data (paths, numpy scalars, dates) become functions of this module, which
-return inert values. Every other name becomes a new, empty class; a call of it is recorded in `TorchFile.called` and not
-made. No name is ever imported. Tensors become references, and `TorchFile.tensor` reads only those that are needed: a
-training checkpoint is two thirds optimizer state.
-
-torch's `weights_only=True` also runs nothing, but refuses pickles that hold a path, a numpy scalar, a subclass of dict
-or protocol 4.
+return inert values. Every other name becomes a new, empty class; a call of it is recorded in `called` and not made. No
+name is ever imported. Tensors become references to their place in the file.
 """
 
 import pickle
-import zipfile
 from collections.abc import Callable
-from functools import lru_cache
-from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the older format
 _DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # names that protocol 2 writes
 _STORAGES = {
@@ -39,10 +29,6 @@ _STORAGES = {
     "ComplexFloatStorage": torch.complex64,
     "UntypedStorage": torch.uint8,
 }
-
-
-class NotTorchFileError(ValueError):
-    """The file is a pickle or a zip file, but `torch.save` did not write it."""
 
 
 class StorageRef(NamedTuple):
@@ -85,96 +71,14 @@ class Items(dict):
         return id(self)
 
 
-class TorchFile:
-    """An open file of `torch.save`; a context manager.
-
-    Raises:
-        NotTorchFileError: a pickle or a zip file of something else.
-        Exception: any other kind, for a damaged file. Damage can raise nearly anything in a pickle.
-    """
-
-    content: Any
-    """What was saved, from plain values, `Items` and `TensorRef`."""
-    called: list[str]
-    """Names of the functions that the file asks to call, which were not called."""
-
-    def __init__(self, path: Path):
-        self.called = []
-        self._file: BinaryIO = path.open("rb")
-        try:
-            self._open_zip() if self._file.read(4) == b"PK\x03\x04" else self._open_older()
-        except BaseException:
-            self._file.close()
-            raise
-        self._storage = lru_cache(maxsize=1)(self._read_storage)  # tensors may be views of one large storage
-
-    def __enter__(self) -> "TorchFile":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-
-    def tensor(self, ref: TensorRef) -> Tensor:
-        """Reads a tensor: contiguous, on the CPU; RuntimeError if it does not fit into its storage."""
-        storage = ref.storage
-        if 0 in ref.size:
-            return torch.empty(ref.size, dtype=ref.dtype)
-        data = self._storage(storage.key)
-        numbers = torch.frombuffer(data, dtype=torch.uint8)
-        first = storage.start * storage.dtype.itemsize
-        numbers = numbers[first : first + storage.length * storage.dtype.itemsize].view(ref.dtype)
-        view = torch.as_strided(numbers, ref.size, ref.stride, numbers.storage_offset() + ref.offset)
-        return view.clone(memory_format=torch.contiguous_format) if view.numel() < len(numbers) else view.contiguous()
-
-    def _open_zip(self) -> None:
-        archive = zipfile.ZipFile(self._file)
-        found = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
-        if len(found) != 1:
-            raise NotTorchFileError("a zip file that torch.save did not write")
-        prefix = found[0].removesuffix("data.pkl")
-        if f"{prefix}byteorder" in archive.namelist() and archive.read(f"{prefix}byteorder") != b"little":
-            raise NotTorchFileError("written on a big-endian machine")
-        with archive.open(found[0]) as file:
-            self.content = _Unpickler(file, self.called).load()
-
-        def read(key: str) -> bytearray:
-            return bytearray(archive.read(f"{prefix}data/{key}"))
-
-        self._read_storage: Callable[[str], bytearray] = read
-
-    def _open_older(self) -> None:
-        """Magic number, protocol, platform, the object, the keys of its storages, then each storage's size and data."""
-        file = self._file
-        file.seek(0)
-        if _Unpickler(file, self.called).load() != _MAGIC:
-            raise NotTorchFileError("a pickle that torch.save did not write")
-        if _Unpickler(file, self.called).load() != 1001 or not isinstance(_Unpickler(file, self.called).load(), dict):
-            raise NotTorchFileError("a pickle of an unknown version of torch.save")
-        unpickler = _Unpickler(file, self.called)
-        self.content = unpickler.load()
-        places: dict[str, tuple[int, int]] = {}  # first byte, and number of bytes
-        for key in _Unpickler(file, self.called).load():
-            count = int.from_bytes(file.read(8), "little")
-            places[key] = file.tell(), count * unpickler.item_sizes[key]
-            file.seek(places[key][1], 1)
-
-        def read(key: str) -> bytearray:
-            file.seek(places[key][0])
-            data = bytearray(file.read(places[key][1]))
-            if len(data) < places[key][1]:
-                raise EOFError
-            return data
-
-        self._read_storage = read
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds plain values; see the module's docstring."""
+class SafeUnpickler(pickle.Unpickler):
+    """Builds plain values; see the module's docstring. `called` gets the names that a file asks to call."""
 
     def __init__(self, file: Any, called: list[str]):
         super().__init__(file, encoding="latin1")  # strings of Python 2
         self._called = called
         self.item_sizes: dict[str, int] = {}
+        self.tensors: dict[str, TensorRef] = {}  # by key, in a tar file
 
     def find_class(self, module: str, name: str) -> Any:
         module = _PYTHON_2.get(module, module)
@@ -187,7 +91,9 @@ class _Unpickler(pickle.Unpickler):
             return _Function(_PLAIN[full])
         return self._empty_class(full)
 
-    def persistent_load(self, saved: Any) -> StorageRef:
+    def persistent_load(self, saved: Any) -> StorageRef | TensorRef:
+        if isinstance(saved, int | str):
+            return self.tensors[str(saved)]
         kind, dtype, key, _, count, *view = saved
         if kind not in ("storage", b"storage") or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError("only storages are stored outside the pickle")
@@ -221,7 +127,8 @@ class _Function:
         return self._function(*args)
 
 
-def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> TensorRef:
+def tensor_ref(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> TensorRef:
+    """A reference to a tensor; UnpicklingError unless `storage` is a reference to a storage."""
     if type(storage) is not StorageRef:
         raise pickle.UnpicklingError("a tensor without a storage")
     return TensorRef(storage, offset, tuple(size), tuple(stride), storage.dtype)
@@ -230,7 +137,7 @@ def _tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int,
 def _typed_tensor(storage: Any, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any) -> Any:
     if not isinstance(dtype, torch.dtype):
         raise pickle.UnpicklingError("a tensor without a dtype")
-    return _tensor(storage, offset, size, stride)._replace(dtype=dtype)
+    return tensor_ref(storage, offset, size, stride)._replace(dtype=dtype)
 
 
 def _of_subclass(function: Any, kind: Any, args: Any, state: Any) -> Any:
@@ -273,8 +180,8 @@ def _nothing(*_: Any) -> Items:
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path", "PurePath")
 _NUMPY = ("core.multiarray", "_core.multiarray", "core.numeric", "_core.numeric")
 _PLAIN: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor": tensor_ref,
+    "torch._utils._rebuild_tensor_v2": tensor_ref,
     "torch._utils._rebuild_tensor_v3": _typed_tensor,
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,

@@ -21,7 +21,7 @@ from maelstream.jobs.weights.tensor_files import report
 from maelstream.model.config import MAEConfig
 from maelstream.model.formats import to_hf_file
 from maelstream.model.mae import MAE
-from tests.jobs.weights.test_torch_pickle import attacks, plain_data
+from tests.jobs.weights.test_torch_file import attacks, plain_data
 
 TINY = MAEConfig((32, 32), patch_size=8, dim=32, depth=2, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2)
 
@@ -217,7 +217,7 @@ OTHERS = {
     "gzip": (lambda path: path.write_bytes(gzip.compress(b"x")), "compressed with gzip; unpack it first"),
     "hdf5": (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "an HDF5 file, such as of Keras"),
     "tar": (lambda path: tarred(path, "a.jpg", "b.jpg"), "a tar file; unpack it"),
-    "torch 0.1": (lambda path: tarred(path, "sys_info", "pickle", "storages", "tensors"), "a checkpoint of torch 0.1"),
+    "torch 0.1": (lambda path: tarred(path, "sys_info", "pickle", "storages", "tensors"), "is truncated"),
     "pickle": (
         lambda path: path.write_bytes(pickle.dumps({"w": np.ones(2)})),
         "a pickle that torch.save did",

@@ -10,6 +10,8 @@ import operator
 import os
 import pathlib
 import pickle
+import struct
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maelstream.jobs.weights.torch_pickle import Items, NotTorchFileError, TensorRef, TorchFile
+from maelstream.jobs.weights.torch_file import NotTorchFileError, TorchFile
+from maelstream.jobs.weights.torch_pickle import Items, TensorRef
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 DTYPES += [torch.complex64, torch.float8_e4m3fn, torch.uint16]
@@ -105,6 +108,57 @@ def test_names_of_numpy_1_and_2_and_of_paths_of_windows_are_read_on_any_system(t
     path.write_bytes(changed)
     assert b"pathlib\nWindowsPath" in changed and f"{old}.multiarray".encode() in changed
     assert read(path)[0]["out"] == "/out" and read(path)[1] == []
+
+
+class TarPickler(pickle.Pickler):
+    """Writes tensors as keys, as torch 0.1 did."""
+
+    def __init__(self, file: Any):
+        super().__init__(file, protocol=2)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.tensors.append(value)
+        return len(self.tensors)
+
+
+def saved_by_torch_0_1(path: Path, content: Any) -> Path:
+    """The tar format; each tensor has a storage of its own, and one more is a view of the first storage."""
+    objects, storages, tensors = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    pickler = TarPickler(objects)
+    pickler.dump(content)
+    found = pickler.tensors
+    storages.write(pickle.dumps(len(found), 2))
+    tensors.write(pickle.dumps(len(found) + 1, 2))
+    for key, tensor in enumerate(found, 1):
+        whole = tensor.contiguous()
+        storages.write(pickle.dumps((key, "cpu", torch.FloatStorage), 2))
+        storages.write(whole.numel().to_bytes(8, "little") + whole.numpy().tobytes())
+    storages.write(pickle.dumps([(99, 1, 1, 2)], 2))
+    places = [(key, key, tensor) for key, tensor in enumerate(found, 1)] + [(98, 99, torch.zeros(2))]
+    for key, storage, tensor in places:
+        tensors.write(pickle.dumps((key, storage, torch.FloatTensor), 2))
+        shape = [*tensor.shape, *tensor.contiguous().stride(), 0]
+        tensors.write(struct.pack(f"<ii{len(shape)}q", tensor.ndim, 0, *shape))
+    parts = {"sys_info": io.BytesIO(pickle.dumps({}, 2)), "pickle": objects, "storages": storages, "tensors": tensors}
+    with tarfile.open(path, "w") as archive:
+        for name, buffer in parts.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(buffer.getvalue())
+            archive.addfile(member, io.BytesIO(buffer.getvalue()))
+    return path
+
+
+def test_the_tar_format_of_torch_0_1_is_read_as_torch_reads_it(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"epoch": 3, "w": torch.randn(3, 4), "b": torch.randn(5), "s": torch.tensor(2.0)}
+    path = saved_by_torch_0_1(tmp_path / "x.pth", content)
+    expected, (found, called) = torch.load(path, weights_only=False), read(path)
+    assert not called and found.keys() == expected.keys() and found["epoch"] == 3
+    for name in ("w", "b", "s"):
+        assert_equal(found[name], expected[name])
+        assert_equal(found[name], content[name])
 
 
 class Reduced:
