@@ -50,7 +50,8 @@ def runs_table(folders: list[RunFolder]) -> Table:
 def main(args: list[str]) -> int:
     """Entry point of `maelstream runs`."""
     command = parse_arguments(Runs, args, "runs")
-    folders = [RunFolder(path.parent) for path in sorted(command.dir.rglob("config.yaml"))]
+    found = {*command.dir.rglob("config.yaml"), *command.dir.glob("*/config.yaml")}  # rglob follows no links
+    folders = [RunFolder(path.parent) for path in sorted(found)]
     if not folders:
         raise MaelstreamError(f"{command.dir} holds no run; start one with `maelstream pretrain RECIPE --run DIR`")
     Console().print(runs_table(folders))

@@ -67,9 +67,10 @@ class TorchFile:
         if 0 in ref.size:
             return torch.empty(ref.size, dtype=ref.dtype)
         data = self._storage(storage.key)
-        numbers = torch.frombuffer(data, dtype=torch.uint8)
-        first = storage.start * storage.dtype.itemsize
-        numbers = numbers[first : first + storage.length * storage.dtype.itemsize].view(ref.dtype)
+        first, end = (number * storage.dtype.itemsize for number in (storage.start, storage.start + storage.length))
+        if not 0 <= first < end <= len(data):
+            raise RuntimeError(f"storage {storage.key} is shorter than its tensor")
+        numbers = torch.frombuffer(data, dtype=torch.uint8)[first:end].view(ref.dtype)
         view = torch.as_strided(numbers, ref.size, ref.stride, numbers.storage_offset() + ref.offset)
         return view.clone(memory_format=torch.contiguous_format) if view.numel() < len(numbers) else view.contiguous()
 

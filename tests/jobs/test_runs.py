@@ -46,3 +46,14 @@ def test_watch_prints_the_run_once_without_a_terminal(folder: RunFolder, capsys:
 def test_curves_fit_their_width() -> None:
     assert curve([0.0, 1.0, 0.5], 10) == "▁█▅" and len(curve([float(n) for n in range(1000)], 40)) == 40
     assert curve([2.0, 2.0], 10) == "▁▁"
+
+
+def test_a_link_to_a_run_on_another_disk_is_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RunFolder(tmp_path / "disk" / "b16").start(Recipe(), 0)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "linked").symlink_to(tmp_path / "disk" / "b16")
+    monkeypatch.chdir(tmp_path)
+    assert run("runs", ["runs"]) == 0
+    assert "runs/linked" in capsys.readouterr().out
