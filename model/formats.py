@@ -212,7 +212,7 @@ def mismatches(weights: Weights, expected: Weights) -> list[str]:
 
 def nonfinite_names(weights: Weights) -> list[str]:
     """Names of the tensors that contain NaN or infinity."""
-    return [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    return [name for name, tensor in weights.items() if not _is_finite(tensor)]
 
 
 def square_grid(weights: Weights) -> tuple[int, int] | None:
@@ -252,6 +252,13 @@ def describe_model(weights: Weights) -> str:
     if "decoder_embed.weight" in weights:
         return f"{text}, decoder {len(weights['decoder_embed.weight'])} x {_depth(weights, 'decoder_blocks')}"
     return f"{text}, no decoder"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return bool(tensor.isfinite().all())
+    # A sum is finite only if all numbers are, and needs no memory; only a sum of huge numbers overflows.
+    return bool(tensor.sum(dtype=torch.float64).isfinite()) or bool(tensor.double().isfinite().all())
 
 
 def _depth(weights: Weights, stack: str) -> int:
