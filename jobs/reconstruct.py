@@ -25,6 +25,7 @@ from maelstream.jobs.reporting.reconstruction_files import ReconstructionInfo, d
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.weights.reading import read_weights
 from maelstream.jobs.weights.stored_mae import stored_mae
+from maelstream.jobs.weights.tensor_files import FOLDER_NAMES
 from maelstream.model.config import MAEConfig
 from maelstream.model.mae import Reconstruction
 from maelstream.shards.dataset import Dataset
@@ -111,6 +112,10 @@ def _reconstruct_weights(command: Reconstruct) -> int:
     """Weights without a run: sizes from their shapes, masks as in the first epoch of a run with seed 0."""
     if command.weights is not None:
         raise MaelstreamError(f"{command.run} is not a run: it has no config.yaml; give --weights alone, in its place")
+    if command.run.is_dir() and not any((command.run / name).exists() for name in FOLDER_NAMES):
+        raise MaelstreamError(
+            f"{command.run} is not a run: it has no config.yaml; nor has it weights: give a run, or a file of weights"
+        )
     stored = read_weights(command.run)
     model = stored_mae(stored, command.heads, command.decoder_heads, command.norm_pix)
     if (source := command.images or command.dataset) is None:
