@@ -4,7 +4,8 @@ The paper compares four kinds (Table 1): none (the centre crop), fixed size, ran
 jitter. The random size is torchvision's RandomResizedCrop (appendix A.1, table 8): up to ten tries at an area and an
 aspect ratio, then the largest centred window of an allowed ratio. Linear probing uses the reference's single try.
 Random-size windows are drawn in pixels of the stored image, so only the window is decoded. For the other two, the whole
-image is resized first, as torchvision's Resize and CenterCrop do for evaluation.
+image is resized first, as torchvision's Resize and CenterCrop do for evaluation. Of a very long image, only the part
+that the crop needs is decoded and resized.
 """
 
 from dataclasses import dataclass
@@ -19,14 +20,17 @@ from maelstream.pipeline.pixel_augment import OPERATIONS, PixelAugment
 
 _TRIES = 10
 _LAYERS, _MAGNITUDE_STD = 2, 0.5  # of RandAugment
+_RESIZED_WHOLE = 2**22  # pixels of a resized image (12 MB): a square of 224 px from one 54 times as long as it is wide
 
 
 @dataclass(frozen=True)
 class AugmentParams:
     """Augmentation parameters of one batch."""
 
-    windows: Int32[np.ndarray, "b 4"]  # left, top, width, height of the crop in pixels of the stored image
-    resizes: Int32[np.ndarray, "b 4"]  # height and width to resize it to; top and left of the final crop from that
+    windows: Int32[np.ndarray, "b 4"]  # left, top, width, height in pixels of the stored image
+    resizes: Float64[np.ndarray, "b 4"]
+    """Height and width to resize the window to; top and left of the final crop from that. Whole numbers, except for
+    windows of very long images: there, positions in the resized window are positions in the resized image."""
     flips: Bool[np.ndarray, "b"]
     keys: Int64[np.ndarray, "b"]  # hashed into masks on the device
     pixel_augment: PixelAugment | None
@@ -55,11 +59,11 @@ class AugmentSampler:
         if crop.kind == "random_size":
             sampler = random_resized_crop if crop.sampler == "ten_tries" else one_draw_crop
             windows = sampler(tries, widths, heights, crop)
-            resizes = np.tile(np.array([*self.image_size, 0, 0], np.int32), (count, 1))
+            resizes = np.tile(np.array([*self.image_size, 0.0, 0.0]), (count, 1))
         else:
-            windows = np.stack([0 * widths, 0 * heights, widths, heights], axis=1).astype(np.int32)
             at = tries[:, 0, 2:] if crop.kind == "fixed_size" else None
             resizes = resized_crop(at, widths, heights, self.image_size, crop.margin or MARGIN)
+            windows, resizes = needed_windows(widths, heights, resizes, self.image_size)
         augments_pixels = crop.jitter or crop.rand_augment or crop.erase
         return AugmentParams(
             windows=windows,
@@ -121,8 +125,8 @@ def resized_crop(
     heights: np.ndarray,
     image_size: tuple[int, int],
     margin: float,
-) -> Int32[np.ndarray, "b 4"]:
-    """Height and width to resize whole images to, and top and left of the crop of `image_size`.
+) -> Float64[np.ndarray, "b 4"]:
+    """Height and width to resize whole images to, and top and left of the crop of `image_size`; whole numbers.
 
     The resized image is the smallest that contains `margin` times `image_size`. The crop is its centre: the short side
     is truncated as in the reference, `int(size / crop_pct)`, the rest as in torchvision's Resize and CenterCrop. Or
@@ -138,7 +142,30 @@ def resized_crop(
     resized = np.maximum(resized, image_size)
     free = resized - np.array(image_size)
     start = np.rint(free / 2).astype(np.int64) if at is None else np.floor(at[:, ::-1] * (free + 1)).astype(np.int64)
-    return np.concatenate([resized, start], axis=1).astype(np.int32)  # (B, 4)
+    return np.concatenate([resized, start], axis=1).astype(np.float64)  # (B, 4)
+
+
+def needed_windows(
+    widths: np.ndarray, heights: np.ndarray, resizes: Float64[np.ndarray, "b 4"], image_size: tuple[int, int]
+) -> tuple[Int32[np.ndarray, "b 4"], Float64[np.ndarray, "b 4"]]:
+    """Windows (left, top, width, height) to decode for crops of resized images, and `resizes` of these windows.
+
+    A window is the whole image, or the part that the crop and the support of the bicubic filter cover if the whole
+    resized image would take much memory.
+    """
+    sides = np.stack([heights, widths], axis=1).astype(np.int64)  # (B, 2)
+    resized, start = resizes[:, :2], resizes[:, 2:]
+    scale = sides / resized  # stored pixels per resized pixel
+    reach = 2 * np.maximum(scale, 1) + 1
+    first = np.floor(scale * start - reach).clip(0).astype(np.int64)
+    end = np.ceil(scale * (start + np.array(image_size)) + reach).astype(np.int64).clip(max=sides)
+    whole = resized.prod(axis=1, keepdims=True) <= max(_RESIZED_WHOLE, 4 * image_size[0] * image_size[1])
+    first, end = np.where(whole, 0, first), np.where(whole, sides, end)
+    shape = end - first
+    # Products before quotients: they are exact, so that the resize of a whole side stays a whole number.
+    parts = np.where(shape == sides, resized, shape * resized / sides), start - first * resized / sides
+    windows = np.concatenate([first[:, ::-1], shape[:, ::-1]], axis=1).astype(np.int32)
+    return windows, np.concatenate(parts, axis=1)  # (B, 4) each
 
 
 def one_draw_crop(

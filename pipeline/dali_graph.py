@@ -7,6 +7,7 @@ as torchvision and PIL do. DALI's nodes have no types.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from nvidia.dali import fn, types
 
 
@@ -40,7 +41,18 @@ def decoded_windows(encoded, start, shape, device: str, form: str, **options: An
 
 
 def resized(windows, size, crop, flip, image_size: tuple[int, int]):  # type: ignore[no-untyped-def]
-    """Windows resized, cropped to `image_size` and flipped."""
-    images = fn.resize(windows, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
-    images = fn.slice(images, start=crop, shape=list(image_size), axes=[0, 1])
+    """Windows resized to `size`, cropped to `image_size` from `crop` and flipped.
+
+    Only the crop is computed. The filter also reads the pixels around it, so the result is that of a whole resize.
+    """
+    extent = types.Constant(np.array(image_size, np.float32))
+    images = fn.resize(
+        windows,
+        size=list(image_size),
+        roi_start=crop / size,
+        roi_end=(crop + extent) / size,
+        roi_relative=True,
+        interp_type=types.INTERP_CUBIC,
+        antialias=True,
+    )
     return fn.flip(images, horizontal=flip)

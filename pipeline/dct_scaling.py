@@ -7,13 +7,13 @@ image. docs/measured/pipeline.md has the costs and gains.
 
 import numpy as np
 import simplejpeg
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float64, Int32, UInt8
 
 STUB = np.frombuffer(simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8)), np.uint8)
 """A tiny JPEG that DALI decodes instead of one that this module decodes."""
 
 
-def reduction(data: UInt8[np.ndarray, "size"], window: Int32[np.ndarray, "4"], resize: Int32[np.ndarray, "4"]) -> int:
+def reduction(data: UInt8[np.ndarray, "size"], window: Int32[np.ndarray, "4"], resize: Float64[np.ndarray, "4"]) -> int:
     """How many times smaller an image can be decoded: 1, 2, 4 or 8.
 
     The reduced window is never smaller than the size to which it will be resized. `window` and `resize` are rows of

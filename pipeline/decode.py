@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int32, Shaped
+from jaxtyping import Bool, Float64, Int32, Shaped, UInt8
 from nvidia.dali import Pipeline, fn
 from nvidia.dali.plugin.pytorch import feed_ndarray
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -32,6 +33,8 @@ from maelstream.pipeline.pixel_augment import PixelAugment, augment_pixels
 from maelstream.pipeline.tracing import trace_range
 from maelstream.shards.errors import MaelstreamError
 
+_WIDENED = 2**24  # pixels between the two passes of a resize (48 MB)
+
 
 @dataclass(frozen=True)
 class EncodedBatch:
@@ -39,7 +42,7 @@ class EncodedBatch:
 
     encoded: list[np.ndarray]  # file bytes of each image, uint8
     windows: Int32[np.ndarray, "b 4"]
-    resizes: Int32[np.ndarray, "b 4"]
+    resizes: Float64[np.ndarray, "b 4"]
     flips: Bool[np.ndarray, "b"]
     pixel_augment: PixelAugment | None
 
@@ -86,12 +89,14 @@ class CpuDecoder:
         device: torch.device,
         output: Output = Output(),
         config: DecodeConfig = DecodeConfig(),
+        ahead: int = 2,
     ):
+        """`ahead` batches are decoded before they are asked for, each held in memory with all its stored pixels."""
         self._source, self._image_size, self._output, self._threads = source, image_size, output, threads
         self._buffers, self._dct_scaling = BufferPool(), config.dct_scaling
         self._in_dali: deque[tuple[EncodedBatch, np.ndarray]] = deque()  # pulled by DALI, not yet returned
         self._resizers = ThreadPoolExecutor(threads, "resize")
-        self._pipeline = Pipeline(max_batch_size, threads, device_id=None, prefetch_queue_depth=2)
+        self._pipeline = Pipeline(max_batch_size, threads, device_id=None, prefetch_queue_depth=ahead)
         with self._pipeline:
             encoded, start, shape = fn.external_source(self._feed, num_outputs=3)
             self._pipeline.set_outputs(decoded_windows(encoded, start, shape, "cpu", "window"))
@@ -131,15 +136,10 @@ class CpuDecoder:
         erasing = batch.pixel_augment.erasing if batch.pixel_augment is not None and self._output.erase else None
 
         def resize(index: int) -> None:
-            # `windows.at` would copy. The batch axis is added before the permutation: with the axis of length 1 added
-            # last, ATen infers channels-first strides and writes its result so, which takes half as long again.
-            pixels = np.asarray(windows[index])
+            pixels = np.asarray(windows[index])  # `windows.at` would copy
             if reductions[index] > 1:
                 pixels = decode_reduced_window(batch.encoded[index], batch.windows[index], reductions[index])
-            window = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
-            height, width, top, left = batch.resizes[index].tolist()
-            image = interpolate(window, size=(height, width), mode="bicubic", antialias=True)[0]
-            image = image[:, top : top + self._image_size[0], left : left + self._image_size[1]]
+            image = resized_crop(pixels, batch.resizes[index], self._image_size)
             image = image.flip(-1) if batch.flips[index] else image
             image = augment_pixels(image, batch.pixel_augment, index, self._output.mean)
             self._output.write(images[index], image)
@@ -155,6 +155,27 @@ class CpuDecoder:
         for _ in self._resizers.map(resize_some, range(self._threads)):
             pass  # waits for each thread, and raises what it raised
         return images
+
+
+def resized_crop(
+    pixels: UInt8[np.ndarray, "h w 3"], resize: Float64[np.ndarray, "4"], image_size: tuple[int, int]
+) -> UInt8[Tensor, "3 h2 w2"]:
+    """The crop of `image_size` from a window that is resized as `resize`, a row of `AugmentParams.resizes`, says."""
+    height, width, top, left = resize.tolist()
+    if any(value % 1 for value in (height, width, top, left)):
+        # PIL resizes from parts of pixels; ATen, four times as fast, only whole images. They differ by a level or two.
+        down, across = pixels.shape[0] / height, pixels.shape[1] / width
+        box = (left * across, top * down, (left + image_size[1]) * across, (top + image_size[0]) * down)
+        inside = [min(max(edge, 0), side) for edge, side in zip(box, pixels.shape[1::-1] * 2, strict=True)]
+        crop = Image.fromarray(pixels).resize(image_size[::-1], Image.Resampling.BICUBIC, box=tuple(inside))
+        return torch.from_numpy(np.array(crop)).permute(2, 0, 1)
+    # The batch axis is added before the permutation: with the axis of length 1 added last, ATen infers channels-first
+    # strides and writes its result so, which takes half as long again.
+    window = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 3, h, w)
+    size, bicubic = (int(height), int(width)), partial(interpolate, mode="bicubic", antialias=True)
+    if len(pixels) * size[1] > _WIDENED:  # ATen resizes rows first
+        window = bicubic(window, size=(size[0], pixels.shape[1]))
+    return bicubic(window, size=size)[0, :, int(top) :, int(left) :][:, : image_size[0], : image_size[1]]
 
 
 class GpuDecoder:
@@ -220,12 +241,6 @@ DECODERS: dict[str, type[CpuDecoder] | type[GpuDecoder]] = {"cpu": CpuDecoder, "
 
 def dali_inputs(batch: EncodedBatch) -> tuple:
     """Inputs of `resized_windows`: bytes, start and shape of windows, sizes, start of crops, flips."""
-    windows, resizes = batch.windows, batch.resizes
+    windows, resizes = batch.windows, batch.resizes.astype(np.float32)
     starts = windows[:, :2].copy(), windows[:, 2:].copy()  # copies, because DALI rejects strided arrays
-    return (
-        batch.encoded,
-        *starts,
-        resizes[:, :2].astype(np.float32),
-        resizes[:, 2:].copy(),
-        batch.flips.astype(np.int32),
-    )
+    return batch.encoded, *starts, resizes[:, :2].copy(), resizes[:, 2:].copy(), batch.flips.astype(np.int32)

@@ -147,8 +147,8 @@ def rotated_on_device(image: UInt8[Tensor, "3 h w"], degrees: float, fill: tuple
     lines = []
     for line in taps(top, height):
         values = [pixels[:, line, column] for column in columns]
-        lines.append(values[1] + _bend(*values, at=across))
-    return _filled(lines[1] + _bend(*lines, at=along), inside, fill)
+        lines.append(values[1] + _bend(across, *values))
+    return _filled(lines[1] + _bend(along, *lines), inside, fill)
 
 
 def _columns_moved(image: Tensor, shifts: np.ndarray, fill: tuple[int, ...]) -> Tensor:
@@ -170,11 +170,11 @@ def _rows_moved(image: Tensor, shifts: Float64[np.ndarray, "h"], fill: tuple[int
     pixels = image.permute(1, 2, 0).reshape(-1, 3)[index].float().view(height, -1)  # (H, (W + 3) * 3)
     first, second, third, fourth = (pixels[:, 3 * tap : 3 * (tap + width)] for tap in range(4))
     # `second` is whole, so this truncates the sum, in which float32 would lose the bend of a small shift.
-    moved = second + _bend(first, second, third, fourth, across).floor_()
+    moved = second + _bend(across, first, second, third, fourth).floor_()
     return _filled(moved.view(height, width, 3).permute(2, 0, 1), inside, fill)
 
 
-def _bend(first: Tensor, second: Tensor, third: Tensor, fourth: Tensor, at: Tensor) -> Tensor:
+def _bend(at: Tensor, first: Tensor, second: Tensor, third: Tensor, fourth: Tensor) -> Tensor:
     """What PIL's cubic (a = -1) adds to the second value on the way to the third; exactly 0 in an even area."""
     square = 2 * (first - second) + third - fourth
     return at * (third - first + at * (square + at * (second - first + fourth - third)))

@@ -153,7 +153,14 @@ def _centre_crops(
     """Decodes the largest centre crop of each image; the masks are those of the run's first epoch."""
     image_size, epoch = recipe.model.image_size, np.zeros_like(samples)
     centre = AugmentSampler(0, CropConfig("none", margin=1), image_size).at(epoch, samples, widths, heights)
-    batch = EncodedBatch(encoded, centre.windows, centre.resizes, centre.flips, None)
-    decoder = CpuDecoder(lambda _: batch, len(samples), image_size, threads=2, device=torch.device("cpu"))
+
+    def image(number: int) -> EncodedBatch:
+        number = min(number, len(samples) - 1)  # DALI asks for more
+        one = slice(number, number + 1)
+        return EncodedBatch(encoded[one], centre.windows[one], centre.resizes[one], centre.flips[one], None)
+
+    # One image at a time: a batch would hold all stored pixels of all images.
+    decoder = CpuDecoder(image, 1, image_size, threads=2, device=torch.device("cpu"), ahead=1)
+    images = torch.cat([decoder.run() for _ in samples])
     keys = AugmentSampler(recipe.seed, recipe.data.crop, image_size).at(epoch, samples, widths, heights).keys
-    return InputImages(source, names, decoder.run(), torch.from_numpy(keys))
+    return InputImages(source, names, images, torch.from_numpy(keys))

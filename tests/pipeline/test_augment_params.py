@@ -155,8 +155,15 @@ def test_a_fixed_size_crop_is_inside_the_resized_image_for_any_shape(width: int,
     params = AugmentSampler(0, CropConfig("fixed_size"), (96, 192)).at(*one)
     resized_height, resized_width, top, left = params.resizes[0].tolist()
     assert 0 <= top <= resized_height - 96 and 0 <= left <= resized_width - 192
-    assert resized_height == 110 or resized_width == 219  # 96 and 192 times 256 / 224
-    assert params.windows[0].tolist() == [0, 0, width, height]
+    x, y, window_width, window_height = params.windows[0].tolist()
+    # 96 and 192 times 256 / 224, of the whole image
+    scales = resized_height * height / window_height, resized_width * width / window_width
+    assert scales[0] == pytest.approx(110) or scales[1] == pytest.approx(219)
+    if scales[0] * scales[1] <= 2**22:
+        assert params.windows[0].tolist() == [0, 0, width, height]
+    else:
+        assert 0 <= x <= x + window_width <= width and 0 <= y <= y + window_height <= height
+        assert window_width * window_height < width * height or min(width, height) == 1
 
 
 def test_fixed_size_crops_reach_every_edge() -> None:
