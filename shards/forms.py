@@ -17,6 +17,7 @@ _LOSSLESS = {0xC3, 0xC7, 0xCB, 0xCF}
 _HIERARCHICAL = {0xC5, 0xC6, 0xCD, 0xCE}
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0 to SOF15; these three are not frames: DHT, JPG, DAC
 _PIECE_BYTES = 2**20
+_MAX_SIDE = 1_000_000  # DALI raises on a PNG with a longer side
 _PLAIN_CHUNKS = {b"IHDR", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"pHYs", b"tIME", b"tEXt"}
 _CHANNELS = {0: 1, 2: 3, 6: 4}  # of PNG's colour types gray, RGB and RGB with alpha
 
@@ -117,7 +118,7 @@ def is_proven_png(header: PngHeader, data: bytes) -> bool:
     channels = _CHANNELS.get(header.colour_type)
     if channels is None or header.bits != 8 or header.interlaced or not header.width or not header.height:
         return False
-    if data[26:28] != b"\0\0" or max(header.width, header.height) >= 2**20:  # OpenCV, which DALI uses, has this limit
+    if data[26:28] != b"\0\0" or max(header.width, header.height) > _MAX_SIDE:
         return False
     chunks = list(_png_chunks(data))
     kinds = [kind for kind, _, _ in chunks]
@@ -163,6 +164,17 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
             return
         yield kind, offset + 8, size
         offset = end + 4
+
+
+def is_animated_png(data: bytes) -> bool:
+    """Whether a PNG has the chunk acTL of animations. On some, DALI crashes even with a batch of one image."""
+    offset = 8
+    while png_header(data) is not None and offset + 12 <= len(data):
+        size, kind = struct.unpack_from(">I4s", data, offset)
+        if kind == b"acTL":
+            return True
+        offset += 12 + size
+    return False
 
 
 def without_text(data: bytes) -> bytes:

@@ -15,14 +15,15 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from maelstream.shards.dali_proof import DaliDecodeError, check_dali_decodes
-from maelstream.shards.forms import is_proven_jpeg, is_proven_png, jpeg_frame, png_header, without_text
+from maelstream.shards.forms import is_animated_png, is_proven_jpeg, is_proven_png, jpeg_frame, png_header, without_text
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
 """Extension of each format that DALI decodes, by its name in PIL. MPO is a phone's JPEG with more images after it."""
 _REENCODED = ("GIF", "TIFF", "PPM", "JPEG2000", "TGA", "ICO", "DIB", "PCX", "SGI", "AVIF")
 """More formats of PIL that `Conversion.reencode` reads. PIL runs other programs for some of those left out (EPS)."""
 MAX_PIXELS, MAX_BYTES = 2**26, 2**27
-"""Larger images are unusable: decoding them would take more memory than a worker has."""
+"""Larger images are unusable: decoding one would take more than 500 MiB."""
+_MAX_PIXELS_16_BITS = 2**25
 
 
 class UnusableImageError(Exception):
@@ -100,6 +101,10 @@ def inspect(data: bytes) -> ImageInfo:
     if header is not None and header.width * header.height <= MAX_PIXELS and is_proven_png(header, data):
         return ImageInfo("png", header.width, header.height)
     image = decode_with_pil(data)
+    if is_animated_png(data):
+        raise UnsupportedImageError("an animated PNG, on which DALI can crash")
+    if header is not None and header.bits == 16 and image.width * image.height > _MAX_PIXELS_16_BITS:
+        raise UnsupportedImageError(f"more than {_MAX_PIXELS_16_BITS:,} pixels of 16 bits per channel")
     try:
         check_dali_decodes(data, np.asarray(with_8_bits(image).convert("RGB")))
     except DaliDecodeError as reason:

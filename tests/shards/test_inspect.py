@@ -92,7 +92,7 @@ def apng_whose_default_image_is_another() -> bytes:
         pytest.param(bmp_with_16_bits(photograph(), (5, 5, 5)), "DALI cannot decode it", id="BMP 555"),
         pytest.param(png_with_wrong_idat_checksum(), "DALI cannot decode it", id="PNG with a wrong checksum"),
         pytest.param(JPEG[:2] + b"\xff\x00" + JPEG[2:], "DALI cannot decode it", id="FF 00 in a JPEG's header"),
-        pytest.param(apng_whose_default_image_is_another(), "another picture", id="APNG"),
+        pytest.param(apng_whose_default_image_is_another(), "an animated PNG", id="APNG"),
     ],
 )
 def test_what_pil_decodes_and_dali_does_not_is_rejected_or_stored_as_png(data: bytes, reason: str) -> None:
