@@ -34,6 +34,14 @@ def main(args: list[str]) -> int:
     command = parse_arguments(Index, args, "index")
     name = dataset_name(command.name, command.dst, command.split)
     # Adopting uses neither size nor seed, but the build's fingerprint holds them: these are the defaults of `pack`.
-    options = PackOptions(name, command.split, shard_bytes=2**28, seed=0, label_field=command.labels.label_field)
+    options = PackOptions(
+        name,
+        command.split,
+        shard_bytes=2**28,
+        seed=0,
+        label_field=command.labels.label_field,
+        image_field=command.labels.image_field,
+        labels=command.labels.labels,
+    )
     names, executor, strict = command.labels.names(), command.work.make(), command.work.strict
     return run_build(lambda report: index(command.dst, options, executor, report, names, strict), command.dst)

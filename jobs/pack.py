@@ -20,10 +20,10 @@ _UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 class Pack:
     """Pack images into tar shards. The same command resumes a build that was stopped.
 
-    SRC is one of: a folder that holds one folder of images per class; the ILSVRC2012 tars as downloaded, WebDataset
-    shards or Hugging Face Parquet files (their folder, one file, or a pattern such as 'train-{0000..1023}.tar'); the
-    lists of iNaturalist or Places with their images, or one of these lists. SRC and DST are local paths, or s3:// or
-    gs:// URIs.
+    SRC is one of: a folder that holds one folder of images per class, or train/ and val/ with such folders; the
+    ILSVRC2012 tars as downloaded, WebDataset shards, tars of class folders, or Hugging Face Parquet files and saved
+    datasets (their folder, one file, or a pattern such as 'train-{0000..1023}.tar'); the lists of iNaturalist or Places
+    with their images, or one of these lists. SRC and DST are local paths, or s3:// or gs:// URIs.
     """
 
     src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
@@ -60,8 +60,18 @@ class Pack:
             raise DatasetError(f"--quality {self.quality}: 1 to 100, and with --resize, which is what encodes again")
         name = dataset_name(self.name, self.src, self.split)
         shard_bytes = parse_bytes(self.shard_size)
-        label_field, reencode = self.labels.label_field, self.reencode
-        return PackOptions(name, self.split, shard_bytes, self.seed, self.resize, self.quality, label_field, reencode)
+        return PackOptions(
+            name,
+            self.split,
+            shard_bytes,
+            self.seed,
+            self.resize,
+            self.quality,
+            self.labels.label_field,
+            self.reencode,
+            self.labels.image_field,
+            self.labels.labels,
+        )
 
 
 def parse_bytes(text: str) -> int:

@@ -7,7 +7,6 @@ masks are drawn from (seed, epoch, sample) as always. A resumed run begins with 
 position: samples of shards that had been started may come again in that epoch, or not at all.
 """
 
-import json
 import random
 import threading
 import time
@@ -28,7 +27,8 @@ from maelstream.pipeline.stream import Stream
 from maelstream.shards import retry
 from maelstream.shards.errors import StorageError
 from maelstream.shards.inspect import UnusableImageError, inspect
-from maelstream.shards.scan import IMAGE_EXTENSIONS, json_label
+from maelstream.shards.labels import cls_label, json_label
+from maelstream.shards.scan import IMAGE_EXTENSIONS
 
 _SHARD_BITS = 32  # a sample's number is its shard's number shifted by this, plus its own number in the shard
 _IN_FLIGHT = 8  # micro-batches beyond the prefetched ones that DALI may have pulled and not yet returned
@@ -213,7 +213,7 @@ class _CheckedTar:
 def _label(parts: dict[str, bytes]) -> int:
     """The number in a sample's `.cls`, or in a known field of its `.json`; -1 if there is none."""
     try:
-        text = parts["cls"].decode() if "cls" in parts else json_label(json.loads(parts.get("json", b"{}")), None)
+        text = cls_label(parts["cls"]) if "cls" in parts else json_label(parts.get("json", b"{}"), None)
         number = int(text)
     except ValueError:
         return -1

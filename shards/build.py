@@ -7,6 +7,7 @@ resumed build keeps every shard that has one.
 import hashlib
 import json
 import os
+import re
 import tarfile
 from collections import deque
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import lru_cache
 from typing import BinaryIO, NamedTuple
+from urllib.parse import quote
 
 import google_crc32c
 import pyarrow as pa
@@ -103,8 +105,9 @@ class _ShardRows:
         self.index.append(
             (self.shard, offset, len(data), info.width, info.height, planned.label, checksum, key, planned.path)
         )
+        name = quote(key, safe="/") if re.search(r"\s", key) else key  # its columns are divided by spaces
         self.dali.append(
-            " ".join(f"{extension} {start} {size} {key}.{extension}" for extension, start, size in members)
+            " ".join(f"{extension} {start} {size} {name}.{extension}" for extension, start, size in members)
         )
         self.formats[info.extension] = self.formats.get(info.extension, 0) + 1
 

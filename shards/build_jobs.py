@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import pyarrow as pa
 
@@ -10,6 +10,8 @@ from maelstream.shards.inspect import Conversion
 from maelstream.shards.plan import PackOptions
 from maelstream.shards.sources import Sources
 from maelstream.shards.storage import WORK, Storage
+
+_FIRST_OPTIONS = {"name", "split", "shard_bytes", "seed", "resize", "quality", "label_field"}
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,17 @@ class Build:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of everything that the dataset depends on."""
-        text = json.dumps([asdict(self.options), self.adopt, self.sources.digest()])
+        """SHA-256 of everything that the dataset depends on.
+
+        Options that version 0.1 did not have count only if they differ from their defaults, so its builds resume.
+        """
+        defaults = {option.name: option.default for option in fields(self.options)}
+        options = {
+            name: value
+            for name, value in asdict(self.options).items()
+            if name in _FIRST_OPTIONS or value != defaults[name]
+        }
+        text = json.dumps([options, self.adopt, self.sources.digest()])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -37,8 +48,9 @@ class ScanJob:
     destination: Storage
     number: int
     file: str
-    label_field: str | None
-    """As in `PackOptions` (`shards/plan.py`)."""
+    options: PackOptions
+    adopt: bool
+    """As in `Build`."""
     ground_truth: list[str] | None
     """As in `Sources` (`shards/sources.py`)."""
     attempt: int = 0
@@ -46,17 +58,22 @@ class ScanJob:
 
     @property
     def output(self) -> str:
-        """File of the rows found (`ROWS` of `shards/scan.py`)."""
+        """File of the rows found (`shards/scan_output.py`)."""
         return f"{WORK}/scan-{self.number:06d}.arrow"
 
     @property
     def spool(self) -> str:
-        """File that receives the images of a Parquet file, one after another."""
+        """File that receives the images of a Parquet or Arrow file, one after another."""
         return f"{WORK}/spool-{self.number:06d}.bin"
+
+    @property
+    def spools(self) -> bool:
+        """Whether the scan writes such a file."""
+        return self.file.endswith((".parquet", ".arrow"))
 
     def done(self, work: set[str]) -> bool:
         """Whether every file that this scan writes is among `work`, the file names of the work folder."""
-        written = [self.output, self.spool] if self.file.endswith(".parquet") else [self.output]
+        written = [self.output, self.spool] if self.spools else [self.output]
         return {name.removeprefix(f"{WORK}/") for name in written} <= work
 
 

@@ -14,7 +14,7 @@ from pyarrow.fs import FileType
 
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.index import INDEX_NAME, NUMERIC_COLUMNS, SCHEMA
-from maelstream.shards.storage import Storage
+from maelstream.shards.storage import WORK, Storage
 
 FORMAT_VERSION = 1
 MANIFEST_NAME, INFO_NAME, QUARANTINE_NAME = "dataset.json", "_info.json", "quarantine.jsonl"
@@ -24,6 +24,39 @@ def with_checksum(manifest: dict[str, Any]) -> dict[str, Any]:
     """`manifest` with a `checksum` of all its other fields."""
     rest = {key: value for key, value in manifest.items() if key != "checksum"}
     return rest | {"checksum": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def read_manifest(storage: Storage) -> dict[str, Any] | None:
+    """The manifest of the dataset in a folder; None if there is none, or if `dataset.json` is another program's.
+
+    Raises:
+        DatasetError: it is not JSON.
+    """
+    if storage.kind() != FileType.Directory or MANIFEST_NAME not in storage.names():
+        return None
+    try:
+        manifest = json.loads(storage.read(MANIFEST_NAME))
+    except ValueError as error:
+        raise DatasetError(f"{storage}/{MANIFEST_NAME} is damaged ({error}); pack the dataset again") from None
+    ours = isinstance(manifest, dict) and isinstance(manifest.get("format_version"), int) and "plan" in manifest
+    return manifest if ours else None
+
+
+def _what_is_there(storage: Storage) -> str:
+    """Why a folder is no packed dataset, and what to do."""
+    entries = storage.entries() if storage.kind() == FileType.Directory else []
+    names = {entry.name for entry in entries}
+    if not names:
+        return f"no {MANIFEST_NAME}; missing); `maelstream pack SRC {storage}` makes one"
+    if MANIFEST_NAME in names:
+        why = f"its {MANIFEST_NAME} is another program's"
+    elif {WORK, INDEX_NAME} & names:
+        return f"no {MANIFEST_NAME}; its packing was not finished: run the same `maelstream pack` or `index` again)"
+    else:
+        why = f"no {MANIFEST_NAME}"
+    if any(name.endswith(".tar") for name in names):
+        return f"{why}); `maelstream index {storage}` makes one of its tar shards"
+    return f"{why}); `maelstream pack {storage} DST` makes one of its images"
 
 
 class Dataset:
@@ -68,18 +101,9 @@ class Dataset:
     def open_storage(cls, storage: Storage) -> "Dataset":
         """As `open`, for a folder given as `Storage`."""
         path = f"{storage}/{MANIFEST_NAME}"
-        entries = {entry.name for entry in storage.entries()} if storage.kind() == FileType.Directory else set()
-        if MANIFEST_NAME not in entries:
-            why = "its packing was not finished: run the same `maelstream pack` again" if entries else "missing"
-            raise DatasetError(
-                f"{storage} is not a packed dataset (no {MANIFEST_NAME}; {why}); `maelstream pack SRC {storage}` makes "
-                "one"
-            )
-        text = storage.read(MANIFEST_NAME)
-        try:
-            manifest = json.loads(text)
-        except ValueError as error:
-            raise DatasetError(f"{path} is damaged ({error}); pack the dataset again") from None
+        manifest = read_manifest(storage)
+        if manifest is None:
+            raise DatasetError(f"{storage} is not a packed dataset ({_what_is_there(storage)}")
         if manifest["format_version"] > FORMAT_VERSION:
             raise DatasetError(
                 f"{storage} was packed by a newer maelstream (format {manifest['format_version']}; this one reads up "
@@ -87,7 +111,8 @@ class Dataset:
             )
         if manifest != with_checksum(manifest):
             raise DatasetError(f"{path} is damaged (its checksum does not match); restore it or pack the dataset again")
-        dataset = cls(storage, manifest, hashlib.sha256(text).hexdigest(), partial(_index_columns, storage))
+        fingerprint = storage.sha256(MANIFEST_NAME)
+        dataset = cls(storage, manifest, fingerprint, partial(_index_columns, storage))
         if len(dataset) != manifest["samples"]:
             raise DatasetError(
                 f"{storage}: {INDEX_NAME} has {len(dataset)} samples, {MANIFEST_NAME} says {manifest['samples']}; "

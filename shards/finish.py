@@ -12,13 +12,14 @@ from maelstream.shards.build_jobs import Build, Receipt, ShardJob
 from maelstream.shards.dataset import FORMAT_VERSION, INFO_NAME, MANIFEST_NAME, QUARANTINE_NAME, with_checksum
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.index import INDEX_NAME, SCHEMA, write_one_batch
-from maelstream.shards.plan import Plan
+from maelstream.shards.plan import Plan, is_about_label
 
 
 def nothing_usable_message(quarantine: list[dict[str, str]]) -> str:
     """The error message for a build without a usable image."""
     first = f"; the first, {quarantine[0]['source']}: {quarantine[0]['reason']}" if quarantine else ""
-    return f"none of {len(quarantine):,} files is a usable image{first}"
+    advice = "; --no-labels packs without labels" if quarantine and is_about_label(quarantine[0]["reason"]) else ""
+    return f"none of {len(quarantine):,} files is a usable image{first}{advice}"
 
 
 def strict_message(quarantine: list[dict[str, str]]) -> str:

@@ -122,25 +122,34 @@ def decode_with_pil(data: bytes, formats: tuple[str, ...] = tuple(EXTENSIONS)) -
         raise UnusableImageError(f"more than {MAX_BYTES // 2**20} MiB")
     if not data:
         raise UnusableImageError("empty file")
-    known = [name for name in (*EXTENSIONS, *_REENCODED) if name != "MPO"]  # which PIL opens as JPEG
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about damaged EXIF, as in some ImageNet files; EXIF is not used
-            with Image.open(io.BytesIO(without_text(data)), formats=known) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UnusableImageError(
-                        f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}: a decompression bomb?"
-                    )
-                if image.format not in formats:
-                    raise UnsupportedImageError(f"a {image.format} file, which DALI does not decode")
-                image.load()
-                return image
+        try:
+            return _load_with_pil(data, formats)
+        except ValueError as error:
+            if "MAX_TEXT" not in str(error):
+                raise
+            return _load_with_pil(without_text(data), formats)
     except UnusableImageError:
         raise
     except UnidentifiedImageError:
         raise UnusableImageError("not an image") from None
     except Exception as error:  # PIL's decoders raise almost any type on odd files
         raise UnusableImageError(" ".join(f"cannot be decoded: {error or type(error).__name__}".split())) from None
+
+
+def _load_with_pil(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    known = [name for name in (*EXTENSIONS, *_REENCODED) if name != "MPO"]  # which PIL opens as JPEG
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damaged EXIF, as in some ImageNet files; EXIF is not used
+        with Image.open(io.BytesIO(data), formats=known) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UnusableImageError(
+                    f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}: a decompression bomb?"
+                )
+            if image.format not in formats:
+                raise UnsupportedImageError(f"a {image.format} file, which DALI does not decode")
+            image.load()
+            return image
 
 
 def with_8_bits(image: Image.Image) -> Image.Image:

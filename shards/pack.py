@@ -6,6 +6,7 @@ dataset is complete. Several machines may share a build (`part`); the one that f
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -16,13 +17,17 @@ import pyarrow.compute as pc
 from pyarrow.fs import FileType
 
 from maelstream.shards.build_jobs import Build, ScanJob, ShardJob
-from maelstream.shards.dataset import MANIFEST_NAME
+from maelstream.shards.class_tars import classes_in_tars, label_by_folder
+from maelstream.shards.dataset import MANIFEST_NAME, read_manifest
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.executors import Executor
 from maelstream.shards.finish import finish, nothing_usable_message, strict_message
 from maelstream.shards.inspect import Conversion
-from maelstream.shards.plan import PLAN, PackOptions, Plan, per_file_sharding, shuffled_sharding, write_plan
-from maelstream.shards.sources import find_sources
+from maelstream.shards.labels import first_difference
+from maelstream.shards.layout import FolderClasses
+from maelstream.shards.plan import PLAN, PackOptions, Plan, Sharding, per_file_sharding, shuffled_sharding, write_plan
+from maelstream.shards.scan_output import Facts, read_facts, read_rows
+from maelstream.shards.sources import Sources, find_sources
 from maelstream.shards.storage import WORK, Storage
 
 _CLAIM = f"{WORK}/claim"
@@ -47,7 +52,11 @@ class Progress(NamedTuple):
     """`bytes` of all steps of this kind that this call has to do."""
 
 
-Report = Callable[[Progress], None]
+class Notice(str):
+    """A choice that a build made or files that it left out, which the user should hear of; one line."""
+
+
+Report = Callable[[Progress | Notice], None]
 
 
 class PackResult(NamedTuple):
@@ -82,11 +91,14 @@ def pack(
         DatasetError: sources are missing or damaged, or the destination holds something else or cannot be written.
     """
     folder = Storage.at(destination)
-    sources = find_sources(source, options.split, classes)
-    if sources.kind == "folders" and f"{folder.path}/".startswith(f"{sources.storage.path}/"):
+    sources = find_sources(source, options.split, classes, options.labels)
+    if sources.searched is not None and f"{folder.path}/".startswith(f"{sources.searched.path}/"):
         raise DatasetError(f"{folder} is inside {source}, whose folders are classes; choose another DST")
-    if sources.classes is None and MANIFEST_NAME in sources.storage.names():  # the source is a packed dataset
-        sources = replace(sources, classes=json.loads(sources.storage.read(MANIFEST_NAME))["classes"])
+    if sources.kind in ("folders", "listed") and (options.image_field or options.label_field):
+        raise DatasetError(f"{source} holds files of one image each; --image-field and --label-field are for others")
+    if sources.classes is None and options.labels:  # the source may be a packed dataset
+        manifest = read_manifest(sources.storage)
+        sources = replace(sources, classes=None if manifest is None else manifest["classes"])
     return _run(Build(sources, folder, options, adopt=False), executor, report, part, strict)
 
 
@@ -105,7 +117,11 @@ def index(
     """
     storage = Storage.at(folder)
     tars = {entry.name for entry in storage.entries() if entry.name.endswith(".tar")}
-    sources = find_sources(folder, options.split, classes)
+    sources = find_sources(folder, options.split, classes, options.labels)
+    if sources.kind == "tars" and sources.searched is not None:
+        raise DatasetError(
+            f"{folder} has its tars in folders; index each of them, such as {sources.storage}, or pack them"
+        )
     if sources.kind != "tars" or sources.storage.path != storage.path:
         raise DatasetError(f"{folder} holds no tar shards; `maelstream pack SRC DST` makes them")
     if others := sorted(tars - set(sources.files["path"].to_pylist())):
@@ -142,6 +158,8 @@ def _build_missing(
     jobs = _shard_jobs(build, len(plan))
     if not any(plan.shard_bytes):
         raise DatasetError(nothing_usable_message(plan.quarantine))
+    for notice in plan.notices:
+        report(Notice(notice))
     if strict and plan.quarantine:
         raise DatasetError(strict_message(plan.quarantine))
     missing = [job for job in _unfinished(jobs, destination) if job.number % part[1] == part[0] - 1]
@@ -170,7 +188,13 @@ def _claim_destination(build: Build) -> bool:
     present = {entry.name for entry in destination.entries()}
     complete = MANIFEST_NAME in present
     if complete:
-        fingerprint = json.loads(destination.read(MANIFEST_NAME)).get("plan")
+        manifest = read_manifest(destination)
+        if manifest is None and build.adopt:
+            raise DatasetError(
+                f"{destination}/{MANIFEST_NAME} is no packed dataset's; rename it, because `maelstream index` writes a "
+                "file of this name"
+            )
+        fingerprint = None if manifest is None else manifest["plan"]
     elif destination.has(_CLAIM):
         fingerprint = destination.read(_CLAIM).decode()
     elif present - {WORK} and not build.adopt:
@@ -201,11 +225,11 @@ def _scan_and_plan(build: Build, executor: Executor, report: Report, part: tuple
         sharding = shuffled_sharding(options.seed, options.shard_bytes)
     if sources.kind in ("folders", "listed"):
         rows, named = _rows_of_images(sources.files), sources.kind == "folders"
-        write_plan(build.destination, rows, sources.classes, named, sharding)
+        write_plan(build.destination, rows, sources.classes, named, sharding, list(sources.notices))
         return
     files = list(zip(sources.files["path"].to_pylist(), sources.files["size"].to_pylist(), strict=True))
     jobs = [
-        ScanJob(sources.storage, build.destination, number, name, options.label_field, sources.ground_truth)
+        ScanJob(sources.storage, build.destination, number, name, options, build.adopt, sources.ground_truth)
         for number, (name, _) in enumerate(files)
     ]
     work = build.destination.names(WORK)
@@ -218,13 +242,71 @@ def _scan_and_plan(build: Build, executor: Executor, report: Report, part: tuple
         for count, (number, samples) in enumerate(scanned, 1):
             name, size = files[number]
             report(Progress("scan", count, len(missing), name, samples, 0, size, total_bytes))
-    found = [pa.ipc.open_file(build.destination.open(job.output)) for job in jobs]
-    facts = [json.loads(file.schema.metadata[b"facts"]) for file in found]
-    classes = sources.classes or next((fact["classes"] for fact in facts if fact["classes"]), None)
-    tables = (
-        pa.Table.from_batches([file.get_batch(number)]) for file in found for number in range(file.num_record_batches)
-    )
-    write_plan(build.destination, tables, classes, any(fact["named"] for fact in facts), sharding)
+    _plan_of_scans(build, [pa.ipc.open_file(build.destination.open(job.output)) for job in jobs], sharding)
+
+
+def _plan_of_scans(build: Build, scans: list[pa.ipc.RecordBatchFileReader], sharding: Sharding) -> None:
+    """Writes the plan of all scanned files."""
+    sources, options = build.sources, build.options
+    facts = [read_facts(scan) for scan in scans]
+    if options.label_field and not any(fact.field_found for fact in facts):
+        raise DatasetError(
+            f"{sources.storage}: no sample has a label in {options.label_field}, which --label-field names; correct "
+            "it, or pack without labels (--no-labels)"
+        )
+    tables, named = read_rows(scans), any(fact.named for fact in facts)
+    classes = sources.classes or _classes_of_files(sources, facts)
+    notices = [*sources.notices, *_choices(facts)]
+    if options.labels and not named and facts and all(fact.only_images for fact in facts):
+        shown = f"{sources.storage}/{sources.files['path'][0]}"
+        if (found := classes_in_tars(read_rows(scans), options.split, shown)) is not None:
+            if build.adopt and found.splits:
+                raise DatasetError(f"{shown} holds folders of several splits; pack it with --split")
+            tables, named, classes = label_by_folder(tables, found), True, classes or found.classes
+            notices += _notices_of_folders(shown, found)
+    write_plan(build.destination, tables, classes, named, sharding, notices)
+
+
+def _notices_of_folders(shown: str, found: FolderClasses) -> list[str]:
+    notices = []
+    if found.beside:
+        notices.append(
+            f"{shown}: beside the splits, {', '.join(found.beside[:3])} ({len(found.beside)} in all) left out"
+        )
+    if found.classes:
+        notices.append(
+            f"{shown}: labels are the {len(found.classes):,} folders of the images "
+            f"({', '.join(found.classes[:3])}, ...); --no-labels packs without labels"
+        )
+    return notices
+
+
+def _choices(facts: list[Facts]) -> list[str]:
+    """A line per kind of choice that scans made, with its number and first example."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for fact in facts:
+        for kind, (count, example) in fact.choices.items():
+            counts[kind] += count
+            examples.setdefault(kind, example)
+    return [f"{count:,} {kind}, such as {examples[kind]}" for kind, count in counts.items()]
+
+
+def _classes_of_files(sources: Sources, facts: list[Facts]) -> list[str] | None:
+    """The class names that all files with names agree on.
+
+    Raises:
+        DatasetError: two files differ.
+    """
+    names = sources.files["path"].to_pylist()
+    having = [(name, fact.classes) for name, fact in zip(names, facts, strict=True) if fact.classes]
+    for name, classes in having:
+        if classes != having[0][1]:
+            raise DatasetError(
+                f"{sources.storage}: the class names of {having[0][0]} and {name} differ "
+                f"({first_difference(having[0][1], classes)}); pack them apart, or give the names with --classes"
+            )
+    return having[0][1] if having else None
 
 
 def _rows_of_images(files: pa.Table) -> Iterator[pa.Table]:
@@ -243,13 +325,10 @@ def _shard_jobs(build: Build, count: int) -> list[ShardJob]:
         names = sources.files["path"].to_pylist()
     else:
         names = [f"{options.name}-{options.split}-{number:06d}.tar" for number in range(count)]
-        if sources.kind == "parquet":
+        if sources.kind in ("parquet", "arrow"):
             source = destination.inside(WORK)
     conversion = Conversion(options.resize, options.quality or Conversion.quality, options.reencode)
-    return [
-        ShardJob(source, destination, number, name, build.adopt, conversion)
-        for number, name in enumerate(names)
-    ]
+    return [ShardJob(source, destination, number, name, build.adopt, conversion) for number, name in enumerate(names)]
 
 
 def _unfinished(jobs: list[ShardJob], destination: Storage) -> list[ShardJob]:

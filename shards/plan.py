@@ -16,12 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from maelstream.shards.errors import DatasetError
 from maelstream.shards.index import write_one_batch
+from maelstream.shards.labels import number_labels
 from maelstream.shards.storage import WORK, Storage
 
 PLAN = f"{WORK}/plan.arrow"
-_LARGEST_LABEL = 99_999  # without class names; ImageNet-22k has 21,841
 _HEADERS_BYTES = 1536  # two tar headers and the label's block
 
 ROWS = pa.schema(
@@ -50,9 +49,13 @@ class PackOptions:
     quality: int | None = None
     """JPEG quality of resized images."""
     label_field: str | None = None
-    """JSON field or Parquet column that holds the label; found by name if not given."""
+    """JSON field, Parquet column or extension that holds the label; found by name if not given."""
     reencode: bool = False
     """As in `Conversion` (`shards/inspect.py`)."""
+    image_field: str | None = None
+    """Extension or Parquet column that holds the image; found by name if not given."""
+    labels: bool = True
+    """Whether labels are packed."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,11 @@ class Plan:
     def quarantine(self) -> list[dict[str, str]]:
         """Files found unusable before any image was read: `source` and `reason` of each."""
         return self._facts["left_out"]
+
+    @property
+    def notices(self) -> list[str]:
+        """Choices that the user should hear of."""
+        return self._facts.get("notices", [])
 
     def rows(self, shard: int) -> pa.RecordBatch:
         """The shard's rows in order, of schema `ROWS`."""
@@ -143,11 +151,17 @@ def per_file_sharding(files: list[str]) -> Sharding:
 
 
 def write_plan(
-    destination: Storage, tables: Iterable[pa.Table], classes: list[str] | None, named: bool, sharding: Sharding
+    destination: Storage,
+    tables: Iterable[pa.Table],
+    classes: list[str] | None,
+    named: bool,
+    sharding: Sharding,
+    notices: list[str],
 ) -> None:
-    """Writes the plan of the rows in `tables` (of `ROWS` of `shards/scan.py`).
+    """Writes the plan of the rows in `tables` (of `ROWS` of `shards/scan_output.py`).
 
     `classes` are the names by label, if known. `named` says that labels are names, even if they look like numbers.
+    `notices` are kept in the plan, with one about images without a usable label.
 
     Raises:
         DatasetError: a label is outside the classes.
@@ -167,12 +181,25 @@ def write_plan(
         with found.open("wb") as file:
             write_one_batch(file, schema, usable(), scratch)
         rows = pa.ipc.open_file(pa.memory_map(str(found))).get_batch(0)
-        names, numbers = _numbered(rows, classes, named)
+        names, numbers = number_labels(rows, classes, named)
         labelled = names != []
         kept = np.flatnonzero(numbers >= 0) if labelled else np.arange(len(rows))
         for row in rows.take(pa.array(np.flatnonzero(numbers < 0))).to_pylist() if labelled else []:
             quarantine.append({"source": row["path"], "reason": "no label, but others have one"})
-        _write(destination, rows, numbers, kept, names, quarantine, sharding, scratch)
+        without = [line for line in quarantine if is_about_label(line["reason"])]
+        if without:
+            first = min(without, key=lambda line: line["source"])
+            notices = [
+                *notices,
+                f"{len(without):,} images left out, such as {first['source']}: {first['reason']}; --no-labels packs "
+                "all images, without labels",
+            ]
+        _write(destination, rows, numbers, kept, names, quarantine, notices, sharding, scratch)
+
+
+def is_about_label(reason: str) -> bool:
+    """Whether an image was left out because of its label."""
+    return reason.startswith(("no label", "its label"))
 
 
 def _write(
@@ -182,6 +209,7 @@ def _write(
     kept: np.ndarray,
     classes: list[str],
     quarantine: list[dict[str, str]],
+    notices: list[str],
     sharding: Sharding,
     scratch: Path,
 ) -> None:
@@ -194,6 +222,7 @@ def _write(
         "first_keys": np.cumsum([0, *map(len, shards[:-1])]).tolist(),
         "shard_bytes": [int(sizes[shard].sum()) for shard in shards],
         "left_out": sorted(quarantine, key=lambda line: line["source"]),
+        "notices": notices,
     }
     schema = ROWS.with_metadata({"plan": json.dumps(facts)})
     with destination.atomic_write(PLAN) as file, pa.ipc.new_file(file, schema) as writer:
@@ -201,34 +230,3 @@ def _write(
             columns = dict(zip(rows.schema.names, rows.take(pa.array(shard)).columns, strict=True))
             columns["label"] = pa.array(labels[shard])
             writer.write_batch(pa.RecordBatch.from_pydict(columns, schema))
-
-
-def _numbered(rows: pa.RecordBatch, classes: list[str] | None, named: bool) -> tuple[list[str], np.ndarray]:
-    """Class names by label, and the label of each row, int32; without any label, no names and -1 for every row."""
-    encoded = rows.column("label").dictionary_encode()
-    texts: list[str] = encoded.dictionary.to_pylist()
-    found = sorted(set(texts) - {""})
-    if not found:
-        return [], np.full(len(rows), -1, np.int32)
-    if not named and all(text.lstrip("-").isascii() and text.lstrip("-").isdigit() for text in found):
-        by_text = {text: int(text) for text in found}
-        largest = max(by_text.values())
-        if classes is None and largest <= _LARGEST_LABEL:
-            classes = [str(number) for number in range(largest + 1)]
-        last = len(classes) - 1 if classes is not None else _LARGEST_LABEL
-        outside = next((text for text in found if not 0 <= by_text[text] <= last), None)
-    else:
-        classes = classes or found
-        by_name = {name: number for number, name in enumerate(classes)}
-        outside = next((text for text in found if text not in by_name), None)
-        by_text = {text: by_name.get(text, -1) for text in found}
-        last = len(classes) - 1
-    if outside is not None:
-        position = encoded.dictionary.index(outside).as_py()
-        first = rows.column("path")[int(np.flatnonzero(encoded.indices.to_numpy() == position)[0])]
-        raise DatasetError(
-            f"{first}: label {outside} is outside the classes, 0 to {last}; give the class names with --classes"
-        )
-    assert classes is not None
-    numbers = np.array([by_text.get(text, -1) for text in texts], np.int32)
-    return classes, numbers[encoded.indices.to_numpy()]

@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,18 +87,21 @@ class Storage:
         with _dataset_errors(self.shown, "be reached"):
             return self.filesystem.get_file_info(self.path).type
 
-    def entries(self, folder: str = "") -> list[Entry]:
+    def entries(self, folder: str = "", skip: Callable[[str], bool] = lambda name: False) -> list[Entry]:
         """Files and folders directly in `folder`, sorted by name; empty if `folder` does not exist.
 
-        DatasetError for entries that cannot be a source: a broken link, a device, a name that is not UTF-8.
+        Names for which `skip` is true are left out. DatasetError for other entries that cannot be a source: a broken
+        link, a device, a name that is not UTF-8.
         """
         where, shown = (f"{root}/{folder}".rstrip("/") for root in (self.path, self.shown))
         with _dataset_errors(shown, "be listed"):
             if self.local:  # pyarrow skips broken links
-                found = _local_entries(where, shown)
+                found = _local_entries(where, shown, skip)
             else:
                 infos = self.filesystem.get_file_info(fs.FileSelector(where, allow_not_found=True))
-                found = [Entry(info.base_name, info.is_file, info.size or 0) for info in infos]
+                found = [
+                    Entry(info.base_name, info.is_file, info.size or 0) for info in infos if not skip(info.base_name)
+                ]
         return sorted(found)
 
     def names(self, folder: str = "") -> set[str]:
@@ -185,9 +188,11 @@ def is_utf8(name: str) -> bool:
     return not any("\udc80" <= letter <= "\udcff" for letter in name)
 
 
-def _local_entries(where: str, shown: str) -> list[Entry]:
+def _local_entries(where: str, shown: str, skip: Callable[[str], bool]) -> list[Entry]:
     found = []
     for item in os.scandir(where) if os.path.isdir(where) else ():
+        if skip(item.name):
+            continue
         path = f"{shown}/{item.name}"
         if not is_utf8(item.name):
             raise DatasetError(f"{path!a}: the name is not UTF-8; rename it")

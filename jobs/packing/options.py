@@ -8,29 +8,42 @@ from typing import Literal
 
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.executors import EXECUTORS, Executor
-from maelstream.shards.sources import SPLITS
+from maelstream.shards.labels import nfc
+from maelstream.shards.layout import SPLITS
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Where labels and class names come from."""
+    """Which images and labels are taken, and where class names come from."""
 
+    image_field: str | None = None
+    """Extension of the image in a sample (jpg, seg.png), or Parquet column. Default: the first of jpg, jpeg, png, webp,
+    bmp, gif, tif and tiff, or the column that holds images."""
     label_field: str | None = None
-    """JSON field or Parquet column that holds the label. Default: the sample's .cls file, or the first field named
-    label, cls, class, class_id, target, labels or fine_label."""
+    """Extension, JSON field or Parquet column that holds the label. Default: the sample's .cls file, or the first field
+    named label, cls, class, class_id, target, labels or fine_label."""
     classes: Path | None = None
     """A text file of class names, one line per label, for sources whose labels are numbers."""
+    labels: bool = True
+    """Pack labels. Pre-training needs none: --no-labels also packs images whose label is missing or unreadable."""
 
     def names(self) -> list[str] | None:
-        """Class names by label; DatasetError if the file cannot be read or names a class twice."""
+        """Class names by label; DatasetError if the file cannot be read or names a class twice, or labels are off."""
+        if not self.labels and (self.classes is not None or self.label_field is not None):
+            raise DatasetError("--no-labels: omit --classes and --label-field, which are about labels")
         if self.classes is None:
             return None
-        try:
-            names = self.classes.read_text().splitlines()
+        try:  # Windows begins a file with a byte order mark, and ends lines with \r\n, which read_text changes to \n
+            lines = self.classes.read_text("utf-8-sig").removesuffix("\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise DatasetError(f"--classes {self.classes} cannot be read ({error})") from None
-        if not names or len(set(names)) < len(names) or "" in names:
-            raise DatasetError(f"--classes {self.classes}: write one class per line; no line may be empty or repeated")
+        names = [nfc(line.strip()) for line in lines]
+        if "" in names or len(set(names)) < len(names):
+            number = next(n for n, name in enumerate(names) if not name or name in names[:n])
+            raise DatasetError(
+                f"--classes {self.classes}: write one class per line; no line may be empty or repeated, as line "
+                f"{number + 1} ({names[number]}) is"
+            )
         return names
 
 

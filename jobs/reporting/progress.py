@@ -30,25 +30,29 @@ class PackProgress:
         self._bar = Progress(*columns, disable=not sys.stdout.isatty())
         self._tasks: dict[str, TaskID] = {}
         self._samples = self._quarantined = self._bytes = 0
-        self._step, self._began = "", time.monotonic()
+        self._step = ""
+        self._began = self._reported = time.monotonic()
 
     def __enter__(self) -> "PackProgress":
         self._bar.start()
-        self._began = time.monotonic()
+        self._began = self._reported = time.monotonic()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
-    def __call__(self, progress: pack.Progress) -> None:
+    def __call__(self, progress: pack.Progress | pack.Notice) -> None:
+        if isinstance(progress, pack.Notice):
+            print(f"note: {progress}", file=sys.stderr, flush=True)
+            return
         if progress.step != self._step:
-            if self._step:
-                self._began = time.monotonic()
+            self._began = self._reported  # a step begins when the one before it ends, not when it first reports
             self._step, self._samples, self._quarantined, self._bytes = progress.step, 0, 0, 0
         self._samples += progress.samples
         self._quarantined += progress.quarantined
         self._bytes += progress.bytes
-        elapsed_s = max(time.monotonic() - self._began, 1e-9)
+        self._reported = time.monotonic()
+        elapsed_s = max(self._reported - self._began, 1e-9)
         text = f"{progress.done:,}/{progress.total:,} {_STEPS[progress.step]}"
         numbers = (
             f"{self._samples:,} images, {self._samples / elapsed_s:,.0f} images/s, "
