@@ -246,7 +246,7 @@ def test_a_damaged_sample_ends_the_run_with_its_name_or_is_replaced(
     options = [str(recipe), "--run", str(tmp_path / "run"), "--data.dataset", str(copy)]
     done = forked(1, *options, "--loader.max-bad-share", "0")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"sample {packed.keys(np.array([0]))[0]}: not a JPEG, PNG, WebP or BMP" in done.stderr
+    assert f"sample {packed.keys(np.array([0]))[0]}: not the bytes that were packed (CRC32C)" in done.stderr
     done = forked(1, *options, "--loader.max-bad-share", "0.02")
     assert done.returncode == 0, done.stderr
     (bad,) = {json.loads(line)["key"] for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()}
