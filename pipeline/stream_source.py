@@ -8,6 +8,8 @@ position: samples of shards that had been started may come again in that epoch, 
 """
 
 import random
+import re
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import webdataset
 from webdataset.gopen import gopen
-from webdataset.tariterators import group_by_keys, tar_file_expander
+from webdataset.tariterators import group_by_keys
 
 from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit, MicroBatch, SampleId
@@ -27,8 +29,9 @@ from maelstream.pipeline.stream import Stream
 from maelstream.shards import retry
 from maelstream.shards.errors import StorageError
 from maelstream.shards.inspect import UnusableImageError, inspect
-from maelstream.shards.labels import cls_label, json_label
-from maelstream.shards.scan import IMAGE_EXTENSIONS
+from maelstream.shards.labels import cls_label, json_label, whole_number
+from maelstream.shards.layout import in_system_folder
+from maelstream.shards.scan import image_extension, images_among
 
 _SHARD_BITS = 32  # a sample's number is its shard's number shifted by this, plus its own number in the shard
 _IN_FLIGHT = 8  # micro-batches beyond the prefetched ones that DALI may have pulled and not yet returned
@@ -129,11 +132,13 @@ class StreamSource:
             shard = int(self._order.at(np.array([epoch]), np.array([position % count]))[0])
             images = 0
             for number, (key, parts) in enumerate(_read_shard(shards[shard])):
-                image = next((parts[extension] for extension in IMAGE_EXTENSIONS if extension in parts), None)
-                if image is None:
+                extension, sample = image_extension(parts), shard << _SHARD_BITS | number
+                if extension is None:
+                    if several := images_among(parts):
+                        reason = f"several images ({', '.join(several[:4])}), and none is just jpg or png"
+                        self._bad.add(BadSample(sample, shards[shard], key, reason))
                     continue  # a sample without an image, such as text
-                images += 1
-                sample = shard << _SHARD_BITS | number
+                images, image = images + 1, parts[extension]
                 try:
                     info = inspect(image)  # there is no index whose checksum would prove it
                 except UnusableImageError as reason:
@@ -172,21 +177,41 @@ def _read_shard(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
 def _whole_samples(url: str) -> Iterator[dict[str, Any]]:
     """Samples of a shard as webdataset groups them.
 
-    webdataset itself accepts a shard that is truncated at a member's header as complete, and checks the exit code of a
-    command only while it reads.
+    webdataset itself accepts a shard that is damaged or truncated at a member's header as complete, reads only the
+    first of joined tars, and checks the exit code of a command only while it reads.
 
     Raises:
         OSError, or another exception of webdataset: the shard is truncated or cannot be read.
     """
     file = _CheckedTar(gopen(url))
     last = None  # may lack a member until the shard is known to be complete
-    for sample in group_by_keys(tar_file_expander([{"url": url, "stream": file}])):
+    for sample in group_by_keys(_members(url, file)):
         if last is not None:
             yield last
         last = sample
     file.finish()
     if last is not None:
         yield last
+
+
+def _members(url: str, file: "_CheckedTar") -> Iterator[dict[str, Any]]:
+    with tarfile.open(fileobj=file, mode="r|*", ignore_zeros=True, tarinfo=_StrictHeader) as tar:  # type: ignore[call-overload]
+        while (info := tar.next()) is not None:
+            tar.members.clear()  # tarfile would keep all members in memory
+            is_meta = re.match(r"__[^/]*__($|/)", info.name)  # of webdataset
+            if info.isreg() and not is_meta and not in_system_folder(info.name):
+                yield {"fname": info.name, "data": tar.extractfile(info).read(), "__url__": url}
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """A member's header. `ignore_zeros`, which reads joined tars, would also skip damaged headers."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "_StrictHeader":
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.InvalidHeaderError:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"it is damaged at byte {tar.offset:,}") from None
 
 
 class _CheckedTar:
@@ -214,7 +239,7 @@ def _label(parts: dict[str, bytes]) -> int:
     """The number in a sample's `.cls`, or in a known field of its `.json`; -1 if there is none."""
     try:
         text = cls_label(parts["cls"]) if "cls" in parts else json_label(parts.get("json", b"{}"), None)
-        number = int(text)
     except ValueError:
         return -1
-    return number if 0 <= number < 2**31 else -1
+    number = whole_number(text)
+    return number if number is not None and 0 <= number < 2**31 else -1

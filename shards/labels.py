@@ -42,7 +42,7 @@ def label_text(value: Any) -> str:
         raise ValueError(f"{_shown(value)} is neither a number nor a name")
     text = value.strip()
     text.encode()  # JSON can hold half a character; that raises ValueError
-    return "" if _whole_number(text) == -1 else text
+    return "" if whole_number(text) == -1 else text
 
 
 def cls_label(data: bytes) -> str:
@@ -85,7 +85,7 @@ def number_labels(rows: pa.RecordBatch, classes: list[str] | None, named: bool) 
         position = encoded.dictionary.index(text).as_py()
         return rows.column("path")[int(np.flatnonzero(encoded.indices.to_numpy() == position)[0])].as_py()
 
-    numbers = {} if named else {text: number for text in found if (number := _whole_number(text)) is not None}
+    numbers = {} if named else {text: number for text in found if (number := whole_number(text)) is not None}
     classes = None if classes is None else [nfc(name) for name in classes]
     if len(numbers) == len(found):
         if classes is None and max(numbers.values()) <= _LARGEST_LABEL:
@@ -126,7 +126,8 @@ def first_difference(ours: list[str], theirs: list[str]) -> str:
     return f"only the {which} has class {min(len(ours), len(theirs))}, {longer[min(len(ours), len(theirs))]}"
 
 
-def _whole_number(text: str) -> int | None:
+def whole_number(text: str) -> int | None:
+    """The number that a label's text is (`3`, `+3`, `03`, `3.0`); None if it is a name."""
     match = _WHOLE_NUMBER.fullmatch(text)
     return None if match is None else int(match[1])
 

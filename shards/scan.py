@@ -163,18 +163,19 @@ def image_extension(extensions: Collection[str], field: str | None = None, exact
         return field if field in extensions else None
     if (found := next((name for name in IMAGE_EXTENSIONS if name in extensions), None)) is not None or exact:
         return found
-    images = _images_among(extensions)
+    images = images_among(extensions)
     return images[0] if len(images) == 1 else None
 
 
-def _images_among(extensions: Collection[str]) -> list[str]:
+def images_among(extensions: Collection[str]) -> list[str]:
+    """Those of `extensions` that end in an image's (`jpg`, `seg.png`)."""
     return [name for name in extensions if name.rpartition(".")[2] in IMAGE_EXTENSIONS]
 
 
 def _sample_row(job: ScanJob, file: BinaryIO, key: str, parts: dict[str, Member], facts: Facts) -> Row:
     options = job.options
     wanted = None if options.image_field is None else options.image_field.lower().lstrip(".")
-    chosen, images = image_extension(parts, wanted, exact=job.adopt), _images_among(parts)
+    chosen, images = image_extension(parts, wanted, exact=job.adopt), images_among(parts)
     if chosen is None:
         listed = ", ".join(sorted(parts)[:6]) + (", ..." if len(parts) > 6 else "")
         advice = f"; --image-field {images[0]} takes that one" if images else ""

@@ -23,6 +23,7 @@ from maelstream.pipeline.sample_source import BadSample
 from maelstream.pipeline.stream import Stream
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import DatasetError, MaelstreamError, StorageError
+from maelstream.shards.reader import ShardReader
 from tests.pipeline.test_loader import DAMAGE, content, damaged_copy
 from tests.shards.test_sources import write_tar
 
@@ -188,10 +189,37 @@ def test_a_bad_sample_is_reported_and_left_out(packed: Dataset, tmp_path: Path, 
         take(stream, BatchSplit(8, 1, 1), 15, max_bad_share=0.0)
 
 
+def test_joined_tars_are_read_to_the_end_and_a_damaged_header_is_an_error(
+    packed: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maelstream.shards.retry.PAUSES_S", (0.001,) * 4)
+    tars = [(Path(packed.folder) / name).read_bytes() for name in packed.shard_names]
+    (tmp_path / "joined.tar").write_bytes(b"".join(tars))
+    rows = content(take(Stream(str(tmp_path / "joined.tar"), 60, shuffle_buffer=1), BatchSplit(60, 1, 1), 1))
+    assert len({row[0] for row in rows}) == 60
+    second = packed.keys(np.arange(60))[1].encode()  # webdataset would read one sample and no more
+    (tmp_path / "damaged.tar").write_bytes(tars[0].replace(second + b".jpg", b"\xff" + second[1:] + b".jpg", 1))
+    with pytest.raises(StorageError, match=r"damaged\.tar cannot be read \(it is damaged at byte [\d,]+\)"):
+        take(Stream(str(tmp_path / "damaged.tar"), 60), BatchSplit(8, 1, 1), 1)
+
+
+def test_the_image_of_a_stream_is_chosen_as_by_pack(packed: Dataset, tmp_path: Path) -> None:
+    images = ShardReader(packed, check_crc=True).read(np.arange(5))
+    one, two, three, four, five = (image.tobytes() for image in images)
+    members = [("a.png", five), ("a.jpg", one), ("b.rgb.jpg", two), ("__MACOSX/._b.jpg", b"x"), ("._b.jpg", b"x")]
+    members += [("c.jpg", three), ("d.left.jpg", four), ("d.right.jpg", five), ("e.jpg", four), ("f.txt", b"x")]
+    write_tar(tmp_path / "some.tar", members)
+    bad: list[BadSample] = []
+    stream = Stream(str(tmp_path / "some.tar"), 4, shuffle_buffer=1)
+    rows = content(take(stream, BatchSplit(4, 1, 1), 1, max_bad_share=0.5, on_bad=bad.append))
+    assert [row[0] for row in rows] == [0, 1, 2, 4]
+    assert bad[0].key == "d" and "several images (left.jpg, right.jpg)" in bad[0].reason
+
+
 def test_labels_come_from_cls_or_json_and_are_minus_1_otherwise(packed: Dataset, tmp_path: Path) -> None:
     images = [path.read_bytes() for path in sorted(Path(packed.folder).parent.glob("images/*/*.jpg"))[:4]]
     members = []
-    kinds = [("cls", b"7"), ("json", json.dumps({"label": 5}).encode()), ("cls", b"cat"), ("txt", b"a picture")]
+    kinds = [("cls", b"7"), ("json", json.dumps({"label": 5.0}).encode()), ("cls", b"cat"), ("txt", b"a picture")]
     for number, (image, (extension, label)) in enumerate(zip(images, kinds, strict=True)):
         members += [(f"{number}.jpg", image), (f"{number}.{extension}", label)]
     write_tar(tmp_path / "some.tar", members)
