@@ -170,8 +170,8 @@ class Recipe:
     init: str = ""
     """Weights to start from instead of random ones: a run, a file or a folder, with or without a decoder. The run keeps
     its own copy."""
-    init_sha256: Annotated[str, tyro.conf.Suppress] = ""
-    """SHA-256 of the file of `init`, written by the run."""
+    init_sha256: str = ""
+    """SHA-256 of the file of `init`; the run writes it."""
     engine: EngineConfig = EngineConfig()
     loader: LoaderConfig = LoaderConfig()
     log: LogConfig = LogConfig()
