@@ -4,6 +4,7 @@ import json
 import re
 import unicodedata
 from decimal import Decimal
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -116,14 +117,14 @@ def number_labels(rows: pa.RecordBatch, classes: list[str] | None, named: bool) 
     return classes, by_number[encoded.indices.to_numpy()]
 
 
-def first_difference(ours: list[str], theirs: list[str]) -> str:
-    """Where two lists of class names differ first, in words; both names are compared in NFC."""
-    for number, (one, other) in enumerate(zip(map(nfc, ours), map(nfc, theirs), strict=False)):
+def first_difference(ours: list[str], theirs: list[str]) -> str | None:
+    """Where two lists of class names differ first, in words; None if all names are the same in NFC."""
+    for number, (one, other) in enumerate(zip_longest(map(nfc, ours), map(nfc, theirs))):
+        if one is None or other is None:
+            return f"only the {'first' if other is None else 'second'} has class {number}, {one or other}"
         if one != other:
             return f"class {number} is {one} in the first and {other} in the second"
-    longer = ours if len(ours) > len(theirs) else theirs
-    which = "first" if longer is ours else "second"
-    return f"only the {which} has class {min(len(ours), len(theirs))}, {longer[min(len(ours), len(theirs))]}"
+    return None
 
 
 def whole_number(text: str) -> int | None:

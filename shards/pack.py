@@ -6,6 +6,7 @@ dataset is complete. Several machines may share a build (`part`); the one that f
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -116,6 +117,8 @@ def index(
         DatasetError: as `pack`; or the folder holds shards of several splits, and a dataset is one split.
     """
     storage = Storage.at(folder)
+    if options.image_field is not None and re.search(r"\s", options.image_field):
+        raise DatasetError(f"--image-field {options.image_field}: DALI cannot read extensions with spaces; use pack")
     tars = {entry.name for entry in storage.entries() if entry.name.endswith(".tar")}
     sources = find_sources(folder, options.split, classes, options.labels)
     if sources.kind == "tars" and sources.searched is not None:
@@ -301,10 +304,10 @@ def _classes_of_files(sources: Sources, facts: list[Facts]) -> list[str] | None:
     names = sources.files["path"].to_pylist()
     having = [(name, fact.classes) for name, fact in zip(names, facts, strict=True) if fact.classes]
     for name, classes in having:
-        if classes != having[0][1]:
+        if difference := first_difference(having[0][1], classes):
             raise DatasetError(
-                f"{sources.storage}: the class names of {having[0][0]} and {name} differ "
-                f"({first_difference(having[0][1], classes)}); pack them apart, or give the names with --classes"
+                f"{sources.storage}: the class names of {having[0][0]} and {name} differ: {difference}; pack them "
+                "apart, or give the names with --classes"
             )
     return having[0][1] if having else None
 

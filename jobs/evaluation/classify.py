@@ -31,6 +31,7 @@ from maelstream.jobs.weights.reading import ENCODER_SIZES, WeightsError, encoder
 from maelstream.model.sizes import paper_name
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
+from maelstream.shards.labels import first_difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +116,10 @@ def check_datasets(train: Dataset, val: Dataset) -> None:
             raise MaelstreamError(f"{dataset.folder} holds no images; pack some")
         if not dataset.classes or dataset.label.min() < 0:
             raise MaelstreamError(f"{dataset.folder} has no labels; pack class folders or another source with labels")
-    if train.classes != val.classes:
+    if difference := first_difference(train.classes, val.classes):
         raise MaelstreamError(
-            f"{train.folder} has {len(train.classes)} classes, {val.folder} has {len(val.classes)}, and they differ; "
-            "pack both from folders of the same names"
+            f"{train.folder} has {len(train.classes)} classes, {val.folder} has {len(val.classes)}, and they differ: "
+            f"{difference}; pack both from folders of the same names, or with the same --classes"
         )
     if len(train.classes) > len(train):
         raise MaelstreamError(

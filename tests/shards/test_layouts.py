@@ -22,9 +22,11 @@ from PIL import Image
 from timm.data import create_dataset
 
 from maelstream.shards.dataset import Dataset
-from maelstream.shards.pack import Notice, pack
+from maelstream.shards.errors import DatasetError
+from maelstream.shards.pack import Notice, index, pack
 from maelstream.shards.plan import PackOptions
 from maelstream.shards.reader import ShardReader
+from tests.shards.test_pack import by_stock_dali
 from tests.shards.test_sources import IMAGES, quarantine, tar_bytes, write_tar
 
 MASK = io.BytesIO()
@@ -487,3 +489,209 @@ def test_a_layout_packed_and_read_back_by_three_readers_equals_a_plain_reading(t
     assert set(quarantine(tmp_path / "out")) == set(source.left_out)
     for words in source.notices:
         assert any(words in notice for notice in notices), notices
+
+
+# --- what cannot be read right is one line that says what to do
+
+
+def refused(folder: Path, content: dict[str, bytes], **options: Any) -> Source:
+    for path, data in content.items():
+        put(folder / "src" / path, data)
+    return Source(folder / "src", [], options)
+
+
+def saved(folder: Path, change: Callable[[Path], object]) -> Source:
+    save_to_disk(folder / "src", table([0, 1, 1], CLASS_LABEL))
+    change(folder / "src")
+    return Source(folder / "src", [])
+
+
+def two_files(folder: Path, first: list[str], second: list[str]) -> Source:
+    for n, names in enumerate((first, second)):
+        pq.write_table(table([0, 1], {"names": names}, 2 * n), folder / f"train-{n}.parquet")
+    return Source(folder, [])
+
+
+def one_table(folder: Path, labels: Any, **options: Any) -> Source:
+    pq.write_table(table(labels), folder / "a.parquet")
+    return Source(folder / "a.parquet", [], options)
+
+
+def shorten(path: Path, by: int) -> None:
+    path.write_bytes(path.read_bytes()[:-by])
+
+
+TAR, OTHER = tar_bytes(members([0])), tar_bytes(members([1]))
+REFUSED: dict[str, tuple[Callable[[Path], Source], str]] = {
+    "no such split": (
+        lambda f: refused(f, {"train/cat/0.jpg": IMAGES[0], "val/cat/1.jpg": IMAGES[1]}, split="test"),
+        "src holds the splits train, val, and none is test; choose one by --split",
+    ),
+    "only another split": (
+        lambda f: refused(f, {"val/cat/0.jpg": IMAGES[0]}),
+        "src holds the splits val, and none is train; choose one by --split",
+    ),
+    "two folders of one split": (
+        lambda f: refused(f, {"train/a/0.jpg": IMAGES[0], "val/a/1.jpg": PNG, "valid/a/2.jpg": PNG}, split="val"),
+        "src holds val and valid, all of split val; give one of them as SRC",
+    ),
+    "no such split in a tar": (
+        lambda f: refused(f, {"a.tar": tar_bytes(IMAGENETTE)}, split="test"),
+        r"a\.tar/imagenette2 holds the splits train, val, and none is test; choose one by --split",
+    ),
+    "no such split of tars in folders": (
+        lambda f: refused(f, {"train/0.tar": TAR, "val/0.tar": OTHER}, split="test"),
+        r"2 groups of files \(train/#\.tar, val/#\.tar\), none of split test",
+    ),
+    "two configurations": (
+        lambda f: refused(f, {"cifar10/train-0.tar": TAR, "cifar100/train-0.tar": OTHER}),
+        "src holds files of split train in cifar10 and cifar100; give one of them as SRC",
+    ),
+    "images and tars": (
+        lambda f: refused(f, {"cat/0.jpg": IMAGES[0], "old/a.tar": TAR}),
+        r"src holds images \(cat/0\.jpg\) and old/a\.tar; give the folder of one of them as SRC",
+    ),
+    "compressed": (lambda f: refused(f, {"data/a.tar.gz": b"x"}), r"a\.tar\.gz is compressed"),
+    "a field of folders": (
+        lambda f: refused(f, {"cat/0.jpg": IMAGES[0]}, label_field="kind"),
+        "src holds files of one image each; --image-field and --label-field are for others",
+    ),
+    "no such label": (
+        lambda f: refused(f, {"a.tar": TAR}, label_field="lable"),
+        "no sample has a label in lable, which --label-field names; correct it, or pack without labels",
+    ),
+    "no such image": (
+        lambda f: refused(f, {"a.tar": TAR}, image_field="png"),
+        r"none of 1 files is a usable image; the first, a\.tar/0000: no png in this sample, only cls, jpg; "
+        "--image-field jpg takes that one",
+    ),
+    "no such column": (
+        lambda f: one_table(f, [0, 1], image_field="photo"),
+        r"a\.parquet: --image-field photo is no column of images; such are image of image, label",
+    ),
+    "bytes": (
+        lambda f: one_table(f, [b"cat", b"dog"]),
+        r"column label \(binary\) holds no labels, which are numbers or names; .*--label-field, .*--no-labels",
+    ),
+    "structs": (lambda f: one_table(f, [{"id": 1}, {"id": 2}]), r"column label \(struct<id: int64>\) holds no labels"),
+    "only lists": (
+        lambda f: one_table(f, [[0, 1], [1, 2]]),
+        r"none of 2 files is a usable image; .*\(\[0, 1\] names several classes\); --no-labels packs without labels",
+    ),
+    "numbers and names": (
+        lambda f: one_table(f, ["0", "cat"]),
+        r"a\.parquet/1/1\.jpg: label cat is a name, but a\.parquet/0/0\.jpg has the number 0",
+    ),
+    "other classes": (
+        lambda f: two_files(f, ["cat", "dog"], ["cat", "emu"]),
+        r"train-0\.parquet and train-1\.parquet differ: class 1 is dog in the first and emu in the second; pack",
+    ),
+    "a folder that is no class": (
+        lambda f: refused(f, {"cat/0.jpg": IMAGES[0], "dog/1.jpg": IMAGES[1]})._replace(classes=["cat", "emu"]),
+        "src/dog is not one of the 2 classes in --classes; add it or rename the folder",
+    ),
+    "a cut stream": (
+        lambda f: saved(f, lambda path: shorten(path / "data-00000-of-00002.arrow", 8)),
+        r"data-00000-of-00002\.arrow is damaged or not an Arrow file \(its end is missing\)",
+    ),
+    "a missing file": (
+        lambda f: saved(f, lambda path: (path / "data-00001-of-00002.arrow").unlink()),
+        r"data-00001-of-00002\.arrow is missing, but listed in state\.json",
+    ),
+    "a damaged list": (lambda f: saved(f, lambda path: put(path / "state.json", b"{}")), r"state\.json is damaged"),
+    "a damaged manifest": (lambda f: refused(f, {"a.tar": TAR, "dataset.json": b"{"}), r"dataset\.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_read_right_is_one_line_that_says_what_to_do(tmp_path: Path, kind: str) -> None:
+    layout, complaint = REFUSED[kind]
+    with pytest.raises(DatasetError, match=complaint) as error:
+        build(layout(tmp_path), tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out" / "dataset.json").exists()
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "birds"}', "[1, 2]", "3", '{"format_version": "1.0"}'])
+def test_the_manifest_of_another_program_is_no_source_of_class_names(tmp_path: Path, manifest: str) -> None:
+    source = refused(tmp_path, {"a.tar": TAR, "dataset.json": manifest.encode()})
+    assert by_ours(build(source, tmp_path / "out")[0]) == numbered([0])
+
+
+def test_a_packed_dataset_cannot_be_inside_the_folders_that_are_searched(tmp_path: Path) -> None:
+    source = refused(tmp_path, {"train/0.tar": TAR, "val/0.tar": OTHER})
+    with pytest.raises(DatasetError, match=r"packed is inside .*src, whose folders are classes; choose another DST"):
+        build(source, tmp_path / "src" / "packed")
+
+
+# --- adopting
+
+
+def adopt(folder: Path, content: list[tuple[str, bytes]], **options: Any) -> tuple[Dataset, list[str]]:
+    notices: list[str] = []
+    write_tar(folder / "wds" / "a.tar", content)
+    pack_options = replace(PackOptions("x", "train", 2**28, 0), **options)
+
+    def report(progress: object) -> None:
+        if isinstance(progress, Notice):
+            notices.append(progress)
+
+    index(str(folder / "wds"), pack_options, InProcess(), report)
+    return Dataset.open(folder / "wds"), notices
+
+
+def test_stock_dali_reads_adopted_shards_whose_names_have_spaces(tmp_path: Path) -> None:
+    dataset, _ = adopt(tmp_path, members(range(3), "my photos/no\t1 "))
+    assert by_ours(dataset) == by_webdataset(dataset) == numbered(range(3))
+    images, labels = by_stock_dali(tmp_path / "wds", ["a.tar"], 3)
+    assert images == IMAGES[:3] and labels == [b"0", b"1", b"2"]
+
+
+def test_adopting_takes_the_image_that_other_readers_of_the_shards_know(tmp_path: Path) -> None:
+    content = [("a.png", PNG), ("a.jpg", IMAGES[0]), ("b.rgb.jpg", IMAGES[1]), ("c.seg.png", PNG), ("c.jpg", IMAGES[2])]
+    dataset, notices = adopt(tmp_path, content)
+    assert by_ours(dataset) == [(IMAGES[0], ""), (IMAGES[2], "")]
+    assert quarantine(tmp_path / "wds") == {
+        "a.tar/b": "no image in this sample, only rgb.jpg; --image-field rgb.jpg takes that one"
+    }
+    assert len(notices) == 1 and "2 samples hold several images" in notices[0]
+    dataset, notices = adopt(tmp_path / "other", content, image_field="seg.png")
+    assert by_ours(dataset) == [(PNG, "")] and not notices
+    assert (tmp_path / "other" / "wds" / "a.idx").read_text().split()[2] == "seg.png"
+    with pytest.raises(DatasetError, match="--image-field my image: DALI cannot read extensions with spaces"):
+        adopt(tmp_path / "third", content, image_field="my image")
+
+
+def test_shards_are_adopted_without_labels(tmp_path: Path) -> None:
+    others = [("x.jpg", IMAGES[5]), ("y.jpg", IMAGES[6]), ("y.cls", b"\xff")]
+    dataset, _ = adopt(tmp_path, [*members(range(2)), *others], labels=False)
+    assert by_ours(dataset) == [(IMAGES[n], "") for n in (0, 1, 5, 6)] and dataset.classes == []
+    assert "cls" not in (tmp_path / "wds" / "a.idx").read_text()
+
+
+def test_adopted_class_folders_are_labelled_and_their_splits_are_not_mixed(tmp_path: Path) -> None:
+    dataset, notices = adopt(tmp_path, [(f"{('cat', 'dog')[n % 2]}/{n}.jpg", IMAGES[n]) for n in range(4)])
+    assert by_ours(dataset) == [(IMAGES[n], ("cat", "dog")[n % 2]) for n in range(4)]
+    assert "labels are the 2 folders of the images (cat, dog, ...)" in notices[0]
+    with pytest.raises(DatasetError, match=r"a\.tar holds folders of several splits; pack it with --split"):
+        adopt(tmp_path / "splits", IMAGENETTE)
+
+
+def test_joined_tars_and_tars_in_folders_are_not_adopted(tmp_path: Path) -> None:
+    put(tmp_path / "wds" / "a.tar", TAR + OTHER)
+    options = PackOptions("x", "train", 2**28, 0)
+    with pytest.raises(DatasetError, match="holds more after its end mark"):
+        index(str(tmp_path / "wds"), options, InProcess(), lambda _: None)
+    put(tmp_path / "deep" / "train" / "a.tar", TAR)
+    with pytest.raises(DatasetError, match=r"deep has its tars in folders; index each of them, such as .*deep/train"):
+        index(str(tmp_path / "deep"), options, InProcess(), lambda _: None)
+
+
+def test_a_manifest_of_another_program_is_not_overwritten(tmp_path: Path) -> None:
+    put(tmp_path / "wds" / "a.tar", TAR)
+    put(tmp_path / "wds" / "dataset.json", b'{"name": "birds"}')
+    options = PackOptions("x", "train", 2**28, 0)
+    with pytest.raises(DatasetError, match=r"dataset\.json is no packed dataset's; rename it"):
+        index(str(tmp_path / "wds"), options, InProcess(), lambda _: None)
+    with pytest.raises(DatasetError, match="holds something else"):
+        build(refused(tmp_path, {"cat/0.jpg": IMAGES[0]}), tmp_path / "wds")
+    assert (tmp_path / "wds" / "dataset.json").read_bytes() == b'{"name": "birds"}'
