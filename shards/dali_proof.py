@@ -75,4 +75,5 @@ def _reason(message: str) -> str:
     """What DALI's message says about the image, in parentheses; empty if it only says that decoding failed."""
     found = re.search(r"encountered:(.*?)(?:Current pipeline object|$)", message, re.DOTALL)
     reason = " ".join((found[1] if found else message).split())
-    return "" if not reason or reason.startswith("Failed to decode sample") else f" ({reason[:200]})"
+    says_nothing = not reason or reason.startswith(("Failed to decode sample", "nvImageCodec failure: '#"))
+    return "" if says_nothing else f" ({reason[:200]})"
