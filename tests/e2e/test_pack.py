@@ -91,6 +91,7 @@ def test_a_dataset_is_named_after_its_source(src: str, name: str) -> None:
         (["--workers", "0"], "--workers 0: at least one"),
         (["--name", "a/b"], "--name a/b"),
         (["--classes", "nowhere.txt"], "--classes nowhere.txt cannot be read"),
+        (["--no-labels", "--label-field", "kind"], "--no-labels: omit --classes and --label-field"),
     ],
 )
 def test_invalid_options_are_an_error(
@@ -100,6 +101,34 @@ def test_invalid_options_are_an_error(
     assert run("pack", [str(images), str(tmp_path / "out"), *options]) == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_class_names_of_an_editor_on_windows_are_read_and_a_repeated_one_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = write_images(tmp_path / "src", classes=2, per_class=1)
+    names = tmp_path / "names.txt"
+    names.write_bytes("\ufeffclass01\r\nclass00\r\nno\u0308ne\r\n".encode())
+    options = ["--classes", str(names), "--workers", "1"]
+    assert run("pack", [str(images), str(tmp_path / "out"), *options]) == 0
+    assert Dataset.open(tmp_path / "out").classes == ["class01", "class00", "n\u00f6ne"]
+    names.write_text("class01\nn\u00f6ne\nno\u0308ne\n")
+    assert run("pack", [str(images), str(tmp_path / "other"), *options]) == 2
+    assert "or repeated, as line 3 (n\u00f6ne) is" in capsys.readouterr().err
+
+
+def test_images_without_labels_are_named_and_packed_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = write_images(tmp_path / "src", classes=2, per_class=2)
+    (images / "cover.jpg").write_bytes((images / "class00" / "000.jpg").read_bytes())
+    assert run("pack", [str(images), str(tmp_path / "out"), "--workers", "1"]) == 0
+    note = "note: 1 images left out, such as cover.jpg: no label, but others have one; --no-labels packs all images"
+    assert note in capsys.readouterr().err
+    assert run("pack", [str(images), str(tmp_path / "all"), "--workers", "1", "--no-labels"]) == 0
+    assert not capsys.readouterr().err
+    dataset = Dataset.open(tmp_path / "all")
+    assert (len(dataset), dataset.label.tolist(), dataset.classes) == (5, [-1] * 5, [])
 
 
 def test_the_demo_packs_several_hundred_varied_crops_of_real_photographs(tmp_path: Path) -> None:
