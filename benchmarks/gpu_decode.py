@@ -13,8 +13,8 @@ from maelstream.jobs.profiling.data_stages import DataPath, measure_rate
 from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.config import CropConfig, DecodeConfig, LoaderConfig
-from maelstream.pipeline.loader import Batch
 from maelstream.pipeline.order import SampleOrder
+from maelstream.pipeline.producer import Batch
 from maelstream.shards.dataset import Dataset
 
 SIZE = (224, 224)

@@ -36,7 +36,7 @@ from maelstream.jobs.training.log import Clock
 from maelstream.jobs.training.pretraining import reconstruction_loss
 from maelstream.jobs.training.step import train_step
 from maelstream.pipeline.batch_plan import BatchSplit
-from maelstream.pipeline.loader import Batch
+from maelstream.pipeline.producer import Batch
 
 PLAIN, PROFILED, TRACED = "pre-training's loop", "inside the profile", "under torch.profiler"
 

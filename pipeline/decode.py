@@ -113,6 +113,11 @@ class CpuDecoder:
         self._in_dali.append((batch, reductions))
         return encoded, windows[:, :2].copy(), windows[:, 2:].copy()  # copies, because DALI rejects strided arrays
 
+    def close(self) -> None:
+        """Ends its threads, and DALI's."""
+        self._resizers.shutdown()
+        del self._pipeline
+
     def run(self) -> Shaped[Tensor, "b 3 h w"]:
         """Images of the next iteration.
 
@@ -204,6 +209,10 @@ class GpuDecoder:
         batch = self._source(iteration)
         self._in_dali.append(batch.pixel_augment)
         return dali_inputs(batch)
+
+    def close(self) -> None:
+        """Ends DALI's threads."""
+        del self._pipeline
 
     def run(self) -> Shaped[Tensor, "b 3 h w"]:
         """Images of the next iteration.

@@ -28,10 +28,11 @@ from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.erase import erase
 from maelstream.pipeline.hashing import sample_keys, seed_word
-from maelstream.pipeline.loader import Batch, ImageLoader
+from maelstream.pipeline.loader import ImageLoader
 from maelstream.pipeline.mixup import apply_mixup
 from maelstream.pipeline.order import SampleOrder
 from maelstream.pipeline.output import Output
+from maelstream.pipeline.producer import Batch
 from maelstream.pipeline.sample_source import BadSample
 from maelstream.shards.dataset import Dataset
 

@@ -14,9 +14,10 @@ from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchPlan, BatchSplit, MicroBatch
 from maelstream.pipeline.config import LoaderConfig
 from maelstream.pipeline.decode import DECODERS, EncodedBatch, decode_device
-from maelstream.pipeline.loader import ImageLoader, ReadAhead, open_sample_source
+from maelstream.pipeline.loader import ImageLoader
 from maelstream.pipeline.mix import Mix, MixOrder
 from maelstream.pipeline.order import SampleOrder
+from maelstream.pipeline.producer import ReadAhead, open_sample_source
 from maelstream.pipeline.sample_source import BadSamples, PlannedSource, SampleSource
 from maelstream.pipeline.stage_pipelines import augment_only, decode_only
 from maelstream.pipeline.stream import Stream

@@ -21,7 +21,7 @@ from maelstream.jobs.profiling.data_stages import DataPath
 from maelstream.jobs.training.log import Clock
 from maelstream.jobs.training.pretraining import reconstruction_loss
 from maelstream.jobs.training.step import train_step
-from maelstream.pipeline.loader import Batch
+from maelstream.pipeline.producer import Batch
 from maelstream.pipeline.tracing import traced_with
 from maelstream.shards.errors import MaelstreamError
 

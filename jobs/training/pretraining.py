@@ -11,7 +11,8 @@ from maelstream.jobs.training.engine import build_engine, build_model
 from maelstream.model.mae import MAE
 from maelstream.model.targets import PCATarget, TokenTarget
 from maelstream.pipeline.batch_plan import BatchSplit
-from maelstream.pipeline.loader import Batch, ImageLoader
+from maelstream.pipeline.loader import ImageLoader
+from maelstream.pipeline.producer import Batch
 from maelstream.pipeline.sample_source import BadSample
 
 

@@ -16,7 +16,7 @@ from maelstream.jobs.distributed.ranks import ControlGroup
 from maelstream.jobs.distributed.stop import SIGNALS
 from maelstream.jobs.training.engine import clear_accumulated_gradients, gradients_are_finite, without_update
 from maelstream.jobs.training.log import Clock
-from maelstream.pipeline.loader import Batch
+from maelstream.pipeline.producer import Batch
 from maelstream.pipeline.tracing import trace_range
 
 

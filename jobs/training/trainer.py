@@ -32,7 +32,8 @@ from maelstream.jobs.training.schedule import Schedule, schedule_of
 from maelstream.jobs.training.step import Flags, StepResult, train_step
 from maelstream.jobs.training.trackers import import_trackers, trackers
 from maelstream.pipeline.batch_plan import BatchSplit
-from maelstream.pipeline.loader import Batch, ImageLoader
+from maelstream.pipeline.loader import ImageLoader
+from maelstream.pipeline.producer import Batch
 from maelstream.pipeline.sample_source import BadSample
 
 

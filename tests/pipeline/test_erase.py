@@ -14,9 +14,10 @@ from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.config import CropConfig, LoaderConfig
 from maelstream.pipeline.erase import Erasing, erase
 from maelstream.pipeline.hashing import mix_bits
-from maelstream.pipeline.loader import Batch, ImageLoader
+from maelstream.pipeline.loader import ImageLoader
 from maelstream.pipeline.order import SampleOrder
 from maelstream.pipeline.output import Output
+from maelstream.pipeline.producer import Batch
 from maelstream.shards.dataset import Dataset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

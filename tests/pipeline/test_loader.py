@@ -21,8 +21,9 @@ from maelstream.jobs.pack import main as pack
 from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.config import CropConfig, DecodeConfig, LoaderConfig, Shuffle
-from maelstream.pipeline.loader import Batch, ImageLoader, LoaderState
+from maelstream.pipeline.loader import ImageLoader, LoaderState
 from maelstream.pipeline.order import SampleOrder
+from maelstream.pipeline.producer import Batch, Producer
 from maelstream.pipeline.sample_source import BadSample
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import DatasetError, MaelstreamError
@@ -226,7 +227,7 @@ def test_images_of_an_old_dataset_are_checked_before_dali_reads_them(
         damaged_copy(packed, tmp_path / "damaged", b"\xff\xd8", bmp + bytes(size - len(bmp)))
     )
     old.manifest["dali_checked"] = False
-    monkeypatch.setattr(ImageLoader, "_undecodable", None)  # for images on which DALI has raised
+    monkeypatch.setattr(Producer, "_undecodable", None)  # for images on which DALI has raised
     reported: list[BadSample] = []
     take(old, BatchSplit(batch_size, 1, 1), 2, max_bad_share=0.02, on_bad=reported.append)
     assert {bad.sample for bad in reported} <= {7}
@@ -278,7 +279,7 @@ def test_an_error_while_the_source_opens_reaches_the_consumer(packed: Dataset, m
     def fail(*_: Any) -> Any:
         raise DatasetError("the store is gone")
 
-    monkeypatch.setattr("maelstream.pipeline.loader.open_sample_source", fail)
+    monkeypatch.setattr("maelstream.pipeline.producer.open_sample_source", fail)
     with pytest.raises(DatasetError, match="the store is gone"):
         take(packed, BatchSplit(8, 1, 1), 1)
 

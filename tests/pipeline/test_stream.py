@@ -17,8 +17,9 @@ from maelstream.jobs.command import run
 from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.config import CropConfig, LoaderConfig, Shuffle
-from maelstream.pipeline.loader import Batch, ImageLoader, LoaderState
+from maelstream.pipeline.loader import ImageLoader, LoaderState
 from maelstream.pipeline.order import SampleOrder
+from maelstream.pipeline.producer import Batch
 from maelstream.pipeline.sample_source import BadSample
 from maelstream.pipeline.stream import Stream
 from maelstream.shards.dataset import Dataset

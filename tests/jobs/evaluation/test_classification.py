@@ -19,8 +19,8 @@ from maelstream.jobs.recipe import ClassificationRecipe, EngineConfig, Job, Labe
 from maelstream.model.config import ClassifierConfig, MAEConfig
 from maelstream.model.mae import MAE
 from maelstream.pipeline.erase import Erasing, erase
-from maelstream.pipeline.loader import Batch
 from maelstream.pipeline.mixup import MixupConfig
+from maelstream.pipeline.producer import Batch
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
 
