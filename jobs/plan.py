@@ -259,6 +259,28 @@ def show(run: PlannedRun, device: Device, memory: Memory, figures: dict[str, Any
         f"communication / compute {'not known' if ratio is None else f'{ratio:.2f}'}"
     )
     console.print(f"{run.samples:,.0f} images take {figures['hours']:,.1f} hours; bottleneck: {figures['bound']}")
+    console.print("assumed:", "; ".join(assumptions(run, device)))
+
+
+def assumptions(run: PlannedRun, device: Device) -> list[str]:
+    """The rates that the prediction assumes, each with the option that replaces it, if there is one."""
+
+    def gb(rate: float | None) -> str:
+        return "not known" if rate is None else f"{rate / 1e9:,.0f} GB/s"
+
+    decode, storage = device.decode_images_per_s, run.storage_bytes_per_s
+    return [
+        f"matrix products at {device.matrix_share:.0%} of {device.flops_per_s / 1e12:,.1f} TFLOP/s",
+        f"memory at {device.bandwidth_share:.0%} of {gb(device.memory_bytes_per_s)}, {gigabytes(RESERVED_BYTES)} GB of it "
+        "reserved",
+        f"links at {device.bandwidth_share:.0%} of {gb(device.link_bytes_per_s)} inside a machine and "
+        f"{gb(device.network_bytes_per_s)} between machines",
+        "decoding "
+        + ("not limited" if decode is None else f"{decode:,.0f} images/s per GPU")
+        + " (--decode-images-per-s)",
+        "storage " + ("not limited" if storage is None else gb(storage)) + " (--storage-gb-per-s)",
+        f"{run.image_bytes:,} bytes per image (--image-bytes)",
+    ]
 
 
 def main(args: list[str]) -> int:

@@ -115,6 +115,15 @@ def test_the_command_prints_memory_step_rate_hours_and_bottleneck(capsys: pytest
         assert word in " ".join(printed.split())
 
 
+def test_the_assumed_rates_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", ["--gpu", "h100", "--decode-images-per-s", "5000", "--storage-gb-per-s", "3"]) == 0
+    printed = " ".join(capsys.readouterr().out.partition("assumed:")[2].split())
+    device = DEVICES["h100"]
+    assert f"matrix products at {device.matrix_share:.0%} of 989.4 TFLOP/s" in printed
+    assert f"memory at {device.bandwidth_share:.0%} of 3,350 GB/s, 4.00 GB of it reserved" in printed
+    assert "decoding 5,000 images/s per GPU (--decode-images-per-s); storage 3 GB/s (--storage-gb-per-s)" in printed
+
+
 def test_json_output_has_every_figure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     recipe.write_text("model: {dim: 192, depth: 12, heads: 3}\n")
