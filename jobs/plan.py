@@ -271,14 +271,12 @@ def assumptions(run: PlannedRun, device: Device) -> list[str]:
     decode, storage = device.decode_images_per_s, run.storage_bytes_per_s
     return [
         f"matrix products at {device.matrix_share:.0%} of {device.flops_per_s / 1e12:,.1f} TFLOP/s",
-        f"memory at {device.bandwidth_share:.0%} of {gb(device.memory_bytes_per_s)}, {gigabytes(RESERVED_BYTES)} GB of it "
-        "reserved",
+        f"memory at {device.bandwidth_share:.0%} of {gb(device.memory_bytes_per_s)}, "
+        f"{gigabytes(RESERVED_BYTES)} GB of it reserved",
         f"links at {device.bandwidth_share:.0%} of {gb(device.link_bytes_per_s)} inside a machine and "
         f"{gb(device.network_bytes_per_s)} between machines",
-        "decoding "
-        + ("not limited" if decode is None else f"{decode:,.0f} images/s per GPU")
-        + " (--decode-images-per-s)",
-        "storage " + ("not limited" if storage is None else gb(storage)) + " (--storage-gb-per-s)",
+        f"decoding {'not limited' if decode is None else f'{decode:,.0f} images/s per GPU'} (--decode-images-per-s)",
+        f"storage {'not limited' if storage is None else gb(storage)} (--storage-gb-per-s)",
         f"{run.image_bytes:,} bytes per image (--image-bytes)",
     ]
 
