@@ -293,6 +293,7 @@ def figures_of(
             and end_to_end.images_per_s * flops / (machine.datasheet_flops_per_s * ranks.world_size),
             "engine_images_per_s": with_engine,
             "engine_share": 1 - with_engine / step,
+            "engine_noise": times.spread,
         }
     rates = {name: stage.images_per_s for name, stage in stages.items() if stage.images_per_s is not None}
     if not rates:

@@ -39,6 +39,16 @@ def stage_table(figures: dict[str, Any]) -> Table:
     return result
 
 
+def engine_line(share: float, noise: float) -> str:
+    """What the engine adds to forward and backward; no figure that the noise of the measurement exceeds.
+
+    A negative share is noise: the machine was faster while the engine ran than while the model ran without it.
+    """
+    if share > noise:
+        return f"DeepSpeed's engine: {share:.1%} of the time of forward and backward"
+    return f"DeepSpeed's engine: less than the noise of this measurement ({max(noise, -share):.1%})"
+
+
 def summary(figures: dict[str, Any]) -> list[str]:
     """Lines below the table: the machine, the run end to end, and the bottleneck."""
     run, machine = figures["whole"], figures["machine"]
@@ -59,6 +69,6 @@ def summary(figures: dict[str, Any]) -> list[str]:
             f"{run['data_wait_p50_s'] * 1e3:.2f} ms, p99 {run['data_wait_p99_s'] * 1e3:.2f} ms",
             f"cores busy {run['cpu_utilisation']:.0%}{gpu}; "
             f"memory {format_decimal_bytes(run['rss_bytes'])}{gpu_memory}",
-            f"DeepSpeed's engine: {run['engine_share']:.1%} of the time of forward and backward",
+            engine_line(run["engine_share"], run["engine_noise"]),
         ]
     return [*lines, figures["verdict"]["words"]]

@@ -150,6 +150,8 @@ class EngineTimes(NamedTuple):
     """Forward and backward."""
     optimizer_s: float
     """Once per step: AdamW, and the exchange of weights between ranks."""
+    spread: float
+    """Interquartile range of the micro-batches' times, as a share of their median."""
 
 
 def time_engine(engine: Any, batch: DeviceBatch, micro_batches: int, steps: int) -> EngineTimes:
@@ -167,9 +169,8 @@ def time_engine(engine: Any, batch: DeviceBatch, micro_batches: int, steps: int)
         engine.step()
         synchronise(engine.device)
         update_s.append(time.perf_counter() - began)
-    return EngineTimes(
-        statistics.median(micro_batch_s[_WARM_UP * micro_batches :]), statistics.median(update_s[_WARM_UP:])
-    )
+    low, median, high = statistics.quantiles(micro_batch_s[_WARM_UP * micro_batches :], n=4, method="inclusive")
+    return EngineTimes(median, statistics.median(update_s[_WARM_UP:]), (high - low) / median)
 
 
 def all_reduce_s(count: int, device: torch.device, repeats: int) -> float:

@@ -32,6 +32,7 @@ END_TO_END = {
     "mfu_datasheet",
     "engine_images_per_s",
     "engine_share",
+    "engine_noise",
 }
 
 

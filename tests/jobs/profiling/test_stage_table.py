@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from maelstream.jobs.profiling.stage_table import stage_table, summary
+from maelstream.jobs.profiling.stage_table import engine_line, stage_table, summary
 
 RUN: dict[str, Any] = {
     "steps": 3,
@@ -22,6 +22,7 @@ RUN: dict[str, Any] = {
     "mfu_measured": 0.68,
     "mfu_datasheet": None,
     "engine_share": 0.1,
+    "engine_noise": 0.02,
 }
 FIGURES: dict[str, Any] = {
     "recipe": "b16",
@@ -57,3 +58,15 @@ def test_the_measured_rate_comes_first_and_a_computed_rate_has_its_own_row(micro
     assert rows[0][1:3] == ["end to end", "2.07"] and "2.07 images/s" in " ".join(summary(figures))
     computed = [["end to end, recipe's batch", "2.16"]] if micro_batches == 1 else []
     assert [row[1:3] for row in rows[1:]] == computed
+
+
+@pytest.mark.parametrize(
+    ("share", "noise", "line"),
+    [
+        (0.1, 0.02, "10.0% of the time of forward and backward"),
+        (0.01, 0.02, "less than the noise of this measurement (2.0%)"),
+        (-1.397, 0.02, "less than the noise of this measurement (139.7%)"),
+    ],
+)
+def test_no_figure_is_printed_that_the_noise_exceeds(share: float, noise: float, line: str) -> None:
+    assert engine_line(share, noise) == f"DeepSpeed's engine: {line}"
