@@ -1,7 +1,10 @@
 """Atomic writes: a file is complete or absent. It is written under another name, synced to disk, then renamed."""
 
+import errno
 import os
 import secrets
+import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +36,30 @@ def atomic_write(path: Path, temporary_folder: Path | None = None) -> Iterator[B
 
 
 def sync(path: Path) -> None:
-    """Syncs a file, or the names in a folder, to disk."""
+    """Syncs a file, or the names in a folder, to disk.
+
+    Some file systems cannot sync folders (CIFS, sshfs, some other FUSE): that is reported once, and ignored.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+        _report_unsynced(path)
     finally:
         os.close(descriptor)
+
+
+def _report_unsynced(path: Path) -> None:
+    device = os.stat(path).st_dev
+    if device not in _reported:
+        _reported.add(device)
+        print(
+            f"{path}: its file system cannot sync folders, so a power loss may undo the renaming of the newest files",
+            file=sys.stderr,
+        )
+
+
+_reported: set[int] = set()  # devices
