@@ -46,22 +46,37 @@ def ranks_from_environment() -> Ranks:
     """The ranks that the launcher set (`maelstream launch`, `deepspeed`, `torchrun` or `srun`); one without a launcher.
 
     Raises:
-        RanksError: more ranks on this machine than it has GPUs.
+        RanksError: a launcher's variable is missing or wrong, or more ranks on this machine than it has GPUs.
     """
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+    # An sbatch script without srun has the tasks of the whole job in its variables, but is one process.
+    started_by_srun = {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"} <= os.environ.keys()
+    if "RANK" not in os.environ and started_by_srun and _number("SLURM_NTASKS", 1) > 1:
         # The tasks per node are like "4(x2)": 4 tasks on each of 2 nodes.
         os.environ |= {name: os.environ[slurm].partition("(")[0] for name, slurm in _SLURM.items()}
         if "MASTER_ADDR" not in os.environ:
             raise RanksError("srun sets no MASTER_ADDR; start from jobs/slurm/pretrain.sbatch, which exports it")
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size  # torchrun, deepspeed
-    ranks = Ranks(int(os.environ.get("RANK", "0")), world_size, int(os.environ.get("LOCAL_RANK", "0")), int(local))
+        os.environ.setdefault("MASTER_PORT", str(20000 + _number("SLURM_JOB_ID", 0) % 20000))
+    world_size = _number("WORLD_SIZE", 1)
+    local = _number("LOCAL_WORLD_SIZE", 0) or _number("LOCAL_SIZE", 0) or world_size  # torchrun, deepspeed
+    ranks = Ranks(_number("RANK", 0), world_size, _number("LOCAL_RANK", 0), local)
+    if not (ranks.rank < world_size and ranks.local_rank < local <= world_size):
+        raise RanksError(
+            f"RANK={ranks.rank} WORLD_SIZE={world_size} LOCAL_RANK={ranks.local_rank} LOCAL_WORLD_SIZE={local} do not "
+            "fit together; unset them to run as one rank, or use a launcher, which sets them"
+        )
     if torch.cuda.is_available() and ranks.local_world_size > torch.cuda.device_count():
         raise RanksError(
             f"{ranks.local_world_size} ranks on a machine with {torch.cuda.device_count()} GPUs; start one per GPU"
         )
     return ranks
+
+
+def _number(name: str, default: int) -> int:
+    """The value of an environment variable; RanksError if it is not a number from 0."""
+    text = os.environ.get(name, "") or str(default)
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise RanksError(f"{name}={text[:40]} is not a number from 0; unset it, or use a launcher, which sets it")
+    return int(text)
 
 
 @contextlib.contextmanager
