@@ -24,6 +24,8 @@ def parse_arguments(schema: type[T], args: list[str], command: str, default: T |
         SystemExit: `--help` is among the arguments; the help has been printed.
     """
     given = {} if default is None else {"default": default}
+    # A shell replaces ~ only at the start of a word, not in --run=~/runs.
+    args = [re.sub(r"(?<==)~(?=/)", os.path.expanduser("~"), arg) if arg.startswith("--") else arg for arg in args]
     box, before = io.StringIO(), os.environ.get("COLUMNS")
     if not {"-h", "--help"} & set(args):
         os.environ["COLUMNS"] = "10000"  # tyro wraps lines at this width, and would split long values

@@ -6,6 +6,7 @@ starts. All other keys define the experiment and stay the same for the life of a
 """
 
 import difflib
+import os
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -28,6 +29,7 @@ from maelstream.jobs.recipe_schema import (
     StreamConfig,
     TuningConfig,
 )
+from maelstream.jobs.yaml_files import YamlError, read_yaml
 from maelstream.pipeline.config import MARGIN, LoaderConfig, evaluation_margin
 from maelstream.shards.errors import MaelstreamError
 
@@ -166,18 +168,19 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise RecipeError(f"{path}: its chain of `base:` leads back to itself")
     try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
+        values = read_yaml(path)
+    except YamlError as error:
         known = sorted(p.stem for p in path.parent.glob("*.yaml"))
         near = difflib.get_close_matches(path.stem, known, 1)
-        hint = f"; did you mean {path.with_name(near[0] + '.yaml')}?" if near else ""
-        raise RecipeError(f"recipe {path} cannot be read ({getattr(error, 'strerror', None) or error}){hint}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        hint = f"; did you mean {path.with_name(near[0] + '.yaml')}?" if near and not path.exists() else ""
+        raise RecipeError(f"recipe {path} cannot be read ({error}){hint}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
+    values = _with_home(values)
     if (base := values.pop("base", None)) is None:
         return values
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: base must be the path of a recipe, not {str(base)[:40]}")
     return merged_values(_read(path.parent / base, (*above, path.resolve())), values)
 
 
@@ -192,6 +195,15 @@ def _check_keys(values: dict[str, Any], schema: type, where: str, prefix: str) -
             if not isinstance(value, dict):
                 raise RecipeError(f"{where}: {prefix}{key} must hold keys, not the value {value!r}")
             _check_keys(value, hints[key], where, f"{prefix}{key}.")
+
+
+def _with_home(value: Any) -> Any:
+    """The value with the home folder in place of `~` at the start of its texts."""
+    if isinstance(value, dict):
+        return {_with_home(key): _with_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return list(map(_with_home, value))
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _with_lists(value: Any) -> Any:

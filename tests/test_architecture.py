@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "jobs": {"shards", "pipeline", "model"},
 }
 JOBS = (
-    *("arguments", "recipe_schema", "recipe", "hardware", "format"),  # modules that every part of jobs/ may import
+    # Modules that every part of jobs/ may import.
+    *("arguments", "yaml_files", "recipe_schema", "recipe", "hardware", "format"),
     *("distributed", "checkpointing", "run_folder", "training", "weights", "evaluation", "reporting", "profiling"),
     *("packing", "sweeps", "command"),  # command.py dispatches; only commands import it
 )

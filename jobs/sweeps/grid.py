@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from maelstream.jobs.recipe import (
@@ -28,6 +27,7 @@ from maelstream.jobs.recipe import (
     read_values,
     resolve,
 )
+from maelstream.jobs.yaml_files import YamlError, parse_yaml, read_yaml
 
 GRIDS = RECIPES / "grids"
 
@@ -91,8 +91,8 @@ def grid_of(text: str) -> Grid:
     if not mark:
         return read_grid(_path_of(text))
     try:
-        values = yaml.safe_load(f"[{listed}]")
-    except yaml.YAMLError:
+        values = parse_yaml(f"[{listed}]")
+    except YamlError:
         raise RecipeError(f"--grid {text}: {listed!r} cannot be read; write key=a,b,c, as values of a recipe") from None
     if not values:
         raise RecipeError(f"--grid {text} has no values; write {key}=a,b,c")
@@ -104,11 +104,9 @@ def grid_of(text: str) -> Grid:
 def read_grid(path: Path) -> Grid:
     """The grid in a file; raises RecipeError as `grid_of` does."""
     try:
-        grid = TypeAdapter(Grid).validate_python(yaml.safe_load(path.read_text()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"grid {path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        grid = TypeAdapter(Grid).validate_python(read_yaml(path))
+    except YamlError as error:
+        raise RecipeError(f"grid {path} cannot be read ({error})") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
