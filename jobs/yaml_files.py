@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -57,8 +57,8 @@ def parse_yaml(text: str) -> Any:
 class _Loader(yaml.SafeLoader):
     """PyYAML's loader of plain data, with the rules of YAML 1.2."""
 
-    yaml_implicit_resolvers: dict = {}
-    yaml_constructors = {  # without dates, bytes and sets, which recipes do not have
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+    yaml_constructors: ClassVar[dict] = {  # without dates, bytes and sets, which recipes do not have
         tag: construct
         for tag, construct in yaml.SafeLoader.yaml_constructors.items()
         if tag is None or tag.rpartition(":")[2] in ("null", "str", "seq")
