@@ -63,18 +63,14 @@ def test_a_missing_folder_and_an_unfinished_one_have_different_errors(copy: Path
 @pytest.mark.parametrize("manifest", ['{"name": "birds"}', "[1, 2]", "3", '{"format_version": "1.0"}'])
 def test_the_manifest_of_another_program_is_named(copy: Path, manifest: str) -> None:
     (copy / "dataset.json").write_text(manifest)
-    with pytest.raises(
-        DatasetError, match=r"not a packed dataset \(its dataset\.json is another program's\)"
-    ):
+    with pytest.raises(DatasetError, match=r"not a packed dataset \(its dataset\.json is another program's\)"):
         Dataset.open(copy)
 
 
 def test_shards_without_an_index_are_to_be_indexed_and_images_to_be_packed(copy: Path, tmp_path: Path) -> None:
     for name in ("dataset.json", "index.arrow"):
         (copy / name).unlink()
-    with pytest.raises(
-        DatasetError, match=r"no dataset\.json\); `maelstream index .*copy` makes one of its tar"
-    ):
+    with pytest.raises(DatasetError, match=r"no dataset\.json\); `maelstream index .*copy` makes one of its tar"):
         Dataset.open(copy)
     write_images(tmp_path / "images", classes=1, per_class=1)
     with pytest.raises(DatasetError, match=r"no dataset\.json\); `maelstream pack .*images DST` makes one"):
