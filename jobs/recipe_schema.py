@@ -148,7 +148,8 @@ class HealthConfig:
     silent_s: float = 600.0
     """Seconds that ranks wait for a rank that makes no progress; then they report its number and the run ends."""
     grace_s: float = 120.0
-    """Most seconds from SIGTERM, SIGUSR1 or Ctrl-C to the exit; the current step is finished and saved in this time."""
+    """Most seconds from a signal (SIGTERM, SIGUSR1, Ctrl-C, SIGHUP, SIGXCPU) to the exit; the current step is finished
+    and saved in this time."""
 
     def __post_init__(self) -> None:
         if self.bad_steps < 1 or self.spike <= 1 or min(self.silent_s, self.grace_s) <= 0:

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -57,12 +57,6 @@ def parse_yaml(text: str) -> Any:
 class _Loader(yaml.SafeLoader):
     """PyYAML's loader of plain data, with the rules of YAML 1.2."""
 
-    yaml_implicit_resolvers: ClassVar[dict] = {}
-    yaml_constructors: ClassVar[dict] = {  # without dates, bytes and sets, which recipes do not have
-        tag: construct
-        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
-        if tag is None or tag.rpartition(":")[2] in ("null", "str", "seq")
-    }
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -106,6 +100,12 @@ def _truth(loader: _Loader, node: Any) -> bool:
     return loader.construct_scalar(node) in _TRUE
 
 
+_Loader.yaml_implicit_resolvers = {}  # of YAML 1.1
+_Loader.yaml_constructors = {  # without dates, bytes and sets, which recipes do not have
+    tag: construct
+    for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in ("null", "str", "seq")
+}
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(f"(?:{'|'.join(_TRUE + _FALSE)})$"), list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"(?:{_INT})$"), list("-+0123456789"))

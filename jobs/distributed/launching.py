@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+from maelstream.jobs.distributed.stop import SIGNALS, handled_signals
 from maelstream.shards.errors import MaelstreamError
 
 _POLL_S = 0.1
 _KILL_AFTER_S = 10.0  # from the first rank's failure until the others are killed
 _LOST_RANK = 69  # exit code of a rank that lost another one, whose exit code says more
-_STOPPED = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+_STOPPED = {128 + number for number in SIGNALS}
 _USERS_ERROR = 2
 
 
@@ -103,7 +104,7 @@ def rank_count(nproc: int | None) -> int:
 
 
 class SignalForwarder:
-    """Forwards SIGTERM, SIGUSR1 and SIGINT to processes; a context manager for the main thread."""
+    """Forwards the signals that stop training to processes; a context manager for the main thread."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -111,8 +112,7 @@ class SignalForwarder:
         self._processes: list[subprocess.Popen] = []
 
     def __enter__(self) -> "SignalForwarder":
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._forward) for number in numbers}
+        self._before = {number: signal.signal(number, self._forward) for number in handled_signals()}
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,4 +1,8 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: the step is finished and saved, then the run ends with its own exit code."""
+"""Signals that stop training: the step is finished and saved, then the run ends with its own exit code.
+
+SIGTERM and SIGUSR1 come from schedulers, SIGINT from Ctrl-C, SIGHUP from a closed terminal, and SIGXCPU from a limit of
+CPU time.
+"""
 
 import os
 import signal
@@ -6,7 +10,12 @@ import sys
 import threading
 import time
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
+
+
+def handled_signals() -> list[signal.Signals]:
+    """Those of `SIGNALS` that this process does not ignore: nohup has SIGHUP ignored."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 class Stop:
@@ -27,7 +36,8 @@ class Stop:
         self._received_at = 0.0
 
     def __enter__(self) -> "Stop":
-        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        self._before = {number: signal.signal(number, lambda *_: None) for number in handled_signals()}
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         signal.set_wakeup_fd(self._writing)
@@ -65,8 +75,17 @@ class Stop:
                 os._exit(128 + number)
             return
         self._received, self._received_at = number, time.monotonic()
+        if number == signal.SIGHUP:
+            self._leave_terminal()
         deadline = threading.Timer(self._grace_s, os._exit, [128 + number])
         deadline.daemon = True
         deadline.start()
         if os.environ.get("RANK", "0") == "0":
             print(f"\n{number.name}: finishing the step, saving, then stopping", file=sys.stderr, flush=True)
+
+    def _leave_terminal(self) -> None:
+        """Sends output to /dev/null: writing to a closed terminal raises, and the run has yet to be saved."""
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in self._terminals:
+            os.dup2(nothing, descriptor)
+        os.close(nothing)

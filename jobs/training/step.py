@@ -30,6 +30,8 @@ class Flags:
     sigterm: float = 0.0
     sigusr1: float = 0.0
     sigint: float = 0.0
+    sighup: float = 0.0
+    sigxcpu: float = 0.0
 
     @property
     def signal(self) -> signal.Signals | None:

@@ -3,10 +3,16 @@
 These are the short versions of `make soak` (benchmarks/faults.py).
 """
 
+import fcntl
 import json
 import os
+import pty
 import random
+import select
 import signal
+import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 
@@ -94,7 +100,7 @@ def test_a_run_without_a_good_checkpoint_does_not_restart_from_step_0(tiny: str,
     assert running.printed.count("no checkpoint is good") == 1  # one rank prints for all
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU])
 def test_a_signal_to_any_rank_saves_and_ends_all_with_its_code(
     uninterrupted: RunFolder, tiny: str, folder: RunFolder, number: int
 ) -> None:
@@ -110,6 +116,28 @@ def test_a_signal_to_any_rank_saves_and_ends_all_with_its_code(
     assert status is not None and (status.state, status.why) == ("stopped", signal.Signals(number).name)
     run_ranks(2, tiny, "--run", str(folder.path), output=folder.path.with_name("output"))
     assert_same(folder, uninterrupted)
+
+
+def test_a_run_whose_terminal_is_closed_saves(tiny: str, folder: RunFolder) -> None:
+    """The terminal's end sends SIGHUP, and every later write to it fails."""
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-m", "maelstream.jobs.pretrain", tiny, "--run", str(folder.path)]
+    process = subprocess.Popen(
+        [*command, "--optim.epochs", "400"],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(terminal)
+    deadline = time.monotonic() + 60
+    while not (folder.metrics.exists() and folder.read_metrics()) and time.monotonic() < deadline:
+        if select.select([master], [], [], 0.1)[0]:
+            os.read(master, 2**16)
+    os.close(master)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert folder.checkpoints.steps()[-1] == folder.read_metrics()[-1]["step"]
 
 
 def test_a_rank_that_exceeds_the_grace_time_is_ended_and_older_checkpoints_stay(tiny: str, folder: RunFolder) -> None:
