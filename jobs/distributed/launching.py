@@ -139,18 +139,24 @@ def _send(processes: list[subprocess.Popen], number: int) -> None:
 def supervise(processes: list[subprocess.Popen], signals: SignalForwarder) -> tuple[int, int]:
     """Waits for all processes; after the first failure the others have `_KILL_AFTER_S` seconds to end by themselves.
 
+    When a signal has stopped one of them, the others get SIGTERM: those that still start would wait for it for ever,
+    and those that train stop and save anyway.
+
     Returns:
         The exit code of the first process that failed (0 if none did; 128 + number for one that a signal killed), and
         the index of that process. A rank that only lost another one is the cause only if no other rank failed.
     """
     codes: dict[int, int] = {}
-    deadline = None
+    deadline, stopping = None, False
     signals.forward_to(processes)
     try:
         while len(codes) < len(processes):
             for index, process in enumerate(processes):
                 if index not in codes and (code := process.poll()) is not None:
                     codes[index] = code if code >= 0 else 128 - code
+                    if codes[index] in _STOPPED and not stopping:
+                        stopping = True
+                        _send([other for other in processes if other.poll() is None], signal.SIGTERM)
             failed = [code for code in codes.values() if code]
             if failed and deadline is None:
                 deadline = time.monotonic() + _KILL_AFTER_S

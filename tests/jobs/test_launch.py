@@ -63,6 +63,14 @@ def test_ranks_that_do_not_end_by_themselves_are_killed(log: Path, monkeypatch: 
     assert time.monotonic() - start < 5
 
 
+def test_ranks_that_still_start_end_when_a_signal_has_stopped_one(log: Path) -> None:
+    """They would wait for it for ever."""
+    start = time.monotonic()
+    waiting = "[ $RANK = 0 ] && kill -TERM $$; trap 'exit 143' TERM; while :; do sleep 0.1; done"
+    assert run("launch", ["--nproc", "2", "pretrain", waiting]) == 143
+    assert time.monotonic() - start < 5
+
+
 def test_ranks_restart_after_a_failure_without_a_rank_that_fails_first_twice(
     log: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
