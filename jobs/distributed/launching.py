@@ -7,6 +7,7 @@ the ranks that are left and finds the exit code of the rank that caused the fail
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import socket
@@ -51,13 +52,15 @@ def read_hostfile(path: Path) -> list[Host]:
         lines = [line.partition("#")[0].split() for line in path.read_text().splitlines()]
     except OSError as error:
         raise LaunchError(f"--hostfile {path} cannot be read ({error.strerror})") from None
-    hosts = []
+    hosts: list[Host] = []
     for number, words in enumerate(lines, 1):
         if not words:
             continue
         name, *rest = words
-        if len(rest) != 1 or not rest[0].startswith("slots=") or not rest[0].removeprefix("slots=").isdigit():
+        if len(rest) != 1 or not re.fullmatch(r"slots=0*[1-9]\d{0,4}", rest[0]):
             raise LaunchError(f"{path}, line {number}: {' '.join(words)!r} is not like `HOST slots=8`")
+        if name in {host.name for host in hosts}:
+            raise LaunchError(f"{path}, line {number}: {name} is listed twice; write its slots on one line")
         hosts.append(Host(name, int(rest[0].removeprefix("slots="))))
     if not hosts:
         raise LaunchError(f"{path} names no host")
@@ -77,14 +80,16 @@ def free_port() -> int:
 
 
 def gpu_count() -> int:
-    """Number of GPUs that this machine has now.
+    """Number of GPUs that this process may use now: CUDA_VISIBLE_DEVICES and MIG instances count as CUDA counts them.
 
-    It runs `nvidia-smi`, so that after a restart a GPU that failed is no longer counted.
+    A child process counts them, so that after a restart a GPU that failed is no longer counted. Without a driver, torch
+    is not imported for it.
     """
     if not any(Path(folder, "nvidia-smi").exists() for folder in os.environ.get("PATH", "").split(os.pathsep)):
         return 0
-    listing = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
-    return len(listing.stdout.splitlines()) if listing.returncode == 0 else 0
+    count = "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)"
+    counted = subprocess.run([sys.executable, "-c", count], capture_output=True, text=True)
+    return int(counted.stdout) if counted.returncode == 0 else 0
 
 
 def rank_count(nproc: int | None) -> int:
@@ -198,8 +203,9 @@ class LocalRanks:
             "MASTER_PORT": given_port or str(port),
             "MAELSTREAM_LAUNCHER": str(os.getpid()),
         }
-        if gpu_count() and "CUDA_VISIBLE_DEVICES" not in os.environ:
-            common["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.devices))
+        if gpus := gpu_count():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+            common["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[device] for device in self.devices)
         processes = []
         for local in range(count):
             rank = {"RANK": str(self.node_rank * count + local), "LOCAL_RANK": str(local)}

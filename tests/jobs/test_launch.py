@@ -11,6 +11,7 @@ import pytest
 
 from maelstream.jobs.command import run
 from maelstream.jobs.distributed import launching
+from maelstream.jobs.distributed.launching import LocalRanks
 
 PYTHON = sys.executable
 RANK_SCRIPT = """#!/bin/bash
@@ -132,6 +133,8 @@ eval "$4"
         ("gone1 slots=2\nhere slots=2\n", "gone1 of .* cannot be reached through ssh"),
         ("gone1 slots=2\n", "none of gone1 answers ssh"),
         ("here\n", "line 1: 'here' is not like `HOST slots=8`"),
+        ("here slots=0\n", "line 1: 'here slots=0' is not like `HOST slots=8`"),
+        ("a slots=2\nb slots=2\na slots=2\n", "line 3: a is listed twice"),
         ("a slots=2\nb slots=3\n", "every host must have as many slots"),
         ("# nobody\n", "names no host"),
     ],
@@ -169,6 +172,35 @@ def test_more_ranks_than_gpus_are_an_error_of_one_line(
     monkeypatch.setattr(launching, "gpu_count", lambda: 2)
     assert run("launch", ["--nproc", "3", "pretrain"]) == 2
     assert "--nproc 3: this machine has 2 GPUs; start 1 to 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, "0,2"), ("5,6,7", "5,7"), ("GPU-a,MIG-b,GPU-c", "GPU-a,GPU-c")]
+)
+def test_ranks_see_the_gpus_that_the_user_allows(
+    log: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: str
+) -> None:
+    """Of three GPUs, the second is left out after a failure."""
+    monkeypatch.setattr(launching, "gpu_count", lambda: 3)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    started = []
+    monkeypatch.setattr(launching.subprocess, "Popen", lambda *_, env, **__: started.append(env))
+    LocalRanks(("pretrain",), (0, 1, 2), 1, 0, "").without(1).start(1234)
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in started] == [expected] * 2
+
+
+def test_gpus_are_counted_by_cuda_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launching.gpu_count() == 0  # without a driver
+    (tmp_path / "nvidia-smi").touch()
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$2" in *device_count*) echo 2;; esac\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(launching.sys, "executable", str(python))
+    assert launching.gpu_count() == 2
 
 
 def test_no_free_port_is_an_error_of_one_line(
