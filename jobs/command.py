@@ -1,8 +1,10 @@
 """`maelstream COMMAND ...`: runs the command's module; an error of the user becomes one line and exit code 2."""
 
+import difflib
 import importlib
 import os
 import sys
+from importlib.metadata import version
 
 import maelstream.jobs.distributed.parent_death  # noqa: F401  must come before slow imports
 from maelstream.shards.errors import MaelstreamError
@@ -55,16 +57,35 @@ def run(command: str, args: list[str]) -> int:
 
 def main() -> None:
     """Entry point of the script `maelstream`."""
-    command, *args = sys.argv[1:] or ["--help"]
+    try:
+        sys.exit(dispatch(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("\nmaelstream: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+
+
+def dispatch(args: list[str]) -> int:
+    """Runs the command that `args` begin with, or prints help or the version; returns the exit code."""
+    command, *rest = args or ["--help"]
     if command in COMMANDS:
-        sys.exit(run(command, args))
-    listing = "\n".join(f"  {name:<14} {line}" for name, line in COMMANDS.items())
-    usage = f"usage: maelstream COMMAND ...\n\n{listing}\n\n`maelstream COMMAND --help` lists its options."
-    if command in ("-h", "--help"):
-        print(usage)
-        sys.exit(0)
-    print(f"maelstream: no command {command!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
-    sys.exit(2)
+        return run(command, rest)
+    if command == "help" and rest and rest[0] in COMMANDS:
+        return run(rest[0], ["--help"])
+    if command in ("-h", "--help") or args == ["help"]:
+        listing = "\n".join(f"  {name:<14} {line}" for name, line in COMMANDS.items())
+        print(f"usage: maelstream COMMAND ...\n\n{listing}\n\n`maelstream COMMAND --help` lists its options.")
+        return 0
+    if command == "--version":
+        print(f"maelstream {version('maelstream')}")
+        return 0
+    wanted = rest[0] if command == "help" else command
+    near = difflib.get_close_matches(wanted, COMMANDS, 1)
+    nearest = f"did you mean {near[0]}? The others are" if near else "one of"
+    print(
+        f"maelstream: no command {wanted!r}; {nearest} {', '.join(c for c in COMMANDS if c not in near)}",
+        file=sys.stderr,
+    )
+    return 2
 
 
 if __name__ == "__main__":
