@@ -49,13 +49,13 @@ def test_a_mistyped_command_gets_the_nearest_one(
 @pytest.mark.parametrize("after_s", [0.3, 1.0, 2.0])
 def test_ctrl_c_while_a_command_starts_is_one_line(after_s: float) -> None:
     """The command imports torch, DALI and DeepSpeed for some seconds."""
-    code = "import sys; from maelstream.jobs.command import main; sys.argv[1:] = ['finetune', '--help']; "
-    code += "sys.argv[2:] = ['nowhere']; print('started', flush=True); main()"
+    code = "import sys; from maelstream.jobs.command import main; sys.argv[1:] = ['finetune', 'nowhere']; "
+    code += "print('started', flush=True); main()"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "started\n"
     time.sleep(after_s)
     os.kill(process.pid, signal.SIGINT)
     _, printed = process.communicate(timeout=60)
-    if process.returncode != 2:  # it had not ended by itself
+    if after_s < 0.5 or process.returncode != 2:  # otherwise it may have ended by itself
         assert process.returncode == 130, printed
         assert "Traceback" not in printed and printed.strip().splitlines()[-1] == "maelstream: stopped by Ctrl-C"
