@@ -1,5 +1,6 @@
 """`maelstream report RUN [RUN ...]`: one HTML page about a run, or one that compares several runs."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from maelstream.jobs.format import format_bytes
 from maelstream.jobs.reporting.curves import Metrics
 from maelstream.jobs.reporting.html_report import comparison_page, run_page
 from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.run_folder.side_files import faults
 from maelstream.shards.durable import atomic_write
 from maelstream.shards.errors import MaelstreamError
 
@@ -33,7 +35,9 @@ class Report:
 def read_metrics(folder: RunFolder) -> Metrics:
     """The log steps of a run; MaelstreamError for a folder that is not a run, or that has logged no step."""
     folder.any_recipe()
-    if not (metrics := folder.read_metrics()):
+    for fault in faults(folder):
+        print(f"maelstream report: {fault}; the page leaves it out", file=sys.stderr)
+    if not (metrics := folder.complete_metrics()):
         raise MaelstreamError(f"{folder.path} has logged no step yet; wait for its first log step")
     return metrics
 

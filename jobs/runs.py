@@ -1,5 +1,6 @@
 """`maelstream runs DIR`: lists the runs below a folder with their state, from their files only."""
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from maelstream.jobs.arguments import parse_arguments
-from maelstream.jobs.evaluation.results import best_of_each, read_evaluations
+from maelstream.jobs.evaluation.results import Evaluation, best_of_each, read_evaluations
 from maelstream.jobs.format import format_ago
 from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.run_folder.side_files import faults
 from maelstream.jobs.run_folder.status import read_status, state_of
 from maelstream.shards.errors import MaelstreamError
 
@@ -27,7 +29,7 @@ class Runs:
 
 def runs_table(folders: list[RunFolder]) -> Table:
     """One row per run."""
-    best = [best_of_each(read_evaluations(folder.path)) for folder in folders]
+    best = [best_of_each(evaluations(folder)) for folder in folders]
     table = Table("run", "state", "step", "loss", "images/s", "ranks", "last update")
     if any(best):  # otherwise the column would only make a wide table wider
         table.add_column("best top-1, %")
@@ -39,12 +41,21 @@ def runs_table(folders: list[RunFolder]) -> Table:
             state_of(folder),
             f"{status.step:,}/{status.total_steps:,}" if status else "",
             f"{last['loss']:.4f}" if last.get("loss") is not None else "",
-            f"{last['images_per_s']:,.0f}" if last else "",
+            f"{last['images_per_s']:,.0f}" if "images_per_s" in last else "",
             str(status.ranks) if status else "",
             format_ago(time.time() - status.updated) if status else "",
             *([evaluated] if any(best) else []),
         )
     return table
+
+
+def evaluations(folder: RunFolder) -> list[Evaluation]:
+    """The evaluations of a run; prints an error about a damaged file, so that the other runs are listed."""
+    try:
+        return read_evaluations(folder.path)
+    except (MaelstreamError, OSError) as error:
+        print(f"maelstream runs: {error}", file=sys.stderr)
+        return []
 
 
 def main(args: list[str]) -> int:
@@ -54,5 +65,8 @@ def main(args: list[str]) -> int:
     folders = [RunFolder(path.parent) for path in sorted(found)]
     if not folders:
         raise MaelstreamError(f"{command.dir} holds no run; start one with `maelstream pretrain RECIPE --run DIR`")
-    Console().print(runs_table(folders))
+    for folder in folders:
+        for fault in faults(folder):
+            print(f"maelstream runs: {fault}", file=sys.stderr)
+    Console(markup=False, emoji=False).print(runs_table(folders))
     return 0

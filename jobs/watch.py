@@ -15,6 +15,7 @@ from rich.text import Text
 from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.format import format_ago
 from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.run_folder.side_files import faults
 from maelstream.jobs.run_folder.status import read_status, state_of
 
 _REFRESH_S = 1.0
@@ -42,6 +43,8 @@ def progress_view(folder: RunFolder, metrics: list[dict[str, Any]], width: int) 
     facts = Table.grid(padding=(0, 2))
     facts.add_row("run", str(folder.path))
     facts.add_row("state", state_of(folder))
+    for fault in faults(folder):
+        facts.add_row("note", fault)
     if status is None or not metrics:
         return facts
     last, losses = metrics[-1], [line["loss"] for line in metrics if line["loss"] is not None]
@@ -64,16 +67,16 @@ def progress_view(folder: RunFolder, metrics: list[dict[str, Any]], width: int) 
 def main(args: list[str]) -> int:
     """Entry point of `maelstream watch`: updates until the run ends, or prints once if the output is not a terminal."""
     command = parse_arguments(Watch, args, "watch")
-    folder, console = RunFolder(command.run), Console()
+    folder, console = RunFolder(command.run), Console(markup=False, emoji=False)
     folder.any_recipe()  # raises if the folder is not a run
     width = max(20, min(80, console.width - 2))
     if not console.is_terminal:
-        console.print(progress_view(folder, folder.read_metrics(), width))
+        console.print(progress_view(folder, folder.complete_metrics(), width))
         return 0
     with Live(console=console, auto_refresh=False) as live:
         try:
             while True:
-                live.update(progress_view(folder, folder.read_metrics(), width), refresh=True)
+                live.update(progress_view(folder, folder.complete_metrics(), width), refresh=True)
                 if state_of(folder) != "running":
                     return 0
                 time.sleep(_REFRESH_S)

@@ -34,7 +34,7 @@ WEIGHTS, STATE, MANIFEST, NEWEST = "weights.safetensors", "state.json", "manifes
 FILES = {"weight": WEIGHTS, "ema": "ema.safetensors"}
 """Names of the files with merged tensors, by kind."""
 _FORMAT = 1
-_NAME = re.compile(r"step-(\d{8})")
+_NAME = re.compile(r"step-([0-9]{8})")
 
 
 class CheckpointError(AgreedError):
@@ -71,9 +71,11 @@ class CheckpointStore:
         """Steps that have a complete checkpoint, ascending.
 
         Raises:
-            CheckpointError: the folder of checkpoints is a link to a folder that does not exist now.
+            CheckpointError: the folder of checkpoints is a file, or a link to a folder that does not exist now.
         """
         if not self.folder.is_dir():
+            if self.folder.exists():
+                raise CheckpointError(f"{self.folder} is not a folder; restore it, or remove it to start from step 0")
             if self.folder.is_symlink():  # a run that seems to have no checkpoint would start again from step 0
                 raise CheckpointError(
                     f"{self.folder} is a link to {self.folder.readlink()}, which is no folder; mount its disk or "
@@ -108,30 +110,32 @@ class CheckpointStore:
             return f"{MANIFEST} cannot be read"
         return ""
 
-    def newest_good(self, control_group: "ControlGroup", put_aside: bool = True) -> tuple[int, list[str]]:
+    def newest_good(self, control_group: "ControlGroup", aside: bool = True) -> tuple[int, list[str]]:
         """Step of the newest good checkpoint (0 for a run without any), and messages about the bad ones.
 
         Each rank verifies its share of the files, and a checkpoint is good if all ranks find no fault. Bad checkpoints
-        are renamed to `.bad` if `put_aside`; pass False when another process may be training the run.
+        are renamed to `.bad` if `aside`; pass False when another process may be training the run.
 
         Raises:
             CheckpointError: there are checkpoints, and none is good.
         """
         pointer = self.folder / NEWEST
-        view = json.dumps([self.steps(), pointer.read_text(errors="replace").strip() if pointer.exists() else ""])
+        view = json.dumps(
+            [self.steps(), pointer.read_bytes()[:100].decode("ascii", "replace") if pointer.is_file() else ""]
+        )
         steps, named = json.loads(control_group.text_of_first(view))
-        messages = []
-        if named and named not in {self.at(step).name for step in steps}:
+        named, messages = named.strip(), []
+        if named and not self.is_name(named):
+            messages.append(f"{pointer} is damaged: it names no checkpoint")
+        elif named and named not in {self.at(step).name for step in steps}:
             messages.append(f"{self.folder} has no {named}, which its file `{NEWEST}` names")
         for step in reversed(steps):
             faults = control_group.all_texts(self.fault(step, control_group.ranks.rank, control_group.ranks.world_size))
             if not any(faults):
                 return step, [f"{message}; resuming from {self.at(step).name}" for message in messages]
             messages.append(f"{self.at(step)}: {next(filter(None, faults))}")
-            if put_aside and control_group.ranks.rank == 0:
-                aside = self.at(step).with_suffix(".bad")
-                remove(aside)
-                self.at(step).rename(aside)
+            if aside and control_group.ranks.rank == 0:
+                put_aside(self.at(step))
         if messages:
             raise CheckpointError(
                 f"{'; '.join(messages)}; no checkpoint is good: restore one, or remove "
@@ -188,7 +192,7 @@ class CheckpointStore:
                 self.at(old).rename(removed)
                 remove(removed)
         for bad in self.folder.glob("step-*.bad"):
-            if int(bad.stem.removeprefix("step-")) <= self.steps()[-1]:
+            if self.is_name(bad.stem) and int(bad.stem.removeprefix("step-")) <= self.steps()[-1]:
                 remove(bad)  # the run has passed this step again
 
     def sweep(self) -> None:
@@ -219,6 +223,13 @@ def checkpoint_fault(folder: Path, step: int | None = None, share: int = 0, shar
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
     return ""
+
+
+def put_aside(path: Path) -> Path:
+    """Renames a damaged file, folder or link to `NAME.bad`, in place of an older one, and returns the new path."""
+    aside = path.with_name(f"{path.name}.bad")
+    remove(aside)
+    return path.rename(aside)
 
 
 def remove(path: Path) -> None:

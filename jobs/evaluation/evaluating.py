@@ -100,7 +100,7 @@ def classifiers_of_run(
     folder: RunFolder, recipe: ClassificationRecipe, control_group: ControlGroup
 ) -> TrainedClassifiers:
     """Loads the newest good checkpoint of a run and changes no file; CheckpointError when there is none."""
-    step, messages = folder.checkpoints.newest_good(control_group, put_aside=False)
+    step, messages = folder.checkpoints.newest_good(control_group, aside=False)
     if not step:
         raise CheckpointError(f"{folder.path} has no checkpoint yet; wait for the run to write its first one")
     for message in messages if control_group.ranks.rank == 0 else ():

@@ -114,9 +114,7 @@ def _card(path: str) -> dict[str, Any]:
 
 def replaced_samples(folder: RunFolder) -> tuple[int, list[dict[str, str]]]:
     """The number of samples that the run replaced, and the first of them with their reasons."""
-    if not folder.quarantined.exists():
-        return 0, []
-    lines = [json.loads(line) for line in folder.quarantined.read_text().rpartition("\n")[0].splitlines()]
+    lines = folder.read_quarantined()
     return len(lines), [
         {"key": f"{line['shard']}: {line['key']}", "why": line["reason"]} for line in lines[:_MAX_REPLACED]
     ]
@@ -126,7 +124,7 @@ def checkpoint_rows(folder: RunFolder, epochs_per_step: float, verify: bool) -> 
     """One row per checkpoint, newest first; checks sizes against the manifest, or every byte if `verify`."""
     store, rows = folder.checkpoints, []
     for step in reversed(store.steps()):
-        size = sum(path.stat().st_size for path in store.at(step).iterdir() if path.name != MANIFEST)
+        size = sum(path.stat().st_size for path in store.at(step).glob("*") if path.name != MANIFEST)
         fault = store.fault(step) if verify else store.size_fault(step)
         intact = "every byte is intact" if verify else "sizes match; --verify reads every byte"
         row = {"step": f"{step:,}", "epoch": f"{step * epochs_per_step:.4g}", "size": format_bytes(size)}
@@ -173,7 +171,12 @@ def _device(start: Start) -> str:
 
 def evaluation_rows(folders: list[RunFolder]) -> list[dict[str, Any]]:
     """One row per evaluation of every run; the best top-1 of each job is marked."""
-    found = [(number, each) for number, folder in enumerate(folders) for each in read_evaluations(folder.path)]
+    found = []
+    for number, folder in enumerate(folders):
+        try:
+            found += [(number, each) for each in read_evaluations(folder.path)]
+        except OSError as error:
+            raise MaelstreamError(f"{error.filename} cannot be read ({error.strerror}); remove it") from None
     rows = []
     for number, evaluation in found:
         scores = [other.top1 for _, other in found if other.job == evaluation.job]

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
-from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.run_folder.folder import RunFolder, is_number
 from maelstream.shards.durable import atomic_write
-from maelstream.shards.errors import MaelstreamError
 
 if TYPE_CHECKING:
     from maelstream.jobs.distributed.ranks import Ranks
 
+MAX_TIME = 1e11
+"""Seconds since 1970 that no time reaches; `time.localtime` accepts everything below."""
 # fmt: off
 _PACKAGES = ("maelstream", "torch", "torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "deepspeed", "timm",
              "numpy", "pyarrow", "webdataset", "pillow", "simplejpeg", "safetensors")
@@ -84,17 +85,14 @@ def record_start(folder: RunFolder, step: int, ranks: "Ranks") -> None:
 
 
 def read_starts(folder: RunFolder) -> list[Start]:
-    """All recorded starts, oldest first; empty if the run has no `environment.json`.
-
-    Raises:
-        MaelstreamError: the file has another format.
-    """
-    if not folder.environment.exists():
+    """All recorded starts, oldest first; empty if the run has no `environment.json`, or a damaged one."""
+    if not folder.environment.is_file():
         return []
     try:
-        return TypeAdapter(list[Start]).validate_json(folder.environment.read_bytes())
+        starts = TypeAdapter(list[Start]).validate_json(folder.environment.read_bytes())
     except ValueError:
-        raise MaelstreamError(f"{folder.environment} is damaged or from another version; remove it") from None
+        return []
+    return starts if all(0 <= start.began < MAX_TIME and is_number(start.memory_gib) for start in starts) else []
 
 
 def version(package: str) -> str:

@@ -5,6 +5,7 @@ metrics.jsonl          one line per logged step
 checkpoints/           jobs/checkpointing/store.py
 status.json, run.lock  jobs/run_folder/status.py
 environment.json       jobs/run_folder/environment.py
+NAME.bad               a damaged file that was put aside (jobs/run_folder/side_files.py)
 ranks/                 jobs/distributed/health.py
 quarantine.jsonl       one line per replaced sample
 target.safetensors     the file that the targets "pca" and "token" need
@@ -14,6 +15,7 @@ tensorboard/
 """
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,8 +161,63 @@ class RunFolder:
             file.write(json.dumps(asdict(bad)) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """One dict per logged step, ascending; a last line that a crash cut short is skipped."""
-        if not self.metrics.exists():
-            return []
-        complete = self.metrics.read_text().rpartition("\n")[0]
-        return [json.loads(line) for line in complete.splitlines()]
+        """One dict per logged step; damaged lines are skipped (`side_files.faults` counts them)."""
+        return _good_lines(self.metrics, is_logged_step)
+
+    def complete_metrics(self) -> list[dict[str, Any]]:
+        """The lines of `read_metrics` that have every value that training always logs."""
+        return [line for line in self.read_metrics() if line.keys() >= _LOGGED]
+
+    def read_quarantined(self) -> list[dict[str, Any]]:
+        """One dict per sample that was replaced: the fields of `BadSample`; damaged lines are skipped."""
+        return _good_lines(self.quarantined, is_replaced_sample)
+
+
+_LOGGED = {"step", "epoch", "loss", "images_per_s", "data_wait", "memory_gib", "skipped", "spike"}
+_MAY_BE_MISSING = {"loss", "grad_norm", "mfu"}  # None in a skipped step, or where it is unknown
+_LARGEST = 1e300  # no figure of a run is larger; differences of two such values are finite
+
+
+def is_logged_step(line: dict[str, Any]) -> bool:
+    """Whether a line of metrics.jsonl has a step and only finite numbers."""
+    return (
+        is_count(line.get("step"))
+        and line["step"] > 0
+        and all((value is None and name in _MAY_BE_MISSING) or is_number(value) for name, value in line.items())
+    )
+
+
+def is_replaced_sample(line: dict[str, Any]) -> bool:
+    """Whether a line of quarantine.jsonl has the fields of `BadSample` that a report shows."""
+    return all(isinstance(line.get(name), str) for name in ("shard", "key", "reason"))
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from JSON is a number or a bool that a figure can have; NaN is not."""
+    return isinstance(value, int | float) and abs(value) < _LARGEST
+
+
+def is_count(value: object) -> bool:
+    """Whether a value from JSON is a whole number that a count can have."""
+    return type(value) is int and 0 <= value < 2**53
+
+
+def json_lines(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each complete line with its JSON object; None if it holds none.
+
+    A last line that a crash cut short is left out. Zeros before or after a line are ignored: a file system that lost
+    power may have extended the file without writing its bytes.
+    """
+    for line in content.rpartition(b"\n")[0].split(b"\n") if b"\n" in content else ():
+        line = line.strip(b"\0")
+        try:
+            value = json.loads(line, parse_constant=lambda _: None)  # a grad_norm of Infinity is unknown
+        except (ValueError, RecursionError):
+            value = None
+        yield line + b"\n", value if isinstance(value, dict) else None
+
+
+def _good_lines(path: Path, is_good: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [value for _, value in json_lines(path.read_bytes()) if value is not None and is_good(value)]

@@ -24,6 +24,7 @@ from maelstream.jobs.distributed.stop import Stop
 from maelstream.jobs.recipe import AnyRecipe, ClassificationRecipe
 from maelstream.jobs.run_folder.environment import record_start
 from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.run_folder.side_files import repair
 from maelstream.jobs.run_folder.status import locked
 from maelstream.jobs.training.data import batch_split_of
 from maelstream.jobs.training.engine import set_lr
@@ -228,6 +229,8 @@ def train(
         stack.enter_context(locked(folder.lock, control_group))
         if ranks.rank == 0:
             store.sweep()
+            for message in repair(folder):
+                print(f"maelstream {recipe.job}: {message}", file=sys.stderr, flush=True)
         step, messages = store.newest_good(control_group)
         if step >= last_step:
             has_result = evaluator is None or not control_group.any(not evaluator.has_result(folder))
