@@ -13,8 +13,10 @@ and the next older one is used.
 """
 
 import json
+import math
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -110,11 +112,14 @@ class CheckpointStore:
             return f"{MANIFEST} cannot be read"
         return ""
 
-    def newest_good(self, control_group: "ControlGroup", aside: bool = True) -> tuple[int, list[str]]:
+    def newest_good(
+        self, control_group: "ControlGroup", aside: bool = True, below: int | None = None
+    ) -> tuple[int, list[str]]:
         """Step of the newest good checkpoint (0 for a run without any), and messages about the bad ones.
 
         Each rank verifies its share of the files, and a checkpoint is good if all ranks find no fault. Bad checkpoints
-        are renamed to `.bad` if `aside`; pass False when another process may be training the run.
+        are renamed to `.bad` if `aside`; pass False when another process may be training the run. With `below`,
+        only checkpoints of earlier steps are considered.
 
         Raises:
             CheckpointError: there are checkpoints, and none is good.
@@ -125,6 +130,8 @@ class CheckpointStore:
         )
         steps, named = json.loads(control_group.text_of_first(view))
         named, messages = named.strip(), []
+        if below is not None:
+            steps, named = [step for step in steps if step < below], ""
         if named and not self.is_name(named):
             messages.append(f"{pointer} is damaged: it names no checkpoint")
         elif named and named not in {self.at(step).name for step in steps}:
@@ -144,8 +151,22 @@ class CheckpointStore:
         return 0, []
 
     def state(self, step: int, dataset: str) -> State:
-        """Reads the state of the checkpoint of `step`; CheckpointError if it was trained on another dataset."""
-        state: State = json.loads((self.at(step) / STATE).read_text())
+        """Reads the state of the checkpoint of `step`.
+
+        Raises:
+            CheckpointError: it was trained on another dataset.
+            ValueError: the file is not a state.
+        """
+        state: State
+        try:
+            state = json.loads((self.at(step) / STATE).read_bytes())
+            loader = state["loader"]
+            counts = (loader["epoch"], loader["position"], state["optimizer_steps"], state["world_size"])
+            whole = isinstance(state["dataset"], str) and all(type(count) is int and count >= 0 for count in counts)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            whole = False
+        if not whole or state["optimizer_steps"] > step:
+            raise ValueError(f"{STATE} is not the state of a run at step {step:,}")
         if state["dataset"] != dataset:
             raise CheckpointError(
                 f"{self.at(step)} was trained on another dataset (fingerprint {state['dataset'][:12]}, now "
@@ -158,6 +179,32 @@ class CheckpointStore:
         from safetensors.torch import load_file
 
         return load_file(self.at(step) / FILES[kind])
+
+    def tensor_fault(
+        self, step: int, trained: Mapping[str, tuple[int, ...]], frozen: Mapping[str, tuple[int, ...]], ema: bool
+    ) -> str:
+        """Describes which tensor of a checkpoint is missing, or does not have the shape of the model's; "" if none.
+
+        `trained` and `frozen` are shapes by name; `ema` is whether the run keeps an EMA. Reads only the files' headers.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        from maelstream.jobs.checkpointing.tensor_writer import fragments_of
+
+        try:
+            for file in (FILES[kind] for kind in ("weight", "ema") if kind == "weight" or ema):
+                with safe_open(self.at(step) / file, "pt") as opened:
+                    found = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                    for name, shape in {**trained, **frozen}.items():
+                        if name not in found:
+                            return f"{file} lacks {name}"
+                        kind, size = found[name].get_dtype(), tuple(found[name].get_shape())
+                        if (kind, size) != ("F32", shape):
+                            return f"{file}: {name} is {kind} of shape {size}, the model's is F32 of shape {shape}"
+            with fragments_of(sorted(self.at(step).glob("moments-*.safetensors"))) as moments:
+                return moments.fault({name: math.prod(shape) for name, shape in trained.items()})
+        except (OSError, ValueError, SafetensorError) as error:
+            return f"its tensors cannot be read ({error})"
 
     def restore(self, step: int, state: State, partition: "Partition") -> None:
         """Loads this rank's part of the float32 weights, EMA and moments of `step` into `partition`."""

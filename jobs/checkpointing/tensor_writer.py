@@ -54,14 +54,31 @@ class Fragments:
     """The elements of flattened parameters that several memory-mapped files hold, by kind, name and position."""
 
     def __init__(self, files: Iterable[object]):
-        """`files` are open safetensors files; see `fragments_of`."""
+        """`files` are open safetensors files; see `fragments_of`. ValueError if one holds anything but fragments."""
         self._fragments: dict[tuple[str, str], list[tuple[int, int, object, str]]] = {}
         for file in files:
             for key in file.keys():  # type: ignore[attr-defined]  # noqa: SIM118
                 kind, _, rest = key.partition("/")
                 name, _, start = rest.rpartition("@")
                 (size,) = file.get_slice(key).get_shape()  # type: ignore[attr-defined]
+                if file.get_slice(key).get_dtype() != "F32":  # type: ignore[attr-defined]
+                    raise ValueError(f"{key} is not of type F32")
                 self._fragments.setdefault((kind, name), []).append((int(start), size, file, key))
+
+    def fault(self, sizes: Mapping[str, int]) -> str:
+        """Describes which moment of a parameter is incomplete; "" if all are whole. `sizes` are elements by name."""
+        kinds = {kind for kind, _ in self._fragments}
+        if not kinds:
+            return "it has no moments of the optimizer"
+        for name, size in sizes.items():
+            for kind in sorted(kinds):
+                parts = sorted((start, length) for start, length, *_ in self._fragments.get((kind, name), []))
+                end = 0
+                for start, length in parts:
+                    end = end + length if start == end else -1
+                if end != size:
+                    return f"its {kind} of {name} is incomplete, or of another size than the model's"
+        return ""
 
     def read(self, kind: str, name: str, start: int, size: int) -> Tensor:
         """Reads elements `start` to `start + size`; KeyError if the files lack a part of them."""

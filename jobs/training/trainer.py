@@ -29,6 +29,7 @@ from maelstream.jobs.run_folder.status import locked
 from maelstream.jobs.training.data import batch_split_of
 from maelstream.jobs.training.engine import set_lr
 from maelstream.jobs.training.log import Log, Reporter, no_log, run_log
+from maelstream.jobs.training.resume import Resumed, frozen_tensors, newest_fitting, trained_shapes
 from maelstream.jobs.training.schedule import Schedule, schedule_of
 from maelstream.jobs.training.step import Flags, StepResult, train_step
 from maelstream.jobs.training.trackers import import_trackers, trackers
@@ -196,11 +197,6 @@ class Trainer:
             self.saver.save(self.partition, self.steps, state, frozen_tensors(self.objective))
 
 
-def frozen_tensors(objective: Objective) -> dict[str, Tensor]:
-    """Tensors that a checkpoint keeps in addition to the trained ones."""
-    return {} if objective.evaluator is None else objective.evaluator.frozen_tensors()
-
-
 def train(
     objective: Objective,
     folder: RunFolder,
@@ -236,10 +232,9 @@ def train(
             has_result = evaluator is None or not control_group.any(not evaluator.has_result(folder))
             if step < schedule.total_steps or has_result:
                 return 0
-        state = store.state(step, fingerprint) if step else None
-        if state is not None:
-            loader.load_state_dict(state["loader"])
-        engine, partition, shapes = build(objective, batch_split, store, step, state)
+        resumed, misfits = newest_fitting(objective, loader, store, step, bool(ema_decay(recipe)), control_group)
+        step, messages = (0, []) if resumed is None else (resumed.step, messages + misfits)
+        engine, partition, shapes = build(objective, batch_split, store, resumed)
 
         log: Log = no_log
         if ranks.rank == 0:
@@ -290,23 +285,21 @@ def train(
 
 
 def build(
-    objective: Objective, batch_split: BatchSplit, store: CheckpointStore, step: int, state: State | None
+    objective: Objective, batch_split: BatchSplit, store: CheckpointStore, resumed: Resumed | None
 ) -> tuple[Any, Partition, dict[str, tuple[int, ...]]]:
-    """Builds the engine with the weights and moments of the checkpoint of `step`, or with initial ones.
+    """Builds the engine with the weights and moments of a checkpoint, or with initial ones.
 
     Returns the engine, its partition, and the shapes of the tensors that a checkpoint merges, by name.
     """
-    model = objective.build_model(None if state is None else store.weights(step))
-    # Before the engine is built: ZeRO 3 partitions the parameters.
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    shapes = {name: tuple(parameter.shape) for name, parameter in trained}
+    model = objective.build_model(None) if resumed is None else resumed.model
+    shapes = trained_shapes(model)  # before the engine is built
     shapes |= {name: tuple(tensor.shape) for name, tensor in frozen_tensors(objective).items()}
     engine = objective.build_engine(model, batch_split)
     partition = partition_of(engine)
     if ema_decay(objective.recipe):
         partition = partition.keep_ema()
-    if state is not None:
-        store.restore(step, state, partition)
+    if resumed is not None:
+        store.restore(resumed.step, resumed.state, partition)
     return engine, partition, shapes
 
 
