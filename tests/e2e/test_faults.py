@@ -14,6 +14,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ from maelstream.jobs.run_folder.status import read_status
 from tests.helpers.forked import Running, run_ranks, start
 
 STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def sighup_not_ignored() -> Iterator[None]:
+    """A run under nohup ignores SIGHUP, and so would the ranks of these tests if they run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="module")
