@@ -29,6 +29,7 @@ from maelstream.jobs.weights.tensor_files import FOLDER_NAMES
 from maelstream.model.config import MAEConfig
 from maelstream.model.mae import Reconstruction
 from maelstream.shards.dataset import Dataset
+from maelstream.shards.durable import can_write
 from maelstream.shards.errors import MaelstreamError
 
 
@@ -101,7 +102,10 @@ def _reconstruct_run(command: Reconstruct, folder: RunFolder) -> int:
     results = reconstruct(trained_model(folder, weights), inputs, ratios)
     name = _name(weights)
     source = command.images or command.dataset
-    out = folder.reconstructions / (name if source is None else f"{name}-{PurePath(source).name}")
+    out = folder.reconstructions
+    if not can_write(out):  # another user's run
+        out = Path("runs") / f"reconstruct-{_name(folder.path)}"
+    out /= name if source is None else f"{name}-{PurePath(source).name}"
     info = ReconstructionInfo.describe(
         results, name, folder.checkpoints.step_of(weights), inputs.source, inputs.names, recipe.model.target
     )

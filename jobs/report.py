@@ -13,7 +13,7 @@ from maelstream.jobs.reporting.curves import Metrics
 from maelstream.jobs.reporting.html_report import comparison_page, run_page
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.run_folder.side_files import faults
-from maelstream.shards.durable import atomic_write
+from maelstream.shards.durable import atomic_write, can_write
 from maelstream.shards.errors import MaelstreamError
 
 
@@ -27,15 +27,17 @@ class Report:
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Folders of runs."""
     out: Path | None = None
-    """File for the page. Default: RUN/report.html; for several runs, compare.html in the first run's parent folder."""
+    """File for the page. Default: RUN/report.html; for several runs, compare.html in the first run's parent folder. If
+    you may not write there: runs/report-NAME.html or runs/compare.html."""
     verify: bool = False
     """Read every byte of the checkpoints instead of comparing their sizes."""
 
 
 def read_metrics(folder: RunFolder) -> Metrics:
     """The log steps of a run; MaelstreamError for a folder that is not a run, or that has logged no step."""
+    notes = faults(folder)  # raises if this user may not read the run
     folder.any_recipe()
-    for fault in faults(folder):
+    for fault in notes:
         print(f"maelstream report: {fault}; the page leaves it out", file=sys.stderr)
     if not (metrics := folder.complete_metrics()):
         raise MaelstreamError(f"{folder.path} has logged no step yet; wait for its first log step")
@@ -52,6 +54,11 @@ def main(args: list[str]) -> int:
         page, out = run_page(*runs[0], command.verify), command.runs[0] / "report.html"
     else:
         page, out = comparison_page(runs), command.runs[0].absolute().parent / "compare.html"
+    if not can_write(out.parent):  # another user's run
+        name = f"report-{command.runs[0].absolute().name}.html" if len(runs) == 1 else out.name
+        out = Path("runs") / name
+        if command.out is None:
+            out.parent.mkdir(exist_ok=True)
     out = command.out or out
     if not out.absolute().parent.is_dir():
         raise MaelstreamError(f"--out {out} cannot be written (there is no folder {out.parent}); create the folder")

@@ -58,6 +58,18 @@ def evaluations(folder: RunFolder) -> list[Evaluation]:
         return []
 
 
+def is_readable(folder: RunFolder) -> bool:
+    """Whether this user can read the run; prints why not, and what is damaged in a run that can be read."""
+    try:
+        notes = faults(folder)
+    except MaelstreamError as error:
+        print(f"maelstream runs: {error}; {folder.path} is left out", file=sys.stderr)
+        return False
+    for note in notes:
+        print(f"maelstream runs: {note}", file=sys.stderr)
+    return True
+
+
 def main(args: list[str]) -> int:
     """Entry point of `maelstream runs`."""
     command = parse_arguments(Runs, args, "runs")
@@ -65,8 +77,5 @@ def main(args: list[str]) -> int:
     folders = [RunFolder(path.parent) for path in sorted(found)]
     if not folders:
         raise MaelstreamError(f"{command.dir} holds no run; start one with `maelstream pretrain RECIPE --run DIR`")
-    for folder in folders:
-        for fault in faults(folder):
-            print(f"maelstream runs: {fault}", file=sys.stderr)
-    Console(markup=False, emoji=False).print(runs_table(folders))
+    Console(markup=False, emoji=False).print(runs_table([folder for folder in folders if is_readable(folder)]))
     return 0

@@ -68,6 +68,7 @@ def main(args: list[str]) -> int:
     """Entry point of `maelstream watch`: updates until the run ends, or prints once if the output is not a terminal."""
     command = parse_arguments(Watch, args, "watch")
     folder, console = RunFolder(command.run), Console(markup=False, emoji=False)
+    faults(folder)  # raises if this user may not read the run
     folder.any_recipe()  # raises if the folder is not a run
     width = max(20, min(80, console.width - 2))
     if not console.is_terminal:

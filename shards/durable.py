@@ -35,6 +35,14 @@ def atomic_write(path: Path, temporary_folder: Path | None = None) -> Iterator[B
         temporary.unlink(missing_ok=True)
 
 
+def can_write(folder: Path) -> bool:
+    """Whether this user may create files in `folder`, or, if there is no such folder, may create it."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
 def sync(path: Path) -> None:
     """Syncs a file, or the names in a folder, to disk.
 

@@ -67,12 +67,13 @@ def evaluate(weights: str, val: str, options: EvaluationOptions) -> None:
         if recipe is not None:
             trained = classifiers_of_run(folder, recipe, control_group)
         assert trained is not None
+        name = f"evaluate-{dataset.folder.rstrip('/').rpartition('/')[2]}"
+        result_folder = options.result_folder(path, trained.step, name)
         reading = options.reading(trained.image_size, trained.margin, ranks)
         by_head = scores_by_head(trained, reading, dataset, control_group)
     if ranks.rank:
         return
     best = max(by_head, key=lambda head: by_head[head].top1)
-    name = f"evaluate-{dataset.folder.rstrip('/').rpartition('/')[2]}"
     evaluation = record_scores(
         by_head[best],
         None if recipe is None else path,
@@ -81,7 +82,7 @@ def evaluate(weights: str, val: str, options: EvaluationOptions) -> None:
         weights=weights,
         train=recipe.data.train if recipe else "",
         val=val,
-        folder=options.result_folder(path, trained.step, name),
+        folder=result_folder,
         settings={
             "best": best,
             "all": {head: {"top1": each.top1, "top5": each.top5} for head, each in by_head.items()},

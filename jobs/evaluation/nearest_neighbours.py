@@ -73,6 +73,8 @@ def evaluate_neighbours(weights: str, train: str, val: str, options: KnnOptions)
     ranks = ranks_from_environment()
     reading = options.reading(config.image_size, None, ranks)
     model = classifier_from_encoder(stored, config).eval().requires_grad_(False)
+    name = f"knn{options.k}-t{options.temperature:g}-{options.pool}-{val_set.folder.rstrip('/').rpartition('/')[2]}"
+    folder = options.result_folder(path, step, name)
     with process_group(ranks, 2 * HealthConfig().silent_s) as control_group:
         model.to(process_device(ranks.local_rank))
         encode = encode_with(model, options.pool, mean, std)
@@ -81,7 +83,6 @@ def evaluate_neighbours(weights: str, train: str, val: str, options: KnnOptions)
         )
     if ranks.rank:
         return
-    name = f"knn{options.k}-t{options.temperature:g}-{options.pool}-{val_set.folder.rstrip('/').rpartition('/')[2]}"
     evaluation = record_scores(
         found,
         run,
@@ -90,7 +91,7 @@ def evaluate_neighbours(weights: str, train: str, val: str, options: KnnOptions)
         weights=weights,
         train=train,
         val=val,
-        folder=options.result_folder(path, step, name),
+        folder=folder,
         settings={
             "k": options.k,
             "temperature": options.temperature,

@@ -7,6 +7,7 @@ from maelstream.jobs.distributed.ranks import Ranks
 from maelstream.jobs.recipe import RecipeError
 from maelstream.pipeline.config import DecodeConfig, LoaderConfig
 from maelstream.pipeline.eval_pass import Reading
+from maelstream.shards.durable import can_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,16 @@ class EvaluationOptions:
         return Reading(image_size, self.margin or margin, self.micro_batch_size, loader)
 
     def result_folder(self, weights: Path, step: int | None, name: str) -> Path:
-        """The folder of the result: inside the run `weights` if there is a `step`, below runs/ for a file."""
+        """The folder of the result: inside the run `weights` if there is a `step`, below runs/ for a file.
+
+        For another user's run, which only that user may write to, it is below runs/ as well.
+
+        Raises:
+            RecipeError: files cannot be written there.
+        """
         in_run = weights / "evaluations" / f"{name}-step-{step or 0:08d}"
-        return self.folder or (Path("runs") / f"{name}-{weights.name}" if step is None else in_run)
+        below_runs = Path("runs") / f"{name}-{weights.absolute().name}"
+        folder = self.folder or (below_runs if step is None or not can_write(in_run) else in_run)
+        if not can_write(folder):
+            raise RecipeError(f"{folder} cannot be written; give a folder that you may write to with --folder")
+        return folder

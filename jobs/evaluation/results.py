@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from maelstream.shards.durable import atomic_write, sync
+from maelstream.shards.durable import atomic_write, can_write, sync
 from maelstream.shards.errors import MaelstreamError
 
 Job = Literal["knn", "linprobe", "partial", "finetune", "scratch", "evaluate"]
@@ -139,7 +139,9 @@ def record(evaluation: Evaluation, run: Path | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / RESULT) as file:
             file.write(line)
-        if run is not None:
+        if run is not None and not can_write(run):
+            print(f"{run} belongs to another user, so its {LINES} does not list {folder}", file=sys.stderr)
+        elif run is not None:
             _append(run / LINES, line)
     except OSError as error:
         raise MaelstreamError(

@@ -12,11 +12,19 @@ from maelstream.jobs.run_folder.environment import read_starts
 from maelstream.jobs.run_folder.folder import RunFolder, is_logged_step, is_replaced_sample, json_lines
 from maelstream.jobs.run_folder.status import read_status
 from maelstream.shards.durable import atomic_write
+from maelstream.shards.errors import MaelstreamError
 
 
 def faults(folder: RunFolder) -> list[str]:
-    """What is wrong with the side files, one line for each that is damaged; changes nothing."""
-    return [fault for _, fault in _damaged(folder)]
+    """What is wrong with the side files, one line for each that is damaged; changes nothing.
+
+    Raises:
+        MaelstreamError: this user may not read a file of the run.
+    """
+    try:
+        return [fault for _, fault in _damaged(folder)]
+    except OSError as error:
+        raise MaelstreamError(f"{error.filename or folder.path} cannot be read ({error.strerror})") from None
 
 
 def repair(folder: RunFolder) -> list[str]:

@@ -1,5 +1,6 @@
 """Faults that a test injects into a rank before it starts, by name and value: `kill_at_file_operation:7`."""
 
+import ctypes
 import errno
 import os
 import signal
@@ -29,6 +30,13 @@ def _at_step(step: int, act: Callable[[], None]) -> None:
         return before(self, *args)
 
     MAE.forward = forward  # type: ignore[assignment, method-assign]
+
+
+@_fault
+def as_other_user(_: str) -> None:
+    """Drops all capabilities, so that permissions of files apply to root as well."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    assert ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()) == 0
 
 
 @_fault
