@@ -14,7 +14,6 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,14 +25,6 @@ from maelstream.jobs.run_folder.status import read_status
 from tests.helpers.forked import Running, run_ranks, start
 
 STEPS = 12
-
-
-@pytest.fixture(autouse=True)
-def sighup_not_ignored() -> Iterator[None]:
-    """A run under nohup ignores SIGHUP, and so would the ranks of these tests if they run under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +118,12 @@ def test_a_signal_to_any_rank_saves_and_ends_all_with_its_code(
     assert_same(folder, uninterrupted)
 
 
+def take_terminal() -> None:
+    """Makes standard input this session's terminal; undoes nohup, under which a run does not end with its terminal."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def test_a_run_whose_terminal_is_closed_saves(tiny: str, folder: RunFolder) -> None:
     """The terminal's end sends SIGHUP, and every later write to it fails."""
     master, terminal = pty.openpty()
@@ -137,7 +134,7 @@ def test_a_run_whose_terminal_is_closed_saves(tiny: str, folder: RunFolder) -> N
         stdout=terminal,
         stderr=terminal,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=take_terminal,
     )
     os.close(terminal)
     deadline = time.monotonic() + 60

@@ -30,6 +30,7 @@ def _rank(command: str, args: list[str], environment: dict[str, str], output: Pa
     with output.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which these tests would ignore under nohup
     os.environ.update(environment)
     if fault:
         faults.FAULTS[fault.partition(":")[0]](fault.partition(":")[2])
