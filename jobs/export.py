@@ -19,6 +19,7 @@ from maelstream.jobs.checkpointing.store import FILES
 from maelstream.jobs.evaluation.results import RESULT, read_evaluations
 from maelstream.jobs.recipe import ClassificationRecipe, Recipe
 from maelstream.jobs.reporting.model_card import model_card
+from maelstream.jobs.run_folder.data_paths import located
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.weights.export_classifier import (
     CLASSIFIER_FORMATS,
@@ -96,7 +97,7 @@ def exported_classifier(
         data.mean,
         data.std,
         data.crop.margin or evaluation_margin(config.image_size),
-        class_names(recipe),
+        class_names(recipe, folder),
     )
     settings = {"classifier": asdict(config), "mean": data.mean, "std": data.std, "classes": classifier.labels}
     description = f"{describe_model(weights).removesuffix(', no decoder')}, {config.classes} classes"
@@ -116,10 +117,10 @@ def best_probe(folder: RunFolder, recipe: ClassificationRecipe) -> int | None:
     return [f"lr {lr:g}" for lr in recipe.tuning.lrs].index(best)
 
 
-def class_names(recipe: ClassificationRecipe) -> tuple[str, ...]:
+def class_names(recipe: ClassificationRecipe, folder: RunFolder) -> tuple[str, ...]:
     """The names of the classes in the run's dataset; their numbers, with a note, if it cannot be read any more."""
     try:
-        names = tuple(Dataset.open(recipe.data.train).classes)
+        names = tuple(Dataset.open(located(folder, recipe.data.train) or recipe.data.train).classes)
     except MaelstreamError as error:
         report(f"the export has numbers instead of class names: {error}")
         names = ()

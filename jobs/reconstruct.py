@@ -139,7 +139,9 @@ def _name(weights: Path) -> str:
 def _inputs(command: Reconstruct, recipe: Recipe) -> InputImages:
     if command.images is not None:
         return folder_images(command.images, command.count, recipe)
-    return dataset_images(Dataset.open(command.dataset or run_dataset(recipe)), command.count, recipe)
+    return dataset_images(
+        Dataset.open(command.dataset or run_dataset(recipe, RunFolder(command.run))), command.count, recipe
+    )
 
 
 def _write(command: Reconstruct, results: dict[str, Reconstruction], info: ReconstructionInfo, out: Path) -> int:

@@ -75,5 +75,5 @@ class CheckpointReconstructor:
 
     @cached_property
     def _images(self) -> InputImages:
-        dataset = Dataset.open(run_dataset(self._recipe))
+        dataset = Dataset.open(run_dataset(self._recipe, self._folder))
         return dataset_images(dataset, min(_COUNT, len(dataset)), self._recipe)

@@ -13,6 +13,7 @@ from maelstream.jobs.format import format_ago, format_bytes, format_duration
 from maelstream.jobs.recipe import LabelledData, flat_values
 from maelstream.jobs.reporting.curves import Metrics
 from maelstream.jobs.reporting.dataset_facts import facts, quarantined_files, short_sides
+from maelstream.jobs.run_folder.data_paths import located
 from maelstream.jobs.run_folder.environment import Start, read_starts
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.run_folder.status import read_status, state_of
@@ -89,11 +90,11 @@ def dataset_cards(folder: RunFolder) -> list[dict[str, Any]]:
     """One card per dataset in the recipe; the card of a dataset that cannot be opened gives the error."""
     data = folder.any_recipe().data
     if isinstance(data, LabelledData):
-        return [_card(path) for path in (data.train, data.val)]
+        return [_card(located(folder, path) or path) for path in (data.train, data.val)]
     if data.stream.urls:
         stream = {"samples per epoch": f"{data.stream.samples:,}"}
         return [{"title": data.stream.urls, "missing": "", "facts": stream, "sides": [], "left_out": None}]
-    return [_card(path) for path in data.mix or [data.dataset]]
+    return [_card(located(folder, path) or path) for path in data.mix or [data.dataset]]
 
 
 def _card(path: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from maelstream.jobs.recipe import Recipe
+from maelstream.jobs.run_folder.data_paths import located
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.weights.reading import mae_weights, read_weights
 from maelstream.jobs.weights.target_file import run_target_file
@@ -90,14 +91,24 @@ def check_shows_pixels(recipe: Recipe, folder: RunFolder) -> None:
         )
 
 
-def run_dataset(recipe: Recipe) -> str:
-    """The dataset that a run trains on, the first one of a mix; MaelstreamError for a run that reads a stream."""
+def run_dataset(recipe: Recipe, folder: RunFolder) -> str:
+    """The dataset that a run trains on, the first one of a mix.
+
+    Raises:
+        MaelstreamError: the run reads a stream, or the dataset is not where the run found it.
+    """
     if recipe.data.stream.urls:
         raise MaelstreamError(
             "the run reads a stream, from which no samples can be chosen; give --images a folder, or --dataset a "
             "packed dataset"
         )
-    return next(iter(recipe.data.mix), recipe.data.dataset)
+    path = next(iter(recipe.data.mix), recipe.data.dataset)
+    if (found := located(folder, path)) is None:
+        raise MaelstreamError(
+            f"{folder.path} was trained on {path}, which is neither below the folder that it was started in, nor below "
+            "this one, nor next to the run; give its new place with --dataset"
+        )
+    return found
 
 
 def dataset_images(dataset: Dataset, count: int, recipe: Recipe) -> InputImages:

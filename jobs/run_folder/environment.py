@@ -52,6 +52,8 @@ class Start:
     ranks_a_host: int
     packages: dict[str, str]
     """Versions of the installed packages."""
+    directory: str = ""
+    """Working directory of rank 0, to which the recipe's paths are relative; empty up to version 0.1."""
 
 
 def start_of(step: int, ranks: "Ranks") -> Start:
@@ -74,6 +76,7 @@ def start_of(step: int, ranks: "Ranks") -> Start:
         ranks=ranks.world_size,
         ranks_a_host=ranks.local_world_size,
         packages={name: found for name in _PACKAGES if (found := version(name))},
+        directory=os.getcwd(),
     )
 
 
