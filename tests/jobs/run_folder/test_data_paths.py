@@ -62,7 +62,7 @@ def test_data_that_is_gone_is_a_line_about_what_to_give(project: Path, capsys: p
     shutil.rmtree(project / "data")
     folder = RunFolder(Path("../project/runs/x"))
     assert located(folder, "data/images") is None
-    with pytest.raises(MaelstreamError, match="was trained on data/images, which is neither .* --dataset"):
+    with pytest.raises(MaelstreamError, match=r"was trained on data/images, which is neither .* --dataset"):
         run_dataset(RECIPE, folder)
 
 
