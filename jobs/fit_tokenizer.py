@@ -48,7 +48,9 @@ class FitTokenizer:
     hidden: int = 64
     """Channels of the first group of blocks; DALL-E's tokenizer has 256."""
     steps: int = 20_000
+    """Training steps."""
     batch_size: int = 64
+    """Images per step."""
     lr: float = 1e-3
     """Peak learning rate, at the end of the warm-up."""
     log_every: int = 100

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from maelstream.jobs.arguments import parse_arguments
+from maelstream.jobs.arguments import asks_for_help, parse_arguments
 from maelstream.jobs.distributed.launching import (
     LaunchError,
     LocalRanks,
@@ -28,8 +28,14 @@ _LAUNCHED = ("pretrain", "profile", "finetune", "linprobe", "partial", "scratch"
 class Launch:
     """Start a command's ranks here or on many hosts, and start them again after a failure, on what is left."""
 
-    command: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="pretrain RECIPE ...")]
-    """What every rank runs."""
+    command: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(
+            metavar="COMMAND ...",
+            help=f"What every rank runs, with its arguments: {', '.join(_LAUNCHED)}.",
+            help_behavior_hint="",
+        ),
+    ]
     nproc: int | None = None
     """Ranks on this machine; one per GPU if not given."""
     max_restarts: int = 0
@@ -48,7 +54,7 @@ class Launch:
 def main(args: list[str]) -> int:
     """Runs `maelstream launch`; returns the exit code of the ranks."""
     cut = next((index for index, arg in enumerate(args) if arg in _LAUNCHED), len(args))
-    if cut == len(args) and not {"-h", "--help"} & set(args):
+    if cut == len(args) and not asks_for_help(args):
         raise LaunchError("give the command after the options: `maelstream launch --nproc 8 pretrain RECIPE --run DIR`")
     launch = replace(parse_arguments(Launch, args[:cut], "launch", Launch(command=())), command=tuple(args[cut:]))
     if launch.max_restarts < 0 or launch.nnodes < 1 or not 0 <= launch.node_rank < launch.nnodes:

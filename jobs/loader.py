@@ -36,6 +36,7 @@ class Loader:
     recipe: Path | None = None
     """A pre-training recipe from which crop, shuffle, seed and image size are read."""
     batch_size: int = 64
+    """Images per batch."""
     image_size: int = 224
     """Side of the square images in pixels, if there is no recipe."""
     threads: int = len(os.sched_getaffinity(0))

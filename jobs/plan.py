@@ -16,7 +16,7 @@ from rich.table import Table
 
 from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.hardware import DEVICES, Device, measure_this_machine
-from maelstream.jobs.recipe import RecipeError, load_recipe
+from maelstream.jobs.recipe import RecipeError, load_recipe, named_recipes
 from maelstream.model.config import MAEConfig
 from maelstream.model.flops import recomputed_flops, training_flops
 from maelstream.model.memory import (
@@ -40,19 +40,23 @@ class Plan:
     """Predict memory, speed, hours and the bottleneck of a pre-training run, on any listed hardware."""
 
     model: str = "vit-b16"
-    """vit-b16, vit-l16, vit-h14, or a recipe file with the model."""
+    """vit-b16, vit-l16, vit-h14, or the name or the file of a recipe with the model."""
     gpus: int = 8
+    """Number of GPUs; with `here`, of machines like this one."""
     gpu: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join((*DEVICES, 'here'))}}}")] = "h100"
     """`here` measures matrix products and memory of this machine for a few seconds."""
     dataset_size: str = "1.28M"
     """Number of images: 1.28M, 400M, 5B."""
     zero: Literal[1, 2, 3] = 1
+    """ZeRO stage: optimizer state (1), gradients too (2), weights too (3) are partitioned."""
     epochs: float = 800.0
+    """Passes over the dataset."""
     batch_size: int = 4096
     """Images per step, over all GPUs."""
     micro_batch_size: int | None = None
     """Images that a GPU processes at once; by default as many as fit."""
     activation_checkpointing: bool = False
+    """Recompute the activations of each block in the backward pass."""
     image_bytes: int = 110_000
     """Mean size of an encoded image; the default is ImageNet's."""
     decode_images_per_s: float | None = None
@@ -196,11 +200,11 @@ def parse_count(text: str) -> float:
 
 
 def planned_model(name: str) -> MAEConfig:
-    """A model of the paper, or the model of a recipe file."""
+    """A model of the paper, or the model of a recipe, by name or file."""
     if name in MODELS:
         return MODELS[name]
-    if not name.endswith((".yaml", ".yml")):
-        raise RecipeError(f"--model {name} is neither one of {', '.join(MODELS)} nor a recipe (*.yaml)")
+    if not name.endswith((".yaml", ".yml")) and name not in named_recipes():
+        raise RecipeError(f"--model {name} is neither one of {', '.join(MODELS)} nor a recipe (*.yaml, or its name)")
     return load_recipe(Path(name)).model
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from maelstream.jobs.arguments import option_value, parse_arguments
+from maelstream.jobs.arguments import asks_for_help, option_value, parse_arguments
 from maelstream.jobs.command import run
 from maelstream.jobs.distributed.ranks import ranks_from_environment
 from maelstream.jobs.recipe import Recipe, RecipeError, dump_recipe
@@ -34,7 +34,8 @@ class Pretrain(RunOptions):
     """Train a masked autoencoder from a recipe, or resume the run in --run."""
 
     recipe_file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")]
-    """A YAML file of recipes/, or your own with one of them as its `base:`; a file of recipes/grids/ needs --row."""
+    """A recipe's name, such as pretrain_vit_b16, or a YAML file, of which such a name can be the `base:`; a grid of
+    recipes needs --row."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     row: str | None = None
     """The row of a grid to run, by its name or its value: recipes/grids/decoder_depth.yaml --row 4."""
@@ -42,13 +43,13 @@ class Pretrain(RunOptions):
 
 def main(args: list[str]) -> int:
     """Runs `maelstream pretrain`; 0 when the run reached its end or --stop-at-step."""
-    default: Any = Pretrain(tyro.MISSING, Recipe(), run=Path("runs/RECIPE"))  # for --help
+    default: Any = Pretrain(tyro.MISSING, Recipe(), run=Path("runs/RECIPE"))  # for --help without a recipe
     if args and not args[0].startswith("-"):
         file, row = Path(args[0]), option_value(args, "--row")
         name = file.stem if row is None else f"{file.stem}-{slug(row)}"
-        default = Pretrain(file, load_recipe_or_row(file, row), row=row, run=Path("runs") / name)
-    elif not {"-h", "--help"} & set(args):
-        raise RecipeError("RECIPE comes first: `maelstream pretrain recipes/pretrain/vit_b16.yaml --run DIR ...`")
+        default = Pretrain(tyro.MISSING, load_recipe_or_row(file, row), row=row, run=Path("runs") / name)
+    elif not asks_for_help(args):
+        raise RecipeError("RECIPE comes first: `maelstream pretrain pretrain_vit_b16 --run DIR ...`")
     command = parse_arguments(Pretrain, args, "pretrain", default)
     recipe = command.recipe
     if command.print_config:

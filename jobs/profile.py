@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from maelstream.jobs.arguments import parse_arguments
+from maelstream.jobs.arguments import asks_for_help, check_output_file, parse_arguments
 from maelstream.jobs.command import run
 from maelstream.jobs.distributed.ranks import process_group, ranks_from_environment
 from maelstream.jobs.profiling.stage_chart import draw_stage_chart
@@ -36,7 +36,7 @@ class Profile:
     """Measure each stage of a run alone, then the run end to end, and report which stage limits it."""
 
     recipe_file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")]
-    """A YAML file of recipes/, or your own; every key of it is an option."""
+    """The name or the YAML file of a pre-training recipe; every key of it is an option."""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     stages: str = ",".join(STAGES)
     """The stages to measure. With `step`, the run is also measured end to end."""
@@ -64,11 +64,11 @@ def stages_of(text: str) -> list[str]:
 
 def main(args: list[str]) -> int:
     """`maelstream profile`."""
-    default: Any = tyro.MISSING  # `--help` works without a recipe
+    default: Any = Profile(tyro.MISSING, Recipe())  # for --help without a recipe
     if args and not args[0].startswith("-"):
-        default = Profile(Path(args[0]), load_recipe(Path(args[0])))
-    elif not {"-h", "--help"} & set(args):
-        raise RecipeError("RECIPE comes first: `maelstream profile recipes/pretrain/vit_b16.yaml ...`")
+        default = Profile(tyro.MISSING, load_recipe(Path(args[0])))
+    elif not asks_for_help(args):
+        raise RecipeError("RECIPE comes first: `maelstream profile pretrain_vit_b16 ...`")
     command = parse_arguments(Profile, args, "profile", default)
     names, recipe = stages_of(command.stages), command.recipe
     if command.seconds <= 0:
@@ -76,8 +76,8 @@ def main(args: list[str]) -> int:
     if command.trace is not None and "step" not in names:
         raise RecipeError("--trace records whole steps; add step to --stages")
     for option, file in (("--out", command.out), ("--json", command.json), ("--trace", command.trace)):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise MaelstreamError(f"{option} {file} cannot be written (there is no folder {file.parent})")
+        if file is not None:
+            check_output_file(option, file)
     with tempfile.TemporaryDirectory() as empty:
         target_file = run_target_file(recipe, RunFolder(Path(empty)))
     target = None if target_file is None else target_file.target(recipe.model)

@@ -9,7 +9,7 @@ import difflib
 import os
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -37,8 +37,9 @@ from maelstream.shards.errors import MaelstreamError
 __all__ = [
     "EXPERIMENT", "RECIPES", "AnyRecipe", "CheckpointConfig", "ClassificationRecipe", "DataConfig", "EngineConfig",
     "HealthConfig", "Job", "LabelledData", "LoaderConfig", "LogConfig", "OptimConfig", "Recipe", "RecipeError",
-    "StreamConfig", "TuningConfig", "differing_keys", "dump_recipe", "flat_values", "load_any_recipe", "load_recipe",
-    "may_change", "merged_values", "nested_values", "read_values", "resolve", "resolve_as",
+    "StreamConfig", "TuningConfig", "check_kind", "differing_keys", "dump_recipe", "first_error", "flat_values",
+    "load_any_recipe", "load_recipe", "may_change", "merged_values", "named_recipes", "nested_values", "read_values",
+    "recipe_file", "resolve", "resolve_as",
 ]
 # fmt: on
 
@@ -53,13 +54,25 @@ class RecipeError(MaelstreamError):
     """A recipe cannot be read, or its values are wrong."""
 
 
+def named_recipes() -> dict[str, Path]:
+    """The recipes and grids that ship with the project by name: pretrain_vit_b16 is recipes/pretrain/vit_b16.yaml."""
+    return {f"{path.parent.name}_{path.stem}": path for path in sorted(RECIPES.glob("*/*.yaml"))}
+
+
+def recipe_file(path: Path) -> Path:
+    """The file of a recipe that a user gave by its path or by its name."""
+    return named_recipes().get(str(path), path)
+
+
 def load_recipe(path: Path) -> Recipe:
-    """The pre-training recipe in the file `path`.
+    """The pre-training recipe in the file `path`, or of the name `path`.
 
     Raises:
         RecipeError: a missing file, a base that leads back to itself, an unknown key or a wrong value.
     """
-    return resolve(read_values(path), str(path))
+    values = read_values(path)
+    check_kind(values, Recipe, str(path))
+    return resolve(values, str(path))
 
 
 def load_any_recipe(path: Path) -> AnyRecipe:
@@ -89,18 +102,47 @@ def resolve_as(schema: type[R], values: dict[str, Any], where: str) -> R:
     try:
         return TypeAdapter(schema).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"{where}: {name}: {first['msg']} (found {first['input']!r})") from None
+        raise RecipeError(f"{where}: {first_error(error)}") from None
+
+
+def first_error(error: ValidationError) -> str:
+    """The first error of a validation: the key, what is wrong, and the value if the message lacks it."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "value_error":  # by a `__post_init__`, whose message names the value
+        return f"{name}: {first['ctx']['error']}"
+    if first["type"] == "missing":  # whose input is all that surrounds the key
+        return f"{name}: {first['msg']}"
+    found = repr(first["input"])
+    return f"{name}: {first['msg']} (found {found if len(found) <= 60 else found[:57] + '...'})"
+
+
+def check_kind(values: dict[str, Any], schema: type[AnyRecipe], where: str) -> None:
+    """Raises RecipeError if values, as they stand in a file, are a recipe of the other kind than `schema`."""
+    if schema is Recipe and isinstance(job := values.get("job"), str) and job in get_args(Job):
+        names = "TRAIN VAL" if job == "scratch" else "WEIGHTS TRAIN VAL"
+        raise RecipeError(f"{where} is a recipe of {job}; use it with `maelstream {job} {names} --recipe {where}`")
+    if schema is ClassificationRecipe and "job" not in values:
+        try:
+            _check_keys(values, ClassificationRecipe, where, "")
+        except RecipeError as unknown:
+            try:
+                _check_keys(values, Recipe, where, "")
+            except RecipeError:
+                raise unknown from None
+            raise RecipeError(
+                f"{where} is a recipe of pretrain; use it with `maelstream pretrain {where}`; the recipes of this "
+                f"kind are {', '.join(name for name in named_recipes() if name.startswith(get_args(Job)))}"
+            ) from None
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """The nested values of a file, laid over those of its bases; keys and values are not checked.
+    """The nested values of a file or a name, laid over those of its bases; keys and values are not checked.
 
     Raises:
         RecipeError: a missing file, a file that is not YAML, or a base that leads back to itself.
     """
-    return _read(path, ())
+    return _read(recipe_file(path), ())
 
 
 def dump_recipe(recipe: AnyRecipe) -> str:
@@ -170,9 +212,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     try:
         values = read_yaml(path)
     except YamlError as error:
-        known = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        near = difflib.get_close_matches(path.stem, known, 1)
-        hint = f"; did you mean {path.with_name(near[0] + '.yaml')}?" if near and not path.exists() else ""
+        hint = "" if path.exists() else _nearest(path)
         raise RecipeError(f"recipe {path} cannot be read ({error}){hint}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values")
@@ -181,7 +221,20 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         return values
     if not isinstance(base, str):
         raise RecipeError(f"{path}: base must be the path of a recipe, not {str(base)[:40]}")
-    return merged_values(_read(path.parent / base, (*above, path.resolve())), values)
+    base_file = named_recipes().get(base, path.parent / base)
+    return merged_values(_read(base_file, (*above, path.resolve())), values)
+
+
+def _nearest(path: Path) -> str:
+    """Of a file that does not exist: a hint at the recipe that was probably meant; empty if there is none."""
+    name = f"{path.parent.name}_{path.stem}"
+    if not path.suffix:
+        near = difflib.get_close_matches(str(path), named_recipes(), 1)
+        return f"; did you mean {near[0]}?" if near else f"; the named recipes are {', '.join(named_recipes())}"
+    if name in named_recipes():
+        return f"; the recipe that ships with maelstream is named {name}"
+    near = difflib.get_close_matches(path.stem, sorted(p.stem for p in path.parent.glob("*.yaml")), 1)
+    return f"; did you mean {path.with_name(near[0] + '.yaml')}?" if near else ""
 
 
 def _check_keys(values: dict[str, Any], schema: type, where: str, prefix: str) -> None:

@@ -51,12 +51,17 @@ class OptimConfig:
     base_lr: float = 1.5e-4
     """Peak lr for 256 samples per step; the peak lr is base_lr x batch_size / 256."""
     min_lr: float = 0.0
+    """lr at the end of the cosine."""
     weight_decay: float = 0.05
+    """AdamW's decay of weight matrices; biases, norms and tokens have none."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
     clip_grad: float = 0.0
     """Gradients with a larger norm are scaled down to this norm; 0: no clipping, as in the paper."""
     warmup_epochs: float = 40.0
+    """Epochs in which the lr rises linearly from 0."""
     epochs: float = 800.0
+    """Length of the schedule, with the warm-up; may be a fraction."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -99,6 +104,7 @@ class LogConfig:
     """What a run logs, how often, and to which trackers."""
 
     every_steps: int = 20
+    """Steps per line of metrics.jsonl and of the terminal."""
     reconstruct_every_epochs: float = 20.0
     """Write reconstructions to RUN/reconstructions/ at the first checkpoint of every period of this many epochs, and at
     the last checkpoint; 0: never."""
@@ -124,6 +130,7 @@ class CheckpointConfig:
     """How often checkpoints are written, and which ones are kept."""
 
     every_steps: int = 1000
+    """Steps from one checkpoint to the next; the last step always has one."""
     keep: int = 3
     """Number of newest checkpoints that are kept."""
     keep_every_steps: int = 0
@@ -153,7 +160,10 @@ class HealthConfig:
 
     def __post_init__(self) -> None:
         if self.bad_steps < 1 or self.spike <= 1 or min(self.silent_s, self.grace_s) <= 0:
-            raise ValueError(f"bad_steps must be at least 1, spike above 1, silent_s and grace_s positive: {self}")
+            raise ValueError(
+                f"bad_steps {self.bad_steps} must be at least 1, spike {self.spike} above 1, silent_s {self.silent_s} "
+                f"and grace_s {self.grace_s} positive"
+            )
 
 
 @dataclass(frozen=True)
@@ -165,6 +175,7 @@ class Recipe:
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     seed: int = 0
+    """Seed of the initial weights, the order of samples, the crops and the masks."""
     target_file: str = ""
     """File of `maelstream fit-pca` or `fit-tokenizer` that the targets "pca" and "token" need. A run keeps its own copy
     forever; runs are compared by the content of the file, not by its path."""
@@ -194,9 +205,11 @@ class LabelledData:
     crop: CropConfig = CropConfig(scale=(0.08, 1.0), rand_augment=9.0, erase=0.25)
     """Crops for training; validation uses the centre crop."""
     shuffle: Shuffle = "global"
+    """Order of the training samples: global, block or none, as in pre-training."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Subtracted from pixels scaled to 0..1, as in pre-training."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Divides pixels after the mean is subtracted, as in pre-training."""
 
 
 @dataclass(frozen=True)
@@ -204,11 +217,12 @@ class TuningConfig:
     """Which parameters are trained, and with which optimizer."""
 
     optimizer: Literal["adamw", "lars"] = "adamw"
+    """adamw for fine-tuning, lars for linear probes (paper, tables 9 and 10)."""
     momentum: float = 0.9
     """Momentum of LARS; AdamW uses `optim.betas`."""
     layer_decay: float = 1.0
     """lr of a layer divided by the lr of the layer above it."""
-    blocks: float = -1.0
+    blocks: Annotated[float, tyro.conf.arg(aliases=["--blocks"])] = -1.0
     """Number of last blocks that are trained: 0.5 is the MLP of the last block, 0 the head only, -1 everything."""
     probe: bool = False
     """Train only a linear layer on the frozen encoder's features, after a BatchNorm."""
@@ -248,6 +262,7 @@ class ClassificationRecipe:
     tuning: TuningConfig = TuningConfig(layer_decay=0.65)
     mixup: MixupConfig = MixupConfig()
     seed: int = 0
+    """Seed of the initial weights of the head, the order of samples, the crops and mixup."""
     engine: EngineConfig = EngineConfig()
     loader: LoaderConfig = LoaderConfig()
     log: LogConfig = LogConfig()

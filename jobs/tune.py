@@ -39,6 +39,7 @@ class Tune:
     """Find the engine and loader settings that make a recipe fastest on this machine."""
 
     recipe: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")]
+    """The name or the YAML file of a pre-training recipe."""
     minutes: float = 10.0
     """Minutes to search and compare; at most one trial runs longer."""
     out: Path | None = None

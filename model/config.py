@@ -25,14 +25,23 @@ class MAEConfig:
     image_size: tuple[int, int] = (224, 224)
     """Height and width in pixels."""
     patch_size: int = VIT_B16.patch_size
+    """Side of a square patch in pixels."""
     in_chans: int = 3
+    """Channels of the images; the loader gives 3."""
     dim: int = VIT_B16.dim
+    """Width of the encoder's tokens."""
     depth: int = VIT_B16.depth
+    """Blocks of the encoder."""
     heads: int = VIT_B16.heads
+    """Attention heads of each encoder block."""
     mlp_ratio: float = 4.0
+    """Width of a block's hidden layer divided by the width of its tokens."""
     decoder_dim: int = 512
+    """Width of the decoder's tokens."""
     decoder_depth: int = 8
+    """Blocks of the decoder (paper, table 1a)."""
     decoder_heads: int = 16
+    """Attention heads of each decoder block."""
     mask_ratio: float = 0.75
     """Share of patches that are removed; with 0 there is no loss, only `MAE.encode`."""
     mask: MaskKind = "random"
@@ -41,19 +50,20 @@ class MAEConfig:
     """The encoder sees all positions, with its own mask token at each removed patch; the decoder then adds no tokens
     (paper, table 1c)."""
     target: Target = "normalised_pixel"
+    """What is predicted for each patch (paper, table 1d); pca and token need `target_file`."""
     components: int = 96
     """Number of coefficients per patch for the target "pca"."""
     codes: int = 8192
     """Size of the tokenizer's codebook for the target "token"."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Per channel, subtracted from pixels scaled to 0..1."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Per channel, divides pixels after the mean is subtracted."""
     attention: AttentionKind = "auto"
     """`auto` means `math` in bf16 on a CPU and `sdpa` otherwise."""
 
     def __post_init__(self) -> None:
-        sizes = (*self.image_size, self.patch_size, self.in_chans, self.dim, self.depth, self.heads)
-        if min(*sizes, self.decoder_dim, self.decoder_depth, self.decoder_heads) < 1:
-            raise ValueError(f"every size, depth and number of heads must be at least 1: {self}")
+        _check_positive(self, "decoder_dim", "decoder_depth", "decoder_heads")
         if any(side % self.patch_size for side in self.image_size):
             raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         for name, dim, heads in (("", self.dim, self.heads), ("decoder_", self.decoder_dim, self.decoder_heads)):
@@ -120,14 +130,21 @@ class ClassifierConfig:
     """
 
     classes: int = 1000
+    """Number of classes; by default that of the training data."""
     image_size: tuple[int, int] = (224, 224)
     """Height and width in pixels; may differ from pre-training."""
     patch_size: int = VIT_B16.patch_size
+    """Side of a square patch in pixels."""
     in_chans: int = 3
+    """Channels of the images; the loader gives 3."""
     dim: int = VIT_B16.dim
+    """Width of the encoder's tokens."""
     depth: int = VIT_B16.depth
+    """Blocks of the encoder."""
     heads: int = VIT_B16.heads
+    """Attention heads of each encoder block."""
     mlp_ratio: float = 4.0
+    """Width of a block's hidden layer divided by the width of its tokens."""
     pool: Pool = "mean"
     """`mean` averages the patch tokens, followed by a new LayerNorm (`fc_norm`); `class_token` uses the class token
     after the final norm."""
@@ -135,9 +152,7 @@ class ClassifierConfig:
     """Stochastic depth rate of the last block; it grows linearly from 0 at the first block."""
 
     def __post_init__(self) -> None:
-        sizes = (self.classes, *self.image_size, self.patch_size, self.in_chans, self.dim, self.depth, self.heads)
-        if min(sizes) < 1:
-            raise ValueError(f"classes and every size, depth and number of heads must be at least 1: {self}")
+        _check_positive(self, "classes")
         if any(side % self.patch_size for side in self.image_size):
             raise ValueError(f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}")
         if self.dim % self.heads:
@@ -166,3 +181,12 @@ def check_grid_mask(grid: tuple[int, int], keep: int) -> None:
         raise ValueError(
             f"mask grid keeps a quarter of {grid[0] * grid[1]} patches, not {keep}; set mask_ratio to 0.75"
         )
+
+
+def _check_positive(config: "MAEConfig | ClassifierConfig", *names: str) -> None:
+    """Raises ValueError unless the encoder's sizes and the fields `names` are at least 1."""
+    for name in ("patch_size", "in_chans", "dim", "depth", "heads", *names):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} {getattr(config, name)} must be at least 1")
+    if min(config.image_size) < 1:
+        raise ValueError(f"image_size {config.image_size} must be at least 1")

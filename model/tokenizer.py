@@ -40,7 +40,9 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         if self.codes < 2 or min(self.in_chans, self.blocks) < 1:
-            raise ValueError(f"a tokenizer has at least 2 codes, 1 channel and 1 block: {self}")
+            raise ValueError(
+                f"codes {self.codes} must be at least 2, in_chans {self.in_chans} and blocks {self.blocks} at least 1"
+            )
         if self.hidden < 4 or self.hidden % 4:
             raise ValueError(
                 f"hidden {self.hidden} is not a multiple of 4 (bottlenecks have a quarter of the channels)"

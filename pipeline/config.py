@@ -67,6 +67,7 @@ class MixupConfig:
     """Alpha of the Beta distribution of CutMix's area share; 0: no CutMix. If both are on, each batch uses one of them
     with equal probability."""
     label_smoothing: float = 0.1
+    """Share of the target that is spread over all classes."""
 
     def __post_init__(self) -> None:
         if min(self.mixup, self.cutmix) < 0 or not 0 <= self.label_smoothing < 1:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from maelstream.jobs.arguments import option_value, parse_arguments
+from maelstream.jobs.arguments import asks_for_help, option_value, parse_arguments
 from maelstream.jobs.distributed.ranks import ranks_from_environment
 from maelstream.jobs.evaluation.classification import Classification
 from maelstream.jobs.recipe import (
@@ -19,6 +19,7 @@ from maelstream.jobs.recipe import (
     ClassificationRecipe,
     Job,
     RecipeError,
+    check_kind,
     dump_recipe,
     merged_values,
     read_values,
@@ -40,7 +41,8 @@ class ClassificationOptions(RunOptions):
 
     recipe: Annotated[ClassificationRecipe, tyro.conf.arg(name="")]
     recipe_file: Annotated[Path | None, tyro.conf.arg(name="recipe", aliases=["--recipe-file"])] = None
-    """A YAML file; by default the paper's recipe for the encoder's size, or the command's own for any other size."""
+    """The name or the YAML file of a recipe; by default the paper's for the encoder's size, or the command's own for
+    any other size."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Scratch(ClassificationOptions):
 
 @dataclass(frozen=True)
 class Classify(ClassificationOptions):
-    """Train a classifier, or resume the run in --run."""
+    """Train a classifier on pre-trained weights, or resume the run in --run."""
 
     weights: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WEIGHTS")]
     """A run's folder, for its newest checkpoint, or a file or folder of weights."""
@@ -96,6 +98,7 @@ def recipe_of(
         size = encoder.get("model", {})
         file = default_recipe(job, paper_name(size.get("dim", 0), size.get("depth", 0)))
     values = read_values(file)
+    check_kind(values, ClassificationRecipe, str(file))
     if (other := values.get("job", job)) != job and (job, other) != ("partial", "finetune"):
         raise RecipeError(f"{file} is a recipe of {other}; give {job} a recipe whose base is {default_recipe(job)}")
     classes = {"model": {"classes": max(1, len(train.classes))}}
@@ -148,14 +151,15 @@ def check_recipe(recipe: ClassificationRecipe, train: Dataset) -> None:
 
 def classify(job: Job, args: list[str]) -> int:
     """Runs the command `job`; returns 0 when the run reached its end or --stop-at-step."""
-    args = ["--tuning.blocks" if arg == "--blocks" else arg for arg in args]
     schema: Any
     schema, names = (Scratch, ["TRAIN", "VAL"]) if job == "scratch" else (Classify, ["WEIGHTS", "TRAIN", "VAL"])
-    default: Any = schema(
-        *[tyro.MISSING] * len(names), recipe=ClassificationRecipe(), run=Path(f"runs/{job}-NAME")
-    )  # for --help
+    positionals = [tyro.MISSING] * len(names)
     given = args[: len(names)]
-    if not {"-h", "--help"} & set(args):
+    if asks_for_help(args):
+        base = default_recipe(job)
+        recipe = resolve_as(ClassificationRecipe, read_values(base) | {"job": job}, str(base))
+        default: Any = schema(*positionals, recipe=recipe, run=Path(f"runs/{job}-NAME"))
+    else:
         if len(given) < len(names) or any(arg.startswith("-") for arg in given):
             raise RecipeError(f"{' '.join(names)} come first: `maelstream {job} {' '.join(names)} --run DIR ...`")
         weights = "" if job == "scratch" else given[0]
@@ -164,7 +168,7 @@ def classify(job: Job, args: list[str]) -> int:
         run = Path(option_value(args, "--run") or f"runs/{job}-{Path(weights or given[-2]).name}")
         file = option_value(args, "--recipe") or option_value(args, "--recipe-file")
         recipe = recipe_of(job, weights, train_set, val_set, Path(file) if file else None, RunFolder(run))
-        default = schema(*given, recipe=recipe, run=run)
+        default = schema(*positionals, recipe=recipe, run=run)
     command = parse_arguments(schema, args, job, default)
     recipe = command.recipe
     check_recipe(recipe, train_set)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from maelstream.jobs.recipe import Recipe, flat_values, merged_values, nested_values, resolve
+from maelstream.jobs.recipe import Recipe, flat_values, merged_values, named_recipes, nested_values, resolve
 
 MIN_GAIN = 1.01
 """A setting replaces the best one if it is at least this many times as fast; a smaller difference is noise."""
@@ -148,7 +148,7 @@ def with_setting(recipe: Recipe, setting: Setting) -> Recipe:
 
 
 def override_yaml(base: Path, out: Path, own: Setting, best: Setting) -> str:
-    """YAML of a recipe at `out` whose base is the recipe `base`; it holds only the values that differ."""
+    """YAML of a recipe at `out` whose base is the recipe `base` (name or file), with only the values that differ."""
     differing = {key: value for key, value in best.items() if value != own[key]}
-    relative = os.path.relpath(base.resolve(), out.resolve().parent)
-    return yaml.safe_dump({"base": relative} | nested_values(differing), sort_keys=False)
+    name = str(base) if str(base) in named_recipes() else os.path.relpath(base.resolve(), out.resolve().parent)
+    return yaml.safe_dump({"base": name} | nested_values(differing), sort_keys=False)

@@ -138,6 +138,8 @@ class RunFolder:
         if not self.config.exists():
             return
         old = self.any_recipe()
+        if old.job != recipe.job:
+            raise RecipeError(f"{self.path} holds a run of {old.job}, not of {recipe.job}; give another --run")
         if differences := {name: values for name, values in differing_keys(old, recipe).items() if name not in allowed}:
             listed = ", ".join(f"{name} ({was!r}, now {now!r})" for name, (was, now) in differences.items())
             hint = f", --allow {' '.join(differences)}" if all(map(may_change, differences)) else ""

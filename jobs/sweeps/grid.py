@@ -21,10 +21,12 @@ from maelstream.jobs.recipe import (
     RECIPES,
     Recipe,
     RecipeError,
+    first_error,
     load_recipe,
     merged_values,
     nested_values,
     read_values,
+    recipe_file,
     resolve,
 )
 from maelstream.jobs.yaml_files import YamlError, parse_yaml, read_yaml
@@ -108,26 +110,22 @@ def read_grid(path: Path) -> Grid:
     except YamlError as error:
         raise RecipeError(f"grid {path} cannot be read ({error})") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(
-            f"{path}: {where or 'the file'}: {first['msg']}; a grid has title, rows (name, set), then and base"
-        ) from None
+        raise RecipeError(f"{path}: {first_error(error)}; a grid has title, rows (name, set), then and base") from None
     if not grid.rows:
         raise RecipeError(f"{path} has no rows")
     return _checked(grid, str(path))
 
 
 def load_recipe_or_row(path: Path, row: str | None) -> Recipe:
-    """The recipe in a file, or, of a file that holds a grid, the recipe of one row.
+    """The recipe in a file or of a name, or, of a file that holds a grid, the recipe of one row.
 
     Raises:
         RecipeError: the file is a grid and `row` is None, or `recipe_of_row` or `load_recipe` raises it.
     """
     if row is not None:
-        return recipe_of_row(path, row)
-    if path.exists() and "rows" in read_values(path):
-        raise RecipeError(f"{path} is a grid; name one of its rows with --row: {_names(read_grid(path))}")
+        return recipe_of_row(recipe_file(path), row)
+    if recipe_file(path).exists() and "rows" in read_values(path):
+        raise RecipeError(f"{path} is a grid; name one of its rows with --row: {_names(read_grid(recipe_file(path)))}")
     return load_recipe(path)
 
 

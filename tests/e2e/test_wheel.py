@@ -61,6 +61,7 @@ print(len(list(RECIPES.rglob("*.yaml"))), len(grid_of("decoder_depth").rows))
 def test_commands_of_a_wheel_work(installed: Path, packed: Dataset, tmp_path: Path) -> None:
     maelstream = str(installed / "maelstream")
     assert "two ranks" in run(maelstream, "demo", "--help", cwd=tmp_path)
+    assert "batch_size: 4096" in run(maelstream, "pretrain", "pretrain_vit_b16", "--print-config", cwd=tmp_path)
     model = MAE(MAEConfig((32, 32), 8, dim=64, depth=1, heads=1, decoder_dim=32, decoder_depth=1, decoder_heads=4))
     save_file(without_decoder(model.state_dict()), tmp_path / "encoder.safetensors")
     finetune = [maelstream, "finetune", "encoder.safetensors", packed.folder, packed.folder, "--print-config"]

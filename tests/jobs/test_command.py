@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import pytest
 
-from maelstream.jobs.command import COMMANDS, dispatch
+from maelstream.jobs.command import COMMANDS, dispatch, run
 
 
 @pytest.mark.parametrize("args", [["--help"], ["-h"], ["help"], []])
@@ -23,6 +23,45 @@ def test_help_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         dispatch(["help", "info"])
     assert ended.value.code == 0 and "usage: maelstream info" in capsys.readouterr().out
+
+
+def help_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> str:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as ended:
+        run(args[0], [*args[1:], "--help"])
+    assert ended.value.code == 0
+    return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("pretrain",), ("[OPTIONS] RECIPE", "--optim.epochs FLOAT Length of the schedule", "(default: 800.0)")),
+        (("pretrain", "pretrain_demo"), ("[OPTIONS] RECIPE", "(default: runs/pretrain_demo)")),
+        (("profile",), ("[OPTIONS] RECIPE", "(default: 800.0)", "(default: profile.png)")),
+        (("tune",), ("RECIPE The name or the YAML file of a pre-training recipe. (required)",)),
+        (
+            ("finetune",),
+            ("WEIGHTS TRAIN VAL", "lr of a layer divided by the lr of the layer above it. (default: 0.65)"),
+        ),
+        (("linprobe",), ("after a BatchNorm. (default: True)", "(paper, tables 9 and 10). (default: lars)")),
+        (("partial",), ("--blocks FLOAT, --tuning.blocks FLOAT Number of last blocks",)),
+        (("scratch",), ("usage: maelstream scratch [-h] [OPTIONS] TRAIN VAL", "(default: 300.0)")),
+        (("launch",), ("What every rank runs, with its arguments: pretrain, profile, finetune, linprobe, partial,",)),
+    ],
+)
+def test_help_has_the_commands_own_defaults(
+    args: tuple[str, ...],
+    expected: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    printed = help_of(capsys, monkeypatch, *args)
+    for text in expected:
+        assert text in printed
+    assert printed.count("(required)") == {"tune": 1, "finetune": 3, "linprobe": 3, "partial": 3, "scratch": 2}.get(
+        args[0], 0 if args[0] == "launch" else 1
+    )
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

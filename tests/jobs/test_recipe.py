@@ -11,15 +11,18 @@ from maelstream.jobs.recipe import (
     ClassificationRecipe,
     Recipe,
     RecipeError,
+    check_kind,
     differing_keys,
     dump_recipe,
     flat_values,
     load_any_recipe,
     load_recipe,
     merged_values,
+    named_recipes,
     nested_values,
     read_values,
 )
+from maelstream.jobs.sweeps.grid import load_recipe_or_row
 from maelstream.jobs.training.trainer import schedule_of
 from maelstream.model.mae import MAE
 
@@ -141,7 +144,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
         ("engine: {zero: 3, compile: true}", "compile does not work with zero 3"),
         ("engine: {zero: 4}", "engine.zero"),
         ("optim: {clip_grad: -1}", "clip_grad -1.0 is negative"),
-        ("health: {spike: 1}", "spike above 1"),
+        ("health: {spike: 1}", "spike 1.0 above 1"),
         ("- a", "a recipe is a mapping"),
         ("a: b: c", "is not YAML"),
         ("base: none.yaml", "none.yaml cannot be read"),
@@ -152,6 +155,76 @@ def test_the_error_for_a_wrong_recipe_is_one_line(tmp_path: Path, text: str, com
     with pytest.raises(RecipeError, match=complaint) as caught:
         load_recipe(recipe_file(tmp_path, text))
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_recipe_has_a_name_in_any_folder_and_as_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert {path.resolve() for path in named_recipes().values()} >= set(EVERY)
+    assert load_recipe(Path("pretrain_vit_l16")) == load_recipe(named_recipes()["pretrain_vit_l16"])
+    Path("mine.yaml").write_text("base: pretrain_vit_l16\nseed: 3\n")
+    assert load_recipe(Path("mine.yaml")) == replace(load_recipe(Path("pretrain_vit_l16")), seed=3)
+    assert load_recipe_or_row(Path("grids_decoder_depth"), "4").model.decoder_depth == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("pretrain_vit_b61", "did you mean pretrain_vit_b16?"),
+        ("nothing-like-it", "the named recipes are .*, pretrain_vit_b16, "),
+        ("recipes/pretrain/vit_b16.yaml", "the recipe that ships with maelstream is named pretrain_vit_b16"),
+    ],
+)
+def test_a_name_that_does_not_exist_gets_a_hint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, hint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=hint):
+        load_recipe(Path(given))
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "complaint"),
+    [
+        (
+            Recipe,
+            "base: finetune_vit_b16",
+            "is a recipe of finetune; use it with `maelstream finetune WEIGHTS TRAIN VAL",
+        ),
+        (Recipe, "base: scratch_vit_b16", "is a recipe of scratch; use it with `maelstream scratch TRAIN VAL --recipe"),
+        (
+            ClassificationRecipe,
+            "base: pretrain_vit_b16",
+            "is a recipe of pretrain; .* of this kind are finetune_base, ",
+        ),
+        (ClassificationRecipe, "data: {dataset: a}", "is a recipe of pretrain; use it with `maelstream pretrain"),
+        (ClassificationRecipe, "data: {datasets: a}", "unknown key data.datasets"),
+    ],
+)
+def test_a_recipe_of_another_kind_says_what_it_is(tmp_path: Path, schema: type, text: str, complaint: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=complaint) as caught:
+        check_kind(read_values(path), schema, str(path))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("optim: {batch_size: 0}", "mine.yaml: optim: batch_size 0 is not positive"),
+        ("model: {depth: 0}", "mine.yaml: model: depth 0 must be at least 1"),
+        ("model: {image_size: [0, 224]}", "mine.yaml: model: image_size (0, 224) must be at least 1"),
+        ("model: {decoder_heads: 0}", "mine.yaml: model: decoder_heads 0 must be at least 1"),
+        ("engine: {zero: 7}", "mine.yaml: engine.zero: Input should be 1, 2 or 3 (found 7)"),
+    ],
+)
+def test_the_error_for_a_wrong_value_names_the_key_and_no_other_value(
+    tmp_path: Path, text: str, complaint: str
+) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "mine.yaml")
+    assert str(caught.value) == f"{tmp_path}/{complaint}"
 
 
 def test_dotted_keys_and_nested_values_are_inverse() -> None:

@@ -27,6 +27,14 @@ def test_a_run_resumes_with_another_schedule_if_allowed_and_never_with_another_m
         folder.check_same_experiment(other, ("optim.epochs",))
 
 
+def test_a_run_of_another_command_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.start(Recipe(), 0)
+    with pytest.raises(RecipeError, match="holds a run of pretrain, not of finetune; give another --run") as caught:
+        folder.check_same_experiment(ClassificationRecipe(), ())
+    assert len(str(caught.value)) < 200
+
+
 def test_a_start_removes_the_metrics_after_its_checkpoint(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in (10, 20, 30)))
