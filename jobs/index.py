@@ -6,10 +6,7 @@ from typing import Annotated
 import tyro
 
 from maelstream.jobs.arguments import parse_arguments
-from maelstream.jobs.packing.build import run_build
 from maelstream.jobs.packing.options import Labels, Workers, dataset_name
-from maelstream.shards.pack import index
-from maelstream.shards.plan import PackOptions
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,10 @@ class Index:
 def main(args: list[str]) -> int:
     """`maelstream index`; returns 0 when the dataset is complete and 130 after Ctrl-C."""
     command = parse_arguments(Index, args, "index")
+    from maelstream.jobs.packing.build import run_build  # these take longer to import than the help to print
+    from maelstream.shards.pack import index
+    from maelstream.shards.plan import PackOptions
+
     name = dataset_name(command.name, command.dst, command.split)
     # Adopting uses neither size nor seed, but the build's fingerprint holds them: these are the defaults of `pack`.
     options = PackOptions(

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import tyro
 
-from maelstream.jobs.arguments import parse_arguments
+from maelstream.jobs.arguments import check_output_file, parse_arguments
 from maelstream.jobs.format import format_bytes
 from maelstream.jobs.reporting.curves import Metrics
-from maelstream.jobs.reporting.html_report import comparison_page, run_page
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.run_folder.side_files import faults
 from maelstream.shards.durable import atomic_write, can_write
@@ -50,18 +49,18 @@ def main(args: list[str]) -> int:
     if not command.runs:
         raise MaelstreamError("RUN is missing; give the folder of one or more runs")
     runs = [(folder := RunFolder(path), read_metrics(folder)) for path in command.runs]
-    if len(runs) == 1:
-        page, out = run_page(*runs[0], command.verify), command.runs[0] / "report.html"
-    else:
-        page, out = comparison_page(runs), command.runs[0].absolute().parent / "compare.html"
+    first = command.runs[0]
+    out = first / "report.html" if len(runs) == 1 else first.absolute().parent / "compare.html"
     if not can_write(out.parent):  # another user's run
-        name = f"report-{command.runs[0].absolute().name}.html" if len(runs) == 1 else out.name
+        name = f"report-{first.absolute().name}.html" if len(runs) == 1 else out.name
         out = Path("runs") / name
         if command.out is None:
             out.parent.mkdir(exist_ok=True)
     out = command.out or out
-    if not out.absolute().parent.is_dir():
-        raise MaelstreamError(f"--out {out} cannot be written (there is no folder {out.parent}); create the folder")
+    check_output_file("--out", out)
+    from maelstream.jobs.reporting.html_report import comparison_page, run_page  # takes longer than a first error
+
+    page = run_page(*runs[0], command.verify) if len(runs) == 1 else comparison_page(runs)
     with atomic_write(out) as file:
         file.write(page.encode())
     print(f"{out}: {format_bytes(len(page))}")

@@ -8,16 +8,18 @@ about.json            `ReconstructionInfo`; written last: a folder without it is
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
-from matplotlib.figure import Figure
 from PIL import Image
 from pydantic import TypeAdapter
 
 from maelstream.model.config import Target
-from maelstream.model.mae import Reconstruction
 from maelstream.shards.durable import atomic_write
+
+if TYPE_CHECKING:  # `maelstream report` reads these files without torch
+    from maelstream.model.mae import Reconstruction
 
 COLUMNS = ("original", "masked", "reconstructed", "with visible patches")
 NOTES: dict[Target, str] = {
@@ -50,7 +52,7 @@ class ReconstructionInfo:
     @classmethod
     def describe(
         cls,
-        results: dict[str, Reconstruction],
+        results: "dict[str, Reconstruction]",
         weights: str,
         step: int | None,
         images: str,
@@ -65,13 +67,13 @@ class ReconstructionInfo:
         return f"ratio-{ratio}.png"
 
 
-def image_columns(result: Reconstruction) -> list[UInt8[np.ndarray, "b h w 3"]]:
+def image_columns(result: "Reconstruction") -> list[UInt8[np.ndarray, "b h w 3"]]:
     """Four versions of each image, in the order of `COLUMNS`."""
     versions = result.original, result.masked, result.reconstructed, result.reconstructed_with_visible
     return [(255 * images).round().byte().permute(0, 2, 3, 1).numpy() for images in versions]
 
 
-def contact_sheet(result: Reconstruction) -> UInt8[np.ndarray, "h w 4"]:
+def contact_sheet(result: "Reconstruction") -> UInt8[np.ndarray, "h w 4"]:
     """An RGBA image with one row per image and one column per entry of `COLUMNS`."""
     rows, height, width, _ = image_columns(result)[0].shape
     step_down, step_right = height + _GAP, width + _GAP
@@ -83,7 +85,7 @@ def contact_sheet(result: Reconstruction) -> UInt8[np.ndarray, "h w 4"]:
     return sheet
 
 
-def write_reconstructions(folder: Path, results: dict[str, Reconstruction], info: ReconstructionInfo) -> None:
+def write_reconstructions(folder: Path, results: "dict[str, Reconstruction]", info: ReconstructionInfo) -> None:
     """Writes one contact sheet per ratio of `results` to `folder`; replaces older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "about.json").unlink(missing_ok=True)
@@ -104,8 +106,10 @@ def read_info(folder: Path) -> ReconstructionInfo | None:
         return None
 
 
-def draw_grid(results: dict[str, Reconstruction], info: ReconstructionInfo, path: Path) -> None:
+def draw_grid(results: "dict[str, Reconstruction]", info: ReconstructionInfo, path: Path) -> None:
     """Writes one figure: the originals, then three columns per ratio. The suffix of `path` sets the format."""
+    from matplotlib.figure import Figure  # takes a second to import
+
     rows = len(info.names)
     width, height = 1 + 3 * len(results), rows + 0.55  # in images
     figure = Figure(figsize=(1.5 * width, 1.5 * height))
