@@ -17,7 +17,7 @@ from maelstream.shards.errors import MaelstreamError
 
 T = TypeVar("T")
 
-_RULE = re.compile(r"[─╭╮╰╯]{2,}")
+_RULE = re.compile(r"[─╭╮╰╯]{2,}|-{10,}")  # tyro draws with hyphens if stdout is not UTF-8
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -107,9 +107,10 @@ def _one_line(box: str) -> str:
     """The text of an error box up to its first horizontal rule."""
     lines: list[str] = []
     for line in _COLOUR.sub("", box).splitlines()[1:]:  # without the title
-        if _RULE.match(line := line.strip("│ ")):
+        if not _RULE.match(line := line.strip("│ ")):
+            lines.append(line)
+        elif lines:
             break
-        lines.append(line)
     return " ".join(" ".join(lines).split()).rstrip(".").replace("Error parsing recipe.", "Error parsing ")
 
 

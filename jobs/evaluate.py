@@ -15,8 +15,8 @@ import tyro
 
 from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.command import run
-from maelstream.jobs.evaluation.evaluating import evaluate
 from maelstream.jobs.evaluation.options import EvaluationOptions
+from maelstream.shards.dataset import Dataset
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,10 @@ class Evaluate(EvaluationOptions):
 def main(args: list[str]) -> int:
     """Runs `maelstream evaluate`; returns 0 when the result is written."""
     command = parse_arguments(Evaluate, args, "evaluate")
-    evaluate(command.weights, command.val, command)
+    dataset = Dataset.open(command.val)
+    from maelstream.jobs.evaluation.evaluating import evaluate  # torch, DALI and DeepSpeed take seconds to import
+
+    evaluate(command.weights, dataset, command)
     return 0
 
 

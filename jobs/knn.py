@@ -11,8 +11,8 @@ import tyro
 
 from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.command import run
-from maelstream.jobs.evaluation.nearest_neighbours import KnnOptions, evaluate_neighbours
-from maelstream.jobs.recipe import RecipeError
+from maelstream.jobs.evaluation.options import KnnOptions
+from maelstream.shards.dataset import Dataset
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Knn(KnnOptions):
 def main(args: list[str]) -> int:
     """Runs `maelstream knn`; returns 0 when the result is written."""
     command = parse_arguments(Knn, args, "knn")
-    if command.k < 1 or command.temperature <= 0:
-        raise RecipeError(f"--k {command.k} must be at least 1, --temperature {command.temperature} must be positive")
-    evaluate_neighbours(command.weights, command.train, command.val, command)
+    train_set, val_set = Dataset.open(command.train), Dataset.open(command.val)
+    from maelstream.jobs.evaluation.nearest_neighbours import evaluate_neighbours  # imports torch, DALI
+
+    evaluate_neighbours(command.weights, train_set, val_set, command)
     return 0
 
 

@@ -16,6 +16,7 @@ from maelstream.jobs.recipe import RecipeError, load_recipe
 from maelstream.jobs.sweeps.grid import cells_of, grid_of
 from maelstream.jobs.sweeps.sweeping import SweepFolder, launched, outcomes, run_cells, seeds_of, steps_of
 from maelstream.jobs.sweeps.table import draw, table, write_results
+from maelstream.shards.durable import can_write
 from maelstream.shards.errors import MaelstreamError
 
 
@@ -55,6 +56,8 @@ def main(args: list[str]) -> int:
         raise RecipeError(f"--then {steps[0].name} needs --val: a packed dataset to score it on")
     if (command.nproc is not None and command.nproc < 1) or command.max_restarts < 0:
         raise RecipeError("--nproc starts at 1 and --max-restarts at 0")
+    if not can_write(command.dir):
+        raise RecipeError(f"--dir {command.dir} cannot be written (permission denied, or part of it is a file)")
     folder = SweepFolder(command.dir, command.train, command.val)
     console = Console(width=max(Console().width, 120))
     start = launched(command.nproc or max(1, gpu_count()), command.max_restarts)

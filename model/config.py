@@ -12,6 +12,8 @@ MaskKind = Literal["random", "block", "grid"]
 Target = Literal["pixel", "normalised_pixel", "pca", "token"]
 AttentionKind = Literal["auto", "sdpa", "math"]
 Pool = Literal["mean", "class_token"]
+ENCODER_SIZES = ("image_size", "patch_size", "in_chans", "dim", "depth", "heads", "mlp_ratio")
+"""The fields of `MAEConfig` and `ClassifierConfig` that an encoder's weights determine."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """The command line of `finetune`, `linprobe`, `partial` and `scratch`, and how their recipe is put together.
 
 The encoder's sizes come from its weights and the number of classes from the data. The rest comes from the recipe: the
-paper's for ViT-B, L and H, or the command's own for any other size. Sizes in the recipe must fit the weights.
+paper's for ViT-B, L and H, or the command's own for any other size. Sizes in the recipe must fit the weights. torch,
+DALI and DeepSpeed take seconds to import, so they are imported once options and datasets are checked.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +14,11 @@ from typing import Annotated, Any
 import tyro
 
 from maelstream.jobs.arguments import asks_for_help, option_value, parse_arguments
-from maelstream.jobs.distributed.ranks import ranks_from_environment
-from maelstream.jobs.evaluation.classification import Classification
 from maelstream.jobs.recipe import (
     RECIPES,
     ClassificationRecipe,
     Job,
+    Recipe,
     RecipeError,
     check_kind,
     dump_recipe,
@@ -27,8 +28,7 @@ from maelstream.jobs.recipe import (
 )
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.training.run_options import RunOptions
-from maelstream.jobs.training.trainer import train
-from maelstream.jobs.weights.reading import ENCODER_SIZES, WeightsError, encoder_values, read_weights
+from maelstream.model.config import ENCODER_SIZES, ClassifierConfig, MAEConfig
 from maelstream.model.sizes import paper_name
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
@@ -75,12 +75,13 @@ def recipe_of(
     Raises:
         MaelstreamError: the weights cannot be read, or the recipe is invalid or of another command.
     """
+    from maelstream.jobs.weights.reading import WeightsError, encoder_values, read_weights
+
     fixed: dict[str, Any] = {"data": {"train": train.folder, "val": val.folder}, "weights": weights, "job": job}
     started = folder.any_recipe() if folder.config.exists() and folder.checkpoints.steps() else None
     if isinstance(started, ClassificationRecipe) and started.weights == weights:  # the weights may be gone by now
-        sizes = {name: getattr(started.model, name) for name in ENCODER_SIZES}
         fixed["weights_step"] = started.weights_step
-        encoder: dict[str, Any] = {"model": sizes, "data": {"mean": started.data.mean, "std": started.data.std}}
+        encoder = _encoder_values(started.model, started.data.mean, started.data.std)
     elif weights:
         stored = read_weights(Path(weights))
         heads = [tensor for name, tensor in stored.tensors.items() if re.match(r"head\..*weight$", name)]
@@ -94,6 +95,36 @@ def recipe_of(
         fixed["weights_step"] = run.last_step() if run.config.exists() else None
     else:
         encoder = {}
+    return _recipe_for(job, encoder, train, file, fixed)
+
+
+def check_options(job: Job, options: Sequence[str], pretrained: Recipe, train: Dataset, val: Dataset) -> None:
+    """Checks `options` of the command `job` for weights that `pretrained` will train, before they exist.
+
+    Raises:
+        MaelstreamError: what the command itself would raise for its options, its recipe or the datasets.
+    """
+    check_datasets(train, val)
+    encoder = _encoder_values(pretrained.model, pretrained.model.mean, pretrained.model.std)
+    recipe = _recipe_for(job, encoder, train, _recipe_option([*options]), {"job": job})
+    default = ClassificationOptions(recipe=recipe, run=Path("RUN"))
+    check_recipe(parse_arguments(ClassificationOptions, [*options], job, default).recipe, train)
+
+
+def _encoder_values(model: MAEConfig | ClassifierConfig, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """Values of a classification recipe that follow from the encoder's configuration."""
+    return {"model": {name: getattr(model, name) for name in ENCODER_SIZES}, "data": {"mean": mean, "std": std}}
+
+
+def _recipe_option(args: list[str]) -> Path | None:
+    file = option_value(args, "--recipe") or option_value(args, "--recipe-file")
+    return Path(file) if file else None
+
+
+def _recipe_for(
+    job: Job, encoder: dict[str, Any], train: Dataset, file: Path | None, fixed: dict[str, Any]
+) -> ClassificationRecipe:
+    """The recipe in `file`, or the job's own, laid over the values of the encoder; `fixed` values replace both."""
     if file is None:
         size = encoder.get("model", {})
         file = default_recipe(job, paper_name(size.get("dim", 0), size.get("depth", 0)))
@@ -166,8 +197,7 @@ def classify(job: Job, args: list[str]) -> int:
         train_set, val_set = (Dataset.open(folder) for folder in given[-2:])
         check_datasets(train_set, val_set)
         run = Path(option_value(args, "--run") or f"runs/{job}-{Path(weights or given[-2]).name}")
-        file = option_value(args, "--recipe") or option_value(args, "--recipe-file")
-        recipe = recipe_of(job, weights, train_set, val_set, Path(file) if file else None, RunFolder(run))
+        recipe = recipe_of(job, weights, train_set, val_set, _recipe_option(args), RunFolder(run))
         default = schema(*positionals, recipe=recipe, run=run)
     command = parse_arguments(schema, args, job, default)
     recipe = command.recipe
@@ -175,6 +205,10 @@ def classify(job: Job, args: list[str]) -> int:
     if command.print_config:
         print(dump_recipe(recipe), end="")
         return 0
+    from maelstream.jobs.distributed.ranks import ranks_from_environment
+    from maelstream.jobs.evaluation.classification import Classification
+    from maelstream.jobs.training.trainer import train
+
     folder, ranks = RunFolder(command.run), ranks_from_environment()
     folder.check_same_experiment(recipe, command.allow)
     return train(Classification(recipe, train_set, val_set, ranks), folder, command.stop_at_step, ranks)

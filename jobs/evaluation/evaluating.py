@@ -40,13 +40,13 @@ class TrainedClassifiers:
     """The run's training step; None for a file."""
 
 
-def evaluate(weights: str, val: str, options: EvaluationOptions) -> None:
-    """Evaluates the classifier `weights` on the dataset `val` on all ranks; rank 0 records and prints the result.
+def evaluate(weights: str, dataset: Dataset, options: EvaluationOptions) -> None:
+    """Evaluates the classifier `weights` on a dataset on all ranks; rank 0 records and prints the result.
 
     Raises:
-        MaelstreamError: no readable classifier or dataset, or a dataset with another number of classes.
+        MaelstreamError: no readable classifier, no labels, or a dataset with another number of classes.
     """
-    dataset, path = Dataset.open(val), Path(weights)
+    path = Path(weights)
     check_datasets(dataset, dataset)
     folder = RunFolder(path)
     recipe = folder.any_recipe() if folder.config.exists() else None
@@ -81,7 +81,7 @@ def evaluate(weights: str, val: str, options: EvaluationOptions) -> None:
         name=name,
         weights=weights,
         train=recipe.data.train if recipe else "",
-        val=val,
+        val=dataset.folder,
         folder=result_folder,
         settings={
             "best": best,

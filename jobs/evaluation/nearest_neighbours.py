@@ -7,7 +7,6 @@ a machine with a GPU), 8 bytes per neighbour, and about 20 bytes per pair of 8,1
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from maelstream.jobs.distributed.errors import AgreedError
 from maelstream.jobs.distributed.ranks import ControlGroup, process_group, ranks_from_environment
 from maelstream.jobs.evaluation.classify import check_datasets
-from maelstream.jobs.evaluation.options import EvaluationOptions
+from maelstream.jobs.evaluation.options import KnnOptions
 from maelstream.jobs.evaluation.results import Scores, record_scores
 from maelstream.jobs.evaluation.scores import gather_undecodable, hits
 from maelstream.jobs.hardware import process_device
@@ -37,30 +36,14 @@ from maelstream.shards.dataset import Dataset
 Encode = Callable[[UInt8[Tensor, "b 3 h w"]], Float32[Tensor, "b d"]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class KnnOptions(EvaluationOptions):
-    """How neighbours vote, and which features they are found in."""
-
-    k: int = 20
-    """Number of neighbours that vote."""
-    temperature: float = 0.07
-    """A neighbour's vote is exp(cosine / temperature)."""
-    pool: Pool = "class_token"
-    """Features after the final norm: the class token, or the mean of the patch tokens."""
-    image_size: int | None = None
-    """Side of the square input in pixels; the size used in pre-training if not given."""
-
-
-def evaluate_neighbours(weights: str, train: str, val: str, options: KnnOptions) -> None:
+def evaluate_neighbours(weights: str, train_set: Dataset, val_set: Dataset, options: KnnOptions) -> None:
     """Evaluates the encoder `weights` on all ranks; rank 0 records and prints the result.
 
     Raises:
-        MaelstreamError: weights or datasets that cannot be read or do not fit, or fewer than `k` training images.
+        MaelstreamError: weights that cannot be read, datasets that do not fit, or fewer than `k` training images.
     """
-    train_set, val_set = Dataset.open(train), Dataset.open(val)
     check_datasets(train_set, val_set)
-    if options.k > len(train_set):
-        raise RecipeError(f"--k {options.k}: {train_set.folder} has {len(train_set)} images")
+    options.check_count(train_set)
     path = Path(weights)
     run = path if RunFolder(path).config.exists() else None
     step = RunFolder(run).last_step() if run else None
@@ -89,8 +72,8 @@ def evaluate_neighbours(weights: str, train: str, val: str, options: KnnOptions)
         job="knn",
         name=name,
         weights=weights,
-        train=train,
-        val=val,
+        train=train_set.folder,
+        val=val_set.folder,
         folder=folder,
         settings={
             "k": options.k,

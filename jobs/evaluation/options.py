@@ -1,13 +1,18 @@
-"""The options that `evaluate` and `knn` share: how they read images, and where the result goes."""
+"""The options of `evaluate` and `knn`: how they read images, where the result goes, and how neighbours vote."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from maelstream.jobs.distributed.ranks import Ranks
 from maelstream.jobs.recipe import RecipeError
+from maelstream.model.config import Pool
 from maelstream.pipeline.config import DecodeConfig, LoaderConfig
-from maelstream.pipeline.eval_pass import Reading
+from maelstream.shards.dataset import Dataset
 from maelstream.shards.durable import can_write
+
+if TYPE_CHECKING:  # torch, DALI and DeepSpeed take seconds to import, and the options are checked without them
+    from maelstream.jobs.distributed.ranks import Ranks
+    from maelstream.pipeline.eval_pass import Reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +39,10 @@ class EvaluationOptions:
                 f"--threads {self.threads} at least 0"
             )
 
-    def reading(self, image_size: tuple[int, int], margin: float | None, ranks: Ranks) -> Reading:
+    def reading(self, image_size: tuple[int, int], margin: float | None, ranks: "Ranks") -> "Reading":
         """How to read images of the model's `image_size`; `margin` is the recipe's, if it has one."""
+        from maelstream.pipeline.eval_pass import Reading
+
         loader = LoaderConfig(self.threads or ranks.threads, decode=self.decode)
         return Reading(image_size, self.margin or margin, self.micro_batch_size, loader)
 
@@ -53,3 +60,27 @@ class EvaluationOptions:
         if not can_write(folder):
             raise RecipeError(f"{folder} cannot be written; give a folder that you may write to with --folder")
         return folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnOptions(EvaluationOptions):
+    """How neighbours vote, and which features they are found in."""
+
+    k: int = 20
+    """Number of neighbours that vote."""
+    temperature: float = 0.07
+    """A neighbour's vote is exp(cosine / temperature)."""
+    pool: Pool = "class_token"
+    """Features after the final norm: the class token, or the mean of the patch tokens."""
+    image_size: int | None = None
+    """Side of the square input in pixels; the size used in pre-training if not given."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1 or self.temperature <= 0:
+            raise RecipeError(f"--k {self.k} must be at least 1, --temperature {self.temperature} must be positive")
+
+    def check_count(self, train: Dataset) -> None:
+        """Raises RecipeError if the training set has fewer than `k` images."""
+        if self.k > len(train):
+            raise RecipeError(f"--k {self.k}: {train.folder} has {len(train)} images")

@@ -4,7 +4,9 @@ A cell is a run of its own below the sweep's folder, started through `maelstream
 the cell's folder. These folders are the whole state of a sweep, so the same command resumes it.
 """
 
+import functools
 import hashlib
+import itertools
 import os
 import shlex
 import subprocess
@@ -12,17 +14,24 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from rich.console import Console
 
+from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.distributed.launching import SignalForwarder
+from maelstream.jobs.evaluation.classify import check_datasets, check_options
+from maelstream.jobs.evaluation.options import KnnOptions
 from maelstream.jobs.evaluation.results import Evaluation, read_evaluations
-from maelstream.jobs.recipe import RecipeError, dump_recipe
+from maelstream.jobs.recipe import Job, RecipeError, dump_recipe
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.run_folder.status import is_locked, read_status
 from maelstream.jobs.sweeps.grid import Cell, slug
 from maelstream.jobs.sweeps.table import Outcome
+from maelstream.shards.dataset import Dataset
 from maelstream.shards.durable import atomic_write
+from maelstream.shards.errors import MaelstreamError
+from maelstream.shards.storage import Storage
 
 _FOLDER_OPTION = {"finetune": "--run", "linprobe": "--run", "partial": "--run", "knn": "--folder"}
 """The option of each job for the folder of its result."""
@@ -72,7 +81,8 @@ class SweepFolder:
         """The result of a finished evaluation, None if it is not finished; RecipeError if it used other data."""
         folder, train = self.path / cell.folder / step.folder, self.train_set(cell)
         for found in read_evaluations(folder)[:1]:
-            if (found.train, found.val) != (train, self.val):
+            # A result holds a folder without the slash at its end, and a URI without its options.
+            if any(str(Storage.at(a)) != str(Storage.at(b)) for a, b in ((found.train, train), (found.val, self.val))):
                 raise RecipeError(
                     f"{folder} was trained on {found.train} and scored on {found.val}; give these as --train and "
                     "--val, or another --dir"
@@ -89,7 +99,10 @@ def steps_of(then: Sequence[str]) -> list[Step]:
     """
     steps = []
     for text in then:
-        job, *options = shlex.split(text) or [""]
+        try:
+            job, *options = shlex.split(text) or [""]
+        except ValueError as error:
+            raise RecipeError(f"--then {text!r} cannot be read: {error}") from None
         if job not in _FOLDER_OPTION:
             raise RecipeError(f"--then {text!r}: give one of {', '.join(_FOLDER_OPTION)}, options in the same quotes")
         if Step(job, tuple(options)) in steps:
@@ -116,15 +129,15 @@ def run_cells(folder: SweepFolder, cells: Sequence[Cell], steps: Sequence[Step],
     """Trains and evaluates the cells that are not finished; stops at the first exit code that is not 0 and returns it.
 
     Raises:
-        RecipeError: before anything starts: a changed recipe, a run that is being trained, a result on other data.
+        MaelstreamError: before anything starts: a changed recipe, a run that is being trained, a result on other data,
+            an evaluation that could not start because of its options, its recipe or its datasets.
     """
     for cell in cells:
         run = folder.run_of(cell)
         run.check_same_experiment(cell.recipe, ())
         if is_locked(run.lock):
             raise RecipeError(f"{run.path} is being trained already; wait for it, stop it, or give another --dir")
-        for step in steps:
-            folder.result_of(step, cell)
+    check_steps(folder, cells, steps)
     for number, cell in enumerate(cells, 1):
         run = folder.run_of(cell)
         title = f"{number}/{len(cells)} {cell.row}, seed {cell.seed}"
@@ -148,6 +161,27 @@ def run_cells(folder: SweepFolder, cells: Sequence[Cell], steps: Sequence[Step],
             if code := start([step.job, str(run.path), folder.train_set(cell), folder.val, *options]):
                 return _report_end(code, title, step.name, console)
     return 0
+
+
+def check_steps(folder: SweepFolder, cells: Sequence[Cell], steps: Sequence[Step]) -> None:
+    """Checks the evaluations that are not finished, so that none of them fails after its cell was trained.
+
+    Raises:
+        MaelstreamError: wrong options, an unknown recipe, or a dataset that is missing or has no or other labels.
+    """
+    opened = functools.cache(Dataset.open)
+    for step, cell in itertools.product(steps, cells):
+        if folder.result_of(step, cell) is not None:
+            continue
+        train, val = opened(folder.train_set(cell)), opened(folder.val)
+        try:
+            if step.job == "knn":
+                check_datasets(train, val)
+                parse_arguments(KnnOptions, [*step.options], step.job).check_count(train)
+            else:
+                check_options(cast(Job, step.job), step.options, cell.recipe, train, val)
+        except MaelstreamError as error:
+            raise RecipeError(f'--then "{step.name}": {error}') from None
 
 
 def outcomes(folder: SweepFolder, cells: Sequence[Cell], steps: Sequence[Step]) -> list[Outcome]:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from maelstream.jobs.checkpointing.store import MANIFEST, STATE, CheckpointStore, checkpoint_fault
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.jobs.weights.configuration import ENCODER_SIZES, EXPORT_NAME, known_values, spellings
+from maelstream.jobs.weights.configuration import EXPORT_NAME, known_values, spellings
 from maelstream.jobs.weights.errors import WeightsError
 from maelstream.jobs.weights.tensor_files import FOLDER_NAMES, read_file, report
 from maelstream.model.classifier import build_classifier, encoder_weights, fresh_parameters, make_linear_probe
-from maelstream.model.config import ClassifierConfig, MAEConfig, Pool
+from maelstream.model.config import ENCODER_SIZES, ClassifierConfig, MAEConfig, Pool
 from maelstream.model.formats import (
     Weights,
     describe_model,
@@ -35,7 +35,6 @@ from maelstream.model.mae import MAE, position_tables
 from maelstream.model.sizes import default_heads
 
 __all__ = [
-    "ENCODER_SIZES",
     "EXPORT_NAME",
     "StoredWeights",
     "WeightsError",

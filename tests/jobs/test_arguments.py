@@ -1,7 +1,9 @@
 """A mistake on the command line gives a one-line error at any width of the terminal."""
 
+import io
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,6 +39,19 @@ def test_a_mistake_gives_one_line(args: list[str], message: str, monkeypatch: py
         parse_arguments(Command, args, "do")
     assert str(caught.value).endswith("; see `maelstream do --help`")
     assert not set("\n│─\x1b") & set(str(caught.value)) and os.environ["COLUMNS"] == "40"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize("args", [["a", "--batchsize", "3"], ["a", "--batch-size", "many"], []])
+def test_a_mistake_gives_the_same_line_on_any_terminal(
+    args: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(MaelstreamError) as here:
+        parse_arguments(Command, args, "do")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(MaelstreamError) as there:
+        parse_arguments(Command, args, "do")
+    assert str(there.value) == str(here.value) and "----" not in str(there.value)
 
 
 def test_given_arguments_override_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from maelstream.jobs.evaluation.results import Evaluation, record
 from maelstream.jobs.recipe import load_recipe
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.run_folder.status import Status
+from maelstream.shards.dataset import Dataset
 
 RATIOS = ["--grid", "model.mask_ratio=0.5,0.75", "--seeds", "0,1"]
 TOP1 = {("0.5", "0"): 60.0, ("0.5", "1"): 62.0, ("0.75", "0"): 70.0, ("0.75", "1"): 71.0}
@@ -52,6 +54,14 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
     return fake
 
 
+@pytest.fixture(autouse=True)
+def datasets(packed: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The datasets `train` and `val` in the working directory: 60 images of 3 classes."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "val"):
+        (tmp_path / name).symlink_to(packed.folder)
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> str:
     path = tmp_path / "tiny.yaml"
@@ -62,13 +72,13 @@ def recipe(tmp_path: Path) -> str:
 def test_every_cell_is_a_run_with_its_evaluations_and_the_table_has_means_and_spreads(
     tmp_path: Path, launcher: Launcher, recipe: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    then = ["--then", "linprobe --optim.epochs 3", "--then", "finetune", "--then", "knn", "--val", "val"]
+    then = ["--then", "linprobe --optim.epochs 12", "--then", "finetune", "--then", "knn", "--val", "val"]
     assert run("sweep", [recipe, "--dir", str(tmp_path / "out"), *RATIOS, *then]) == 0
     assert [command[0] for command in launcher.commands] == ["pretrain", "linprobe", "finetune", "knn"] * 4
     cell = tmp_path / "out" / "mask-ratio-0.5_seed-1"
     assert RunFolder(cell).recipe().model.mask_ratio == 0.5 and RunFolder(cell).recipe().seed == 1
-    own = ["--run", str(cell / "linprobe-optim.epochs-3"), "--seed", "1"]
-    assert ["linprobe", str(cell), "train", "val", "--optim.epochs", "3", *own] in launcher.commands
+    own = ["--run", str(cell / "linprobe-optim.epochs-12"), "--seed", "1"]
+    assert ["linprobe", str(cell), "train", "val", "--optim.epochs", "12", *own] in launcher.commands
     printed = capsys.readouterr().out
     assert "61.0 ± 1.4" in printed and "70.5 ± 0.7" in printed and "71.0 ± 1.4" in printed
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -116,6 +126,7 @@ def test_partial_fine_tuning_is_one_run_and_a_curve_over_blocks(
     tmp_path: Path, launcher: Launcher, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"{__name__}.TOP1", {("MAE", "0"): 50.0})
+    Path(recipe).write_text("data: {dataset: train}\nmodel: {depth: 24}\n")
     assert run("sweep", [recipe, "--dir", str(tmp_path / "out"), "--grid", "partial_blocks", "--val", "val"]) == 0
     assert [command[0] for command in launcher.commands] == ["pretrain"] + ["partial"] * 9
     assert (tmp_path / "out" / "sweep.png").exists()
@@ -153,3 +164,52 @@ def test_bad_options_are_an_error_of_one_line(
     assert run("sweep", [recipe, "--dir", str(tmp_path / "out"), *options]) == 2
     printed = capsys.readouterr().err
     assert complaint in printed and printed.count("\n") == 1 and not launcher.commands
+
+
+@pytest.mark.parametrize(
+    ("then", "complaint"),
+    [
+        ("linprobe --optim.epoch 3", '--then "linprobe --optim.epoch 3": .*the nearest is --optim.epochs'),
+        ("linprobe --optim.epochs many", "Error parsing --optim.epochs"),
+        ("finetune --optim.warmup-epochs 900", "warmup_epochs 900.0 is not in 0..epochs"),
+        ("finetune --recipe nowhere.yaml", "recipe nowhere.yaml cannot be read"),
+        ("finetune --recipe linprobe_vit_b16", "is a recipe of linprobe"),
+        ("finetune --recipe pretrain_vit_b16", "is a recipe of pretrain"),
+        ("finetune 'a", "cannot be read: No closing quotation"),
+        ("partial", "partial needs --blocks"),
+        ("partial --blocks 3", "the encoder has 2 blocks"),
+        ("partial --blocks x", "Error parsing --blocks"),
+        ("knn --kk 3", '--then "knn --kk 3": Unrecognized options: --kk, 3'),
+        ("knn --k 61", "--k 61: val has 60 images|--k 61: train has 60 images"),
+        ("knn --k 0", "--k 0 must be at least 1"),
+    ],
+)
+def test_an_evaluation_that_cannot_start_is_found_before_the_first_cell_is_trained(
+    tmp_path: Path, launcher: Launcher, recipe: str, capsys: pytest.CaptureFixture[str], then: str, complaint: str
+) -> None:
+    options = [*RATIOS, "--then", "linprobe", "--then", then, "--val", "val"]
+    assert run("sweep", [recipe, "--dir", str(tmp_path / "out"), *options]) == 2
+    printed = capsys.readouterr().err
+    assert re.search(complaint, printed) and printed.count("\n") == 1
+    assert not launcher.commands and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--val", "nowhere"], "nowhere is not a packed dataset"),
+        (["--val", "val", "--train", "nowhere"], "nowhere is not a packed dataset"),
+        (["--val", "val", "--dir", "tiny.yaml/out"], "--dir tiny.yaml/out cannot be written"),
+    ],
+)
+def test_data_and_the_folder_are_checked_before_the_first_cell_is_trained(
+    launcher: Launcher, recipe: str, capsys: pytest.CaptureFixture[str], options: list[str], complaint: str
+) -> None:
+    assert run("sweep", [recipe, "--dir", "out", *RATIOS, "--then", "finetune", *options]) == 2
+    assert complaint in capsys.readouterr().err and not launcher.commands
+
+
+def test_a_slash_at_the_end_of_a_datasets_path_changes_nothing(launcher: Launcher, recipe: str) -> None:
+    options = [recipe, "--dir", "out", *RATIOS, "--then", "knn", "--val"]
+    assert run("sweep", [*options, "val"]) == 0 and len(launcher.commands) == 8
+    assert run("sweep", [*options, "val/"]) == 0 and len(launcher.commands) == 8
