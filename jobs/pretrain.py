@@ -2,7 +2,8 @@
 
 Started alone, it is one rank. Under `maelstream launch`, `deepspeed --module maelstream.jobs.pretrain`,
 `torchrun --module` or `srun` it is one of many. The run resumes from its newest good checkpoint and then takes the same
-steps as if it had never stopped.
+steps as if it had never stopped. torch, DALI and DeepSpeed take seconds to import, so options and recipe are checked
+first.
 """
 
 import maelstream.jobs.distributed.parent_death  # noqa: F401  before anything slow is imported
@@ -17,16 +18,10 @@ import tyro
 
 from maelstream.jobs.arguments import asks_for_help, option_value, parse_arguments
 from maelstream.jobs.command import run
-from maelstream.jobs.distributed.ranks import ranks_from_environment
-from maelstream.jobs.recipe import Recipe, RecipeError, dump_recipe
-from maelstream.jobs.reporting.checkpoint_reconstructions import CheckpointReconstructor
+from maelstream.jobs.recipe import Recipe, RecipeError, dump_recipe, recipe_file
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.sweeps.grid import load_recipe_or_row, slug
-from maelstream.jobs.training.pretraining import Pretraining
 from maelstream.jobs.training.run_options import RunOptions
-from maelstream.jobs.training.trainer import train
-from maelstream.jobs.weights.initial import initial_weights
-from maelstream.jobs.weights.target_file import run_target_file
 
 
 @dataclass(frozen=True)
@@ -46,7 +41,8 @@ def main(args: list[str]) -> int:
     default: Any = Pretrain(tyro.MISSING, Recipe(), run=Path("runs/RECIPE"))  # for --help without a recipe
     if args and not args[0].startswith("-"):
         file, row = Path(args[0]), option_value(args, "--row")
-        name = file.stem if row is None else f"{file.stem}-{slug(row)}"
+        stem = recipe_file(file).stem
+        name = stem if row is None else f"{stem}-{slug(row)}"
         default = Pretrain(tyro.MISSING, load_recipe_or_row(file, row), row=row, run=Path("runs") / name)
     elif not asks_for_help(args):
         raise RecipeError("RECIPE comes first: `maelstream pretrain pretrain_vit_b16 --run DIR ...`")
@@ -55,6 +51,13 @@ def main(args: list[str]) -> int:
     if command.print_config:
         print(dump_recipe(recipe), end="")
         return 0
+    from maelstream.jobs.distributed.ranks import ranks_from_environment
+    from maelstream.jobs.reporting.checkpoint_reconstructions import CheckpointReconstructor
+    from maelstream.jobs.training.pretraining import Pretraining
+    from maelstream.jobs.training.trainer import train
+    from maelstream.jobs.weights.initial import initial_weights
+    from maelstream.jobs.weights.target_file import run_target_file
+
     folder = RunFolder(command.run)
     recipe, initial = initial_weights(recipe, folder)
     folder.check_same_experiment(recipe, command.allow)

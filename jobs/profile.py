@@ -20,14 +20,10 @@ from rich.console import Console
 
 from maelstream.jobs.arguments import asks_for_help, check_output_file, parse_arguments
 from maelstream.jobs.command import run
-from maelstream.jobs.distributed.ranks import process_group, ranks_from_environment
-from maelstream.jobs.profiling.stage_chart import draw_stage_chart
-from maelstream.jobs.profiling.stage_profiler import data_path_of, profile_recipe
 from maelstream.jobs.profiling.stage_table import stage_table, summary
 from maelstream.jobs.recipe import Recipe, RecipeError, load_recipe
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.jobs.weights.target_file import run_target_file
-from maelstream.pipeline.tracing import STAGES
+from maelstream.pipeline.config import STAGES
 from maelstream.shards.errors import MaelstreamError
 
 
@@ -78,6 +74,12 @@ def main(args: list[str]) -> int:
     for option, file in (("--out", command.out), ("--json", command.json), ("--trace", command.trace)):
         if file is not None:
             check_output_file(option, file)
+    # torch, DALI and DeepSpeed take seconds to import; options and recipe are checked before.
+    from maelstream.jobs.distributed.ranks import process_group, ranks_from_environment
+    from maelstream.jobs.profiling.stage_chart import draw_stage_chart
+    from maelstream.jobs.profiling.stage_profiler import data_path_of, profile_recipe
+    from maelstream.jobs.weights.target_file import run_target_file
+
     with tempfile.TemporaryDirectory() as empty:
         target_file = run_target_file(recipe, RunFolder(Path(empty)))
     target = None if target_file is None else target_file.target(recipe.model)

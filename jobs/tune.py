@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from maelstream.jobs.arguments import parse_arguments
+from maelstream.jobs.arguments import check_output_file, parse_arguments
 from maelstream.jobs.profiling.settings_search import (
     MIN_GAIN,
     ROUNDS,
@@ -50,6 +49,8 @@ class Tune:
 
 def tune(command: Tune, recipe: Recipe, out: Path, console: Console) -> None:
     """Searches, compares, writes the tuned recipe and prints the result."""
+    import torch  # takes seconds; the options are checked before
+
     began, budget_s = time.monotonic(), 60 * command.minutes
     runner = TrialRunner(recipe, command.trial_seconds, max(60.0, budget_s / 4), console)
 
@@ -102,8 +103,7 @@ def main(args: list[str]) -> int:
     out = command.out or command.recipe.with_suffix(".tuned.yaml")
     if out.resolve() == command.recipe.resolve():
         raise RecipeError(f"--out {out} is the recipe itself; give another file")
-    if not out.resolve().parent.is_dir():
-        raise RecipeError(f"--out {out}: there is no folder {out.parent}")
+    check_output_file("--out", out)
     recipe = load_recipe(command.recipe)
     tune(command, recipe, out, Console(width=max(Console().width, 120)))
     return 0

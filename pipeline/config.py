@@ -9,6 +9,9 @@ from typing import Literal
 Shuffle = Literal["global", "block", "none"]
 """See `pipeline/order.py`."""
 
+STAGES = ("storage", "read", "decode", "augment", "copy", "step", "optimizer", "comm")
+"""The stages of a run that can be measured alone, in the order in which an image passes through them."""
+
 MARGIN = 256 / 224
 
 

@@ -9,9 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-STAGES = ("storage", "read", "decode", "augment", "copy", "step", "optimizer", "comm")
-"""In the order in which an image passes through them."""
-
 RangeFactory = Callable[[str], AbstractContextManager[object]]
 """Makes a profiler's range of a name, as `torch.profiler.record_function` does."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from maelstream.pipeline.tracing import STAGES
+from maelstream.pipeline.config import STAGES
 
 DATA, TRAINING = STAGES[:4], STAGES[4:]
 _STORAGE_BOUND = 0.8  # reading at this share of the storage's rate, or more, is limited by the storage

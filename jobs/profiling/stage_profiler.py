@@ -44,9 +44,9 @@ from maelstream.model.memory import update_bytes
 from maelstream.model.targets import PCATarget, TokenTarget
 from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit
+from maelstream.pipeline.config import STAGES
 from maelstream.pipeline.decode import decode_device
 from maelstream.pipeline.mix import Mix
-from maelstream.pipeline.tracing import STAGES
 from maelstream.shards.dataset import Dataset
 
 VERSION = 1

@@ -18,6 +18,7 @@ import torch
 from maelstream.jobs.distributed.ranks import process_group, ranks_from_environment
 from maelstream.jobs.hardware import free_bytes
 from maelstream.jobs.profiling.step_stages import largest_micro_batch
+from maelstream.jobs.profiling.trial_runner import OUT_OF_MEMORY
 from maelstream.jobs.recipe import Recipe, load_recipe
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.training.data import loader_of, open_data
@@ -26,7 +27,6 @@ from maelstream.jobs.weights.target_file import run_target_file
 from maelstream.pipeline.batch_plan import BatchSplit
 
 _WARM_UP, _MIN_TIMED = 2, 3  # micro-batches: the first ones compile and fill memory pools
-OUT_OF_MEMORY = "out of memory"
 
 
 def measure_recipe(recipe: Recipe, seconds: float) -> float:

@@ -11,8 +11,10 @@ from typing import Any
 from rich.console import Console
 
 from maelstream.jobs.profiling.settings_search import Setting, with_setting
-from maelstream.jobs.profiling.trial import OUT_OF_MEMORY
 from maelstream.jobs.recipe import Recipe, RecipeError, dump_recipe
+
+OUT_OF_MEMORY = "out of memory"
+"""The reason of a failure that a trial prints if its settings need too much memory."""
 
 
 class TrialRunner:

@@ -10,7 +10,7 @@ from PIL import Image
 from maelstream.jobs.command import run
 from maelstream.jobs.recipe import load_recipe
 from maelstream.model.memory import activation_bytes, state_bytes
-from maelstream.pipeline.tracing import STAGES
+from maelstream.pipeline.config import STAGES
 from maelstream.shards.dataset import Dataset
 from tests.helpers.forked import run_ranks, start
 

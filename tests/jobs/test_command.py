@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -86,11 +87,13 @@ def test_a_mistyped_command_gets_the_nearest_one(
 
 
 @pytest.mark.parametrize("after_s", [0.3, 1.0, 2.0])
-def test_ctrl_c_while_a_command_starts_is_one_line(after_s: float) -> None:
-    """The command imports torch, DALI and DeepSpeed for some seconds."""
-    code = "import sys; from maelstream.jobs.command import main; sys.argv[1:] = ['finetune', 'nowhere']; "
+def test_ctrl_c_while_a_command_starts_is_one_line(after_s: float, tmp_path: Path) -> None:
+    """The command reads its recipe and imports torch, DALI and DeepSpeed for some seconds."""
+    code = "import sys; from maelstream.jobs.command import main; sys.argv[1:] = ['pretrain', 'pretrain_demo']; "
     code += "print('started', flush=True); main()"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "started\n"
     time.sleep(after_s)
     os.kill(process.pid, signal.SIGINT)

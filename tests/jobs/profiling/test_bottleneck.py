@@ -6,7 +6,7 @@ import pytest
 
 from maelstream.jobs.profiling.bottleneck import RunSetup, advise, data_rates, find_bottleneck
 from maelstream.jobs.recipe import Recipe
-from maelstream.pipeline.tracing import STAGES
+from maelstream.pipeline.config import STAGES
 
 GPU = RunSetup(
     on_gpu=True,
