@@ -18,7 +18,7 @@ import tyro
 
 from maelstream.jobs.arguments import asks_for_help, option_value, parse_arguments
 from maelstream.jobs.command import run
-from maelstream.jobs.recipe import Recipe, RecipeError, dump_recipe, recipe_file
+from maelstream.jobs.recipe import Recipe, RecipeError, dump_recipe
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.sweeps.grid import load_recipe_or_row, slug
 from maelstream.jobs.training.run_options import RunOptions
@@ -41,8 +41,7 @@ def main(args: list[str]) -> int:
     default: Any = Pretrain(tyro.MISSING, Recipe(), run=Path("runs/RECIPE"))  # for --help without a recipe
     if args and not args[0].startswith("-"):
         file, row = Path(args[0]), option_value(args, "--row")
-        stem = recipe_file(file).stem
-        name = stem if row is None else f"{stem}-{slug(row)}"
+        name = file.stem if row is None else f"{file.stem}-{slug(row)}"
         default = Pretrain(tyro.MISSING, load_recipe_or_row(file, row), row=row, run=Path("runs") / name)
     elif not asks_for_help(args):
         raise RecipeError("RECIPE comes first: `maelstream pretrain pretrain_vit_b16 --run DIR ...`")
