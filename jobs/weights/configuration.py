@@ -17,11 +17,10 @@ from pydantic import TypeAdapter
 from maelstream.jobs.recipe import ClassificationRecipe
 from maelstream.jobs.run_folder.folder import RunFolder
 from maelstream.jobs.weights.errors import WeightsError
+from maelstream.jobs.weights.export_names import EXPORT_NAME
 from maelstream.jobs.weights.tensor_files import FOLDER_NAMES, report
 from maelstream.model.config import ENCODER_SIZES, ClassifierConfig, MAEConfig
 
-EXPORT_NAME = "export.json"
-"""A file in every folder that `maelstream export` writes: the format, the step and the model's configuration."""
 _EPSILON = 1e-6  # of every norm in model/
 _TIMM_ARGUMENTS = {"img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "num_classes"}
 _TIMM_NEUTRAL = {  # arguments that change nothing when features are computed, or that are what model/ has

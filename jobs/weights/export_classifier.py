@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from maelstream.jobs.weights.export_formats import (
-    Format,
     FormatCard,
     hf_preprocessing,
     timm_config,
     write_json,
     write_reference,
 )
+from maelstream.jobs.weights.export_names import Format
 from maelstream.model.config import ClassifierConfig, MAEConfig
 from maelstream.model.formats import to_hf_file
 from maelstream.shards.errors import MaelstreamError

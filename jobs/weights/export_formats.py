@@ -9,19 +9,18 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from maelstream.jobs.weights.export_names import Format
 from maelstream.model.config import MAEConfig
 from maelstream.model.formats import has_decoder, to_hf_file
 from maelstream.model.sizes import VIT_B16, VIT_H14, VIT_L16, ViTSize
 from maelstream.pipeline.config import evaluation_margin
 from maelstream.shards.errors import MaelstreamError
-
-Format = Literal["reference", "timm", "hf"]
 
 # The models that timm publishes with the tag `.mae`.
 _TIMM = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maelstream.jobs.checkpointing.store import MANIFEST, STATE, CheckpointStore, checkpoint_fault
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.jobs.weights.configuration import EXPORT_NAME, known_values, spellings
+from maelstream.jobs.weights.configuration import known_values, spellings
 from maelstream.jobs.weights.errors import WeightsError
 from maelstream.jobs.weights.tensor_files import FOLDER_NAMES, read_file, report
 from maelstream.model.classifier import build_classifier, encoder_weights, fresh_parameters, make_linear_probe
@@ -35,7 +35,6 @@ from maelstream.model.mae import MAE, position_tables
 from maelstream.model.sizes import default_heads
 
 __all__ = [
-    "EXPORT_NAME",
     "StoredWeights",
     "WeightsError",
     "check_has_decoder",

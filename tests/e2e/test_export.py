@@ -253,7 +253,7 @@ def test_a_failed_export_leaves_the_older_one_unchanged(
     def full(*_: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("maelstream.jobs.export.model_card", full)
+    monkeypatch.setattr("maelstream.jobs.reporting.exporting.model_card", full)
     assert run("export", [*options, "--step", "8"]) == 2
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

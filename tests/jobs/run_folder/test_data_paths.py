@@ -9,7 +9,7 @@ import pytest
 
 from maelstream.jobs.command import run
 from maelstream.jobs.distributed.ranks import Ranks
-from maelstream.jobs.export import class_names
+from maelstream.jobs.reporting.exporting import class_names
 from maelstream.jobs.recipe import ClassificationRecipe, DataConfig, LabelledData, Recipe
 from maelstream.jobs.reporting.reconstruction import run_dataset
 from maelstream.jobs.run_folder.data_paths import located

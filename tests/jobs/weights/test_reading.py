@@ -16,8 +16,8 @@ from maelstream.jobs.checkpointing.digest import digest_of
 from maelstream.jobs.checkpointing.store import WEIGHTS
 from maelstream.jobs.recipe import Recipe, dump_recipe
 from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.weights.export_names import EXPORT_NAME
 from maelstream.jobs.weights.reading import (
-    EXPORT_NAME,
     StoredWeights,
     WeightsError,
     classifier_from_encoder,
