@@ -1,6 +1,7 @@
 """Ranks: how a process joins the process group, and how ranks agree on flags and numbers."""
 
 import contextlib
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ from deepspeed.accelerator import get_accelerator
 
 from maelstream.jobs.distributed.errors import AgreedError, LostError, MeetingError, RanksError
 from maelstream.shards.errors import MaelstreamError
+
+# Their warnings name settings that we choose on purpose, or CUDA toolkits that a run on a CPU does not need.
+for _logger in ("DeepSpeed", "torch.utils.cpp_extension"):
+    logging.getLogger(_logger).setLevel(logging.ERROR)
 
 _SLURM = {
     "RANK": "SLURM_PROCID",

@@ -20,6 +20,7 @@ from maelstream.jobs.distributed.ranks import Ranks
 from maelstream.jobs.evaluation.classifier_evaluator import ClassifierEvaluator
 from maelstream.jobs.recipe import ClassificationRecipe
 from maelstream.jobs.training.engine import Float32Classifier, adamw, engine_around, needs_widening
+from maelstream.jobs.training.summary import Datasets
 from maelstream.jobs.weights.reading import classifier_from_encoder, read_weights
 from maelstream.model.classifier import FeatureNorm, build_classifier, make_linear_probe, train_last_blocks
 from maelstream.model.optimise import LARS, Span, layer_decay_groups
@@ -42,6 +43,7 @@ class Classification:
 
     def __init__(self, recipe: ClassificationRecipe, train: Dataset, val: Dataset, ranks: Ranks):
         self.recipe, self._train, self._ranks = recipe, train, ranks
+        self.datasets: Datasets = {"train": train, "val": val}
         self.evaluator = ClassifierEvaluator(recipe, len(train), val, ranks)
 
     def loader(

@@ -8,6 +8,7 @@ from torch import Tensor
 from maelstream.jobs.recipe import Recipe
 from maelstream.jobs.training.data import loader_of, open_data
 from maelstream.jobs.training.engine import build_engine, build_model
+from maelstream.jobs.training.summary import Datasets
 from maelstream.model.mae import MAE
 from maelstream.model.targets import PCATarget, TokenTarget
 from maelstream.pipeline.batch_plan import BatchSplit
@@ -25,6 +26,7 @@ class Pretraining:
         """`target` is what the model predicts instead of pixels; `initial` are parameters to start from, by name."""
         self.recipe, self._target, self._initial = recipe, target, initial
         self._dataset, self._order = open_data(recipe.data, recipe.seed)
+        self.datasets: Datasets = {"data": self._dataset}
         self.dataset_size = len(self._dataset)
 
     def loader(

@@ -7,6 +7,7 @@ exactly the steps that it would have taken without the interruption.
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +33,7 @@ from maelstream.jobs.training.log import Log, Reporter, no_log, run_log
 from maelstream.jobs.training.resume import Resumed, frozen_tensors, newest_fitting, trained_shapes
 from maelstream.jobs.training.schedule import Schedule, schedule_of
 from maelstream.jobs.training.step import Flags, StepResult, train_step
+from maelstream.jobs.training.summary import Datasets, already_there, end_summary, start_summary
 from maelstream.jobs.training.trackers import import_trackers, trackers
 from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.loader import ImageLoader
@@ -68,6 +70,10 @@ class Objective(Protocol):
     """What is trained, and on what."""
 
     recipe: Any  # a Recipe or a ClassificationRecipe
+
+    @property
+    def datasets(self) -> Datasets:
+        """The opened data by its use: `data`, or `train` and `val`."""
 
     @property
     def evaluator(self) -> Evaluator | None:
@@ -231,6 +237,8 @@ def train(
         if step >= last_step:
             has_result = evaluator is None or not control_group.any(not evaluator.has_result(folder))
             if step < schedule.total_steps or has_result:
+                if ranks.rank == 0:
+                    print(already_there(recipe, folder.path, step, schedule.total_steps), flush=True)
                 return 0
         resumed, misfits = newest_fitting(objective, loader, store, step, bool(ema_decay(recipe)), control_group)
         step, messages = (0, []) if resumed is None else (resumed.step, messages + misfits)
@@ -243,6 +251,11 @@ def train(
             on_start()
             folder.start(recipe, step)
             record_start(folder, step, ranks)
+            model, datasets = engine.module, objective.datasets
+            print(
+                start_summary(recipe, datasets, model, ranks, batch_split, schedule, step, last_step, folder.path),
+                flush=True,
+            )
             recorders = stack.enter_context(trackers(modules, recipe, folder))
             log = stack.enter_context(run_log(recipe.job, folder, step, schedule.total_steps, recorders))
         watchdog = stack.enter_context(Watchdog(folder.ranks, ranks.rank, ranks.world_size, silent_s))
@@ -277,10 +290,14 @@ def train(
             ema_decay=ema_decay(recipe),
         )
         stop.defer()
+        began = time.monotonic()
         trainer.run()
         if trainer.steps == schedule.total_steps and evaluator is not None:
             evaluator.record_result(folder, trainer.steps)
         reporter.ended(trainer.steps, trainer.signal)
+        if ranks.rank == 0:
+            seconds, why = time.monotonic() - began, trainer.signal.name if trainer.signal else "--stop-at-step"
+            print(end_summary(recipe, folder.path, step, trainer.steps, schedule.total_steps, seconds, why), flush=True)
         return 0 if trainer.signal is None else 128 + trainer.signal
 
 

@@ -78,6 +78,7 @@ def test_a_run_stopped_at_step_7_and_resumed_is_bit_identical(
     for more in (["--stop-at-step", "7"], []):
         done = forked(2, str(recipe), "--run", str(tmp_path / "run"), *more)
         assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("resuming from step 7\n") == done.stderr.count("finished") == 1  # by rank 0 alone
     resumed = RunFolder(tmp_path / "run")
     assert [step for step, *_ in losses(resumed)] == list(range(1, STEPS + 1))
     assert losses(resumed) == losses(uninterrupted)
@@ -121,8 +122,9 @@ def test_a_trained_run_is_exported_as_it_was_saved(uninterrupted: RunFolder, tmp
 
 def test_a_finished_run_that_is_started_again_does_nothing(uninterrupted: RunFolder, recipe: Path) -> None:
     before = uninterrupted.metrics.read_bytes()
-    assert forked(2, str(recipe), "--run", str(uninterrupted.path)).returncode == 0
-    assert uninterrupted.metrics.read_bytes() == before
+    again = forked(2, str(recipe), "--run", str(uninterrupted.path))
+    assert again.returncode == 0 and uninterrupted.metrics.read_bytes() == before
+    assert again.stderr.count(f"{uninterrupted.path} is finished already (12 steps)") == 1  # rank 0 alone prints it
 
 
 def test_a_changed_experiment_is_rejected(
