@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.activation_memory import bytes_per_image
 from maelstream.jobs.hardware import multiplies_bf16, process_device
-from maelstream.jobs.table2 import build_shared_models
+from maelstream.jobs.profiling.table2_times import build_shared_models
 from maelstream.model.config import MAEConfig
 from maelstream.model.flops import training_flops
 from maelstream.model.mae import MAE

@@ -7,19 +7,11 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from maelstream.jobs.arguments import parse_arguments
+from maelstream.jobs.arguments import check_output_file, parse_arguments
 from maelstream.jobs.recipe import RecipeError
-from maelstream.jobs.training.image_stream import image_stream, recipe_with
-from maelstream.jobs.weights.target_file import TargetFile
-from maelstream.model.patches import patchify
-from maelstream.model.pca import PatchMoments, PrincipalComponents, principal_components
-from maelstream.pipeline.decode import decode_device
 from maelstream.shards.dataset import Dataset
-
-_BATCH = 64  # images per batch; the result does not depend on it
 
 
 @dataclass(frozen=True)
@@ -44,13 +36,18 @@ class FitPca:
     """Number of threads that decode images."""
 
 
-def fit(command: FitPca) -> tuple[TargetFile, PrincipalComponents]:
-    """Fit the components; they are bit-identical for any number of threads.
-
-    Raises:
-        RecipeError: the images have too few patches, or all patches are equal.
-    """
+def main(args: list[str]) -> int:
+    """`maelstream fit-pca`."""
+    command = parse_arguments(FitPca, args, "fit-pca")
+    if command.images < 1 or command.threads < 1:
+        raise RecipeError(f"--images {command.images} and --threads {command.threads} must be at least 1")
+    if command.out.suffix != ".safetensors":
+        raise RecipeError(f"--out {command.out}: the file name must end in .safetensors")
+    check_output_file("--out", command.out)
     dataset = Dataset.open(command.dst)
+    from maelstream.jobs.training.image_stream import recipe_with  # imports torch and DALI
+    from maelstream.jobs.weights.pca_fitting import fit
+
     side = command.image_size
     recipe = recipe_with(
         command.recipe,
@@ -59,37 +56,7 @@ def fit(command: FitPca) -> tuple[TargetFile, PrincipalComponents]:
         patch_size=command.patch_size,
         image_size=None if side is None else (side, side),
     )
-    config, count, batch = recipe.model, min(command.images, len(dataset)), min(_BATCH, len(dataset))
-    moments = PatchMoments(config.patch_dim, decode_device(recipe.loader.decode))
-    with image_stream(dataset, recipe, batch, command.threads) as batches:
-        for start in track(range(0, count, batch), "patches", console=Console(stderr=True)):
-            moments.add(patchify(next(batches)[: count - start], config.patch_size))
-    try:
-        found = principal_components(moments, config.components, config.mean, config.std)
-    except ValueError as error:
-        raise RecipeError(f"--images {command.images}: {error}") from None
-    tensors = {"components": found.components, "mean": found.mean, "variances": found.variances}
-    settings = {
-        "kind": "pca",
-        "patch_size": config.patch_size,
-        "in_chans": config.in_chans,
-        "mean": config.mean,
-        "std": config.std,
-        "image_size": config.image_size,
-        "dataset": dataset.fingerprint,
-        "images": count,
-    }
-    return TargetFile(command.out, {name: tensor.float() for name, tensor in tensors.items()}, settings), found
-
-
-def main(args: list[str]) -> int:
-    """`maelstream fit-pca`."""
-    command = parse_arguments(FitPca, args, "fit-pca")
-    if command.images < 1 or command.threads < 1:
-        raise RecipeError(f"--images {command.images} and --threads {command.threads} must be at least 1")
-    if command.out.suffix != ".safetensors":
-        raise RecipeError(f"--out {command.out}: the file name must end in .safetensors")
-    file, found = fit(command)
+    file, found = fit(dataset, recipe, command.images, command.threads, command.out)
     file.write(command.out)
     shares = found.variances / found.variances.sum()
     table = Table("components", "explained variance", title=f"patches of {file.settings['images']:,} images")

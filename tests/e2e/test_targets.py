@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from maelstream.jobs import fit_tokenizer
 from maelstream.jobs.command import run
 from maelstream.jobs.run_folder.folder import RunFolder
+from maelstream.jobs.weights import tokenizer_fitting
 from maelstream.jobs.weights.target_file import read_target_file
 from maelstream.shards.dataset import Dataset
 from tests.helpers.forked import run_ranks
@@ -150,12 +150,12 @@ def test_collapsed_codes_end_the_fit_without_writing_a_file(
 ) -> None:
     def one_code_wins(model: torch.nn.Module, seed: int) -> None:
         initialise(model, seed)
-        if isinstance(model, fit_tokenizer.Encoder):
+        if isinstance(model, tokenizer_fitting.Encoder):
             with torch.no_grad():
                 model.get_parameter("blocks.output.conv.b")[3] = 50.0
 
-    initialise = fit_tokenizer.initialise
-    monkeypatch.setattr(fit_tokenizer, "initialise", one_code_wins)
+    initialise = tokenizer_fitting.initialise
+    monkeypatch.setattr(tokenizer_fitting, "initialise", one_code_wins)
     assert fit("token", packed, recipes["token"], tmp_path / "out.safetensors") == 2
     printed = capsys.readouterr().err
     assert "the codes collapsed: at step 6 the perplexity of 64 codes is 1.0" in printed and printed.count("\n") == 1
@@ -198,14 +198,14 @@ def test_a_model_without_three_channels_is_an_error(
 
 
 def test_perplexity_counts_equally_used_codes() -> None:
-    assert fit_tokenizer.perplexity(torch.tensor([5, 5, 0, 5, 5])) == pytest.approx(4)
-    assert fit_tokenizer.collapsed(16, 8192) and not fit_tokenizer.collapsed(17, 8192)
-    assert fit_tokenizer.collapsed(1.9, 64) and not fit_tokenizer.collapsed(2.1, 64)
+    assert tokenizer_fitting.perplexity(torch.tensor([5, 5, 0, 5, 5])) == pytest.approx(4)
+    assert tokenizer_fitting.collapsed(16, 8192) and not tokenizer_fitting.collapsed(17, 8192)
+    assert tokenizer_fitting.collapsed(1.9, 64) and not tokenizer_fitting.collapsed(2.1, 64)
 
 
 def test_temperature_falls_and_the_divergence_weight_rises() -> None:
-    assert fit_tokenizer.anneal(0, 100) == (1.0, 0.0)
-    cold, weight = fit_tokenizer.anneal(75, 100)
+    assert tokenizer_fitting.anneal(0, 100) == (1.0, 0.0)
+    cold, weight = tokenizer_fitting.anneal(75, 100)
     assert (cold, weight) == (pytest.approx(1 / 16), pytest.approx(6.6))
-    temperatures, weights = zip(*(fit_tokenizer.anneal(step, 100) for step in range(100)), strict=True)
+    temperatures, weights = zip(*(tokenizer_fitting.anneal(step, 100) for step in range(100)), strict=True)
     assert list(temperatures) == sorted(temperatures, reverse=True) and list(weights) == sorted(weights)

@@ -6,9 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from maelstream.jobs import table2
 from maelstream.jobs.command import run
-from maelstream.jobs.table2 import BATCH, MODELS, PAPER_HOURS, SIZES, Times, build_shared_models, images_per_s, rows
+from maelstream.jobs.profiling import table2_times
+from maelstream.jobs.profiling.table2_times import (
+    BATCH,
+    MODELS,
+    PAPER_HOURS,
+    SIZES,
+    Times,
+    build_shared_models,
+    images_per_s,
+    rows,
+)
 from maelstream.model.config import MAEConfig
 
 TINY = MAEConfig(
@@ -56,7 +65,7 @@ def test_the_command_prints_our_figures_and_the_paper_s(
 def test_a_size_that_does_not_fit_and_bad_options_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table2, "free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(table2_times, "free_bytes", lambda device: 10**9)
     assert run("table2", ["--size", "huge"]) == 2
     assert "--size huge needs 10.5 GB" in capsys.readouterr().err
     assert run("table2", ["--devices", "0"]) == 2

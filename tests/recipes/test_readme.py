@@ -10,6 +10,7 @@ import yaml
 from maelstream.jobs.arguments import option_value, parse_arguments
 from maelstream.jobs.command import run
 from maelstream.jobs.evaluation.classify import default_recipe
+from maelstream.jobs.profiling.table2_times import PAPER_HOURS
 from maelstream.jobs.recipe import (
     ClassificationRecipe,
     Job,
@@ -22,7 +23,7 @@ from maelstream.jobs.recipe import (
 from maelstream.jobs.sweep import Sweep
 from maelstream.jobs.sweeps.grid import GRIDS, cells_of, grid_of, read_grid, recipe_of_row, slug
 from maelstream.jobs.sweeps.sweeping import steps_of
-from maelstream.jobs.table2 import PAPER_HOURS, Table2
+from maelstream.jobs.table2 import Table2
 from maelstream.model.sizes import PAPER_SIZES
 
 ROOT = Path(__file__).parents[2]
