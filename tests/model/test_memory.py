@@ -4,13 +4,16 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.activation_memory import bytes_per_image
+from benchmarks.activation_memory import LiveTensors, bytes_per_image
+from benchmarks.fake_tensors import fake_mae
 from maelstream.model.config import MAEConfig
 from maelstream.model.flops import recomputed_flops, training_flops
 from maelstream.model.mae import MAE
 from maelstream.model.memory import activation_bytes, moved_bytes, parameter_count, state_bytes, traffic
+from maelstream.model.sizes import PAPER_SIZES
 
 SMALL = MAEConfig(image_size=(112, 112), dim=192, depth=3, heads=3, decoder_dim=96, decoder_depth=2, decoder_heads=3)
 CONFIGS = {
@@ -35,6 +38,27 @@ def test_activation_bytes_of_paper_models_agree_with_measurements() -> None:
         config = MAEConfig(dim=dim, depth=depth, heads=heads, patch_size=patch_size)
         found = [activation_bytes(config, checkpointing, 4) / 1e6 for checkpointing in (False, True)]
         assert found == pytest.approx(figures, rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("name", PAPER_SIZES)
+def test_activation_bytes_of_paper_models_in_bf16_are_within_5_percent(name: str, checkpointing: bool) -> None:
+    """Of what an image adds to the peak of a forward and backward pass on fake tensors, which need no memory."""
+    config = MAEConfig(**PAPER_SIZES[name]._asdict(), attention="sdpa")
+    peaks = []
+    for batch in (64, 128):
+        mode = FakeTensorMode()
+        model = fake_mae(config, "cpu", torch.bfloat16, mode)
+        model.activation_checkpointing = checkpointing
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+        with mode:
+            images = torch.empty(batch, 3, *config.image_size, dtype=torch.uint8)
+            keys = torch.empty(batch, dtype=torch.int64)
+            with LiveTensors() as tensors:
+                model(images, keys).backward()
+        peaks.append(tensors.peak)
+    assert activation_bytes(config, checkpointing, 2) == pytest.approx((peaks[1] - peaks[0]) / 64, rel=0.05)
 
 
 def test_recomputed_flops_equal_the_counter_of_torch() -> None:
