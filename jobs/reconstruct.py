@@ -4,7 +4,7 @@ In place of a run it takes weights with a decoder, such as a published full chec
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -101,11 +101,10 @@ def _reconstruct_run(command: Reconstruct, folder: RunFolder) -> int:
     inputs = _inputs(command, recipe)
     results = reconstruct(trained_model(folder, weights), inputs, ratios)
     name = _name(weights)
-    source = command.images or command.dataset
     out = folder.reconstructions
     if not can_write(out):  # another user's run
         out = Path("runs") / f"reconstruct-{_name(folder.path)}"
-    out /= name if source is None else f"{name}-{PurePath(source).name}"
+    out /= f"{name}-{_source_name(inputs)}"  # the folder `name` is the run's own, of the same images at every step
     info = ReconstructionInfo.describe(
         results, name, folder.checkpoints.step_of(weights), inputs.source, inputs.names, recipe.model.target
     )
@@ -122,18 +121,22 @@ def _reconstruct_weights(command: Reconstruct) -> int:
         )
     stored = read_weights(command.run)
     model = stored_mae(stored, command.heads, command.decoder_heads, command.norm_pix)
-    if (source := command.images or command.dataset) is None:
+    if command.images is None and command.dataset is None:
         raise MaelstreamError(f"{command.run} is not a run, so it has no images; give --images or --dataset")
     recipe = Recipe(model=model.config)
     inputs = _inputs(command, recipe)
     results = reconstruct(model, inputs, ratios_from(command.ratios, model.config))
     name = _name(command.run)
     info = ReconstructionInfo.describe(results, name, None, inputs.source, inputs.names, model.config.target)
-    return _write(command, results, info, Path("runs") / f"reconstruct-{name}-{PurePath(source).name}")
+    return _write(command, results, info, Path("runs") / f"reconstruct-{name}-{_source_name(inputs)}")
 
 
 def _name(weights: Path) -> str:
     return weights.stem if weights.is_file() else weights.absolute().name
+
+
+def _source_name(inputs: InputImages) -> str:
+    return Path(inputs.source).absolute().name
 
 
 def _inputs(command: Reconstruct, recipe: Recipe) -> InputImages:

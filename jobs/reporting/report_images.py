@@ -40,11 +40,14 @@ def image_series(folder: RunFolder, epochs_per_step: float | None) -> list[Image
     Raises:
         MaelstreamError: an image file that cannot be read.
     """
-    found: dict[tuple[str, bool], list[tuple[Path, ReconstructionInfo]]] = {}
+    found: dict[tuple[str, tuple[str, ...], bool, bool], list[tuple[Path, ReconstructionInfo]]] = {}
     for path in sorted(folder.reconstructions.glob("*/about.json")):
         if (info := read_info(path.parent)) is not None:
-            found.setdefault((info.images, info.step is None), []).append((path.parent, info))
-    series = [_series_of(images, entries, epochs_per_step) for (images, _), entries in found.items()]
+            # `maelstream reconstruct` adds the name of the images.
+            by_the_run = info.step is not None and path.parent.name == folder.checkpoints.at(info.step).name
+            key = info.images, info.names, info.step is None, by_the_run
+            found.setdefault(key, []).append((path.parent, info))
+    series = [_series_of(images, entries, epochs_per_step) for (images, *_), entries in found.items()]
     return sorted(series, key=lambda one: -len(one.entries) - one.left_out)
 
 

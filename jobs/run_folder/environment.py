@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -36,7 +37,7 @@ class Start:
     began: float
     """Seconds since 1970."""
     command: str
-    """The command line of rank 0."""
+    """The command that rank 0 runs, as typed in a shell: `maelstream pretrain ...`, whatever launched the ranks."""
     host: str
     system: str
     python: str
@@ -64,7 +65,7 @@ def start_of(step: int, ranks: "Ranks") -> Start:
     return Start(
         step=step,
         began=time.time(),
-        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=typed_command(sys.argv),
         host=platform.node(),
         system=platform.platform(),
         python=platform.python_version(),
@@ -78,6 +79,17 @@ def start_of(step: int, ranks: "Ranks") -> Start:
         packages={name: found for name in _PACKAGES if (found := version(name))},
         directory=os.getcwd(),
     )
+
+
+def typed_command(argv: list[str]) -> str:
+    """The command as a user types it; launchers start ranks as `python -m maelstream.jobs.command pretrain ...` or
+    `python -m maelstream.jobs.pretrain ...`, and deepspeed adds `--local_rank`.
+    """
+    program, args = Path(argv[0]), [arg for arg in argv[1:] if not arg.startswith(("--local_rank=", "--local-rank="))]
+    if program.suffix != ".py" or program.resolve().parent != Path(__file__).resolve().parents[1]:
+        return shlex.join([program.name, *args])
+    command = [] if program.stem == "command" else [program.stem.replace("_", "-")]
+    return shlex.join(["maelstream", *command, *args])
 
 
 def record_start(folder: RunFolder, step: int, ranks: "Ranks") -> None:

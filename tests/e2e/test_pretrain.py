@@ -138,15 +138,21 @@ def test_a_changed_experiment_is_rejected(
     )
 
 
-def test_reconstruct_writes_images(uninterrupted: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    shown = uninterrupted.reconstructions / "step-00000012"
-    assert read_info(shown) is not None  # written by the run itself, for its last checkpoint
+def test_reconstruct_writes_images_and_keeps_those_of_the_run(
+    uninterrupted: RunFolder, packed: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = uninterrupted.reconstructions / "step-00000012"
+    before = {path.name: path.read_bytes() for path in own.iterdir()}
+    about = read_info(own)
+    assert about is not None and len(about.names) == 6  # written by the run itself, for its last checkpoint
     assert run("reconstruct", [str(uninterrupted.path), "--count", "3", "--ratios", "0.5,0.75"]) == 0
+    shown = uninterrupted.reconstructions / f"step-00000012-{Path(packed.folder).name}"
     assert sorted(path.name for path in shown.glob("*.png")) == ["grid.png", "ratio-0.5.png", "ratio-0.75.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in shown.glob("*.png"))
     about = read_info(shown)
     assert about is not None and (about.step, len(about.names)) == (12, 3)
     assert f"{shown}: 3 images" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == before
 
 
 def test_reconstruct_reads_plain_files_and_older_checkpoints(

@@ -1,5 +1,6 @@
 """The pages of `maelstream report` in a headless browser; screenshots are written to tests/artefacts/."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +68,35 @@ def test_a_page_opens_without_errors_loads_nothing_and_fits_the_screen(
     assert visit.page.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
     background = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert sum(map(int, background[4:-1].split(","))) < 150 if scheme == "dark" else background.startswith("rgb(25")
+
+
+def test_nothing_is_cut_at_390_pixels(browser: Any, tiny: str, tmp_path: Path) -> None:
+    """A run with two starts, and with long names without a space in them."""
+    folder = make_run(tmp_path / "run", tiny)
+    (start,) = json.loads(folder.environment.read_text())
+    start |= {"host": "node" * 20, "command": f"maelstream pretrain {'x' * 150}.yaml"}
+    folder.environment.write_text(json.dumps([start, start]))
+    assert run("report", [str(folder.path)]) == 0
+    visit = Visit(browser, folder.path / "report.html", {"width": 390, "height": 800})
+    visit.screenshot("report-390.png")
+    cut = """nodes => nodes.filter(n => n.scrollWidth > n.clientWidth || n.getBoundingClientRect().right > 390)
+                           .map(n => n.outerHTML.slice(0, 200))"""
+    assert visit.page.eval_on_selector_all("nav a, nav > div, #environment .table, #environment td", cut) == []
+    assert visit.page.locator(".starts td").nth(1).evaluate("n => getComputedStyle(n, '::before').content") != "none"
+
+
+def test_cards_and_images_are_not_cut_by_the_edge_of_a_printed_page(browser: Any, reported: RunFolder) -> None:
+    visit = Visit(browser, reported.path / "report.html", DESK)
+    visit.page.emulate_media(media="print")
+    style = "nodes => [...new Set(nodes.map(n => getComputedStyle(n).{0}))]"
+    for selector in (".chart", ".panel", ".images img", ".figures div", "tr"):
+        assert visit.page.eval_on_selector_all(selector, style.format("breakInside")) == ["avoid"], selector
+    for selector in (".charts", ".series", ".cards"):  # browsers break tracks of a grid
+        assert visit.page.eval_on_selector_all(selector, style.format("display")) == ["block"], selector
+    assert visit.page.eval_on_selector_all("nav", style.format("display")) == ["none"]
+    assert visit.page.eval_on_selector_all(".table, pre", style.format("overflow")) == ["visible"]
+    ARTEFACTS.mkdir(exist_ok=True)
+    assert len(visit.page.pdf(path=str(ARTEFACTS / "report.pdf"), format="A4")) > 10_000
 
 
 def test_the_sliders_choose_the_epoch_and_the_ratio_of_the_image(browser: Any, reported: RunFolder) -> None:

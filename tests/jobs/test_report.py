@@ -98,6 +98,22 @@ def test_a_page_holds_every_curve_and_every_image(reported: RunFolder) -> None:
     assert len(set(sources)) == 6 and all(source.startswith("data:image/png;base64,") for source in sources)
 
 
+def test_images_of_the_command_are_a_series_of_their_own(tiny: str, tmp_path: Path) -> None:
+    """Before, they replaced the run's own at the newest step, and its slider jumped to other images."""
+    folder = make_run(tmp_path / "run", tiny)
+    info = ReconstructionInfo.describe(
+        {"0.75": reconstruction(3, 0.9)}, "step-00000012", 12, "own", ("c", "d", "e"), "pixel"
+    )
+    write_reconstructions(folder.reconstructions / "step-00000012-own", {"0.75": reconstruction(3, 0.9)}, info)
+    same = ReconstructionInfo.describe({"0.5": reconstruction(2, 0.9)}, "step-00000012", 12, "own", ("a", "b"), "pixel")
+    write_reconstructions(folder.reconstructions / "step-00000012-other", {"0.5": reconstruction(2, 0.9)}, same)
+    own, *others = image_series(folder, None)
+    assert [entry["label"] for entry in own.entries] == ["step 4", "step 8", "step 12"]
+    assert own.images == "From the top: a, b of own" and own.ratios == [0.75, 0.85]
+    assert {one.images for one in others} >= {"From the top: c, d, e of own", "From the top: a, b of own"}
+    assert all(len(one.entries) == 1 for one in others)
+
+
 def test_markup_in_names_and_metrics_stays_text(tiny: str, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "<b>&run", tiny)
     with folder.metrics.open("a") as file:

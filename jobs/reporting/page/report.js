@@ -46,6 +46,7 @@ function drawChart(figure) {
   const svg = figure.querySelector("svg");
   svg.replaceChildren();
   const width = svg.clientWidth, height = svg.clientHeight;
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);  // paper has another width
   if (!width) return;
   const finite = (values) => values.filter((value) => value !== null && (!log || value > 0));
   const xs = lines.flatMap((line) => line[axis]), ys = lines.flatMap((line) => finite(line.value));
