@@ -4,24 +4,24 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import torch
 import tyro
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from maelstream.jobs.arguments import parse_arguments
-from maelstream.jobs.profiling.data_stages import DataPath, measure_rate
 from maelstream.jobs.recipe import Recipe, RecipeError, StreamConfig, load_recipe
-from maelstream.jobs.training.data import open_data
-from maelstream.pipeline.augment_params import AugmentSampler
-from maelstream.pipeline.batch_plan import BatchSplit
 from maelstream.pipeline.config import DecodeConfig, LoaderConfig
-from maelstream.pipeline.decode import decode_device
+from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import MaelstreamError
+
+if TYPE_CHECKING:  # torch and DALI take seconds to import, and the options are checked without them
+    import torch
+
+    from maelstream.jobs.profiling.data_stages import DataPath
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,19 @@ class Loader:
     """Print the figures as JSON instead of a table."""
 
 
-def data_path_of(command: Loader) -> DataPath:
+def data_path_of(command: Loader) -> "DataPath":
     """The data path of the command's options and of its recipe, if there is one."""
+    if command.samples is None:
+        Dataset.open(command.dst)  # reports a folder that holds no dataset before the slow imports
     recipe = Recipe() if command.recipe is None else load_recipe(command.recipe)
     size = recipe.model.image_size if command.recipe is not None else (command.image_size, command.image_size)
     stream = StreamConfig(command.dst, command.samples) if command.samples is not None else StreamConfig()
     data = replace(recipe.data, dataset=command.dst, mix={}, stream=stream)
+    from maelstream.jobs.profiling.data_stages import DataPath
+    from maelstream.jobs.training.data import open_data
+    from maelstream.pipeline.augment_params import AugmentSampler
+    from maelstream.pipeline.batch_plan import BatchSplit
+
     dataset, order = open_data(data, recipe.seed)
     sampler = AugmentSampler(recipe.seed, data.crop, size)
     batch_split = BatchSplit(min(command.batch_size, len(dataset)), 1, 1)
@@ -66,7 +73,7 @@ def data_path_of(command: Loader) -> DataPath:
     )
 
 
-def image_grid(images: torch.Tensor, columns: int) -> np.ndarray:
+def image_grid(images: "torch.Tensor", columns: int) -> np.ndarray:
     """Lays out uint8 images (B, 3, H, W) as one image (rows * H, columns * W, 3); unused cells are white."""
     _, _, height, width = images.shape
     rows = -(-len(images) // columns)
@@ -77,8 +84,11 @@ def image_grid(images: torch.Tensor, columns: int) -> np.ndarray:
     return grid
 
 
-def measure_stages(data_path: DataPath, seconds: float) -> dict[str, Any]:
+def measure_stages(data_path: "DataPath", seconds: float) -> dict[str, Any]:
     """Images/s of each stage alone, on the same batches, and of the whole loader; takes about `seconds`."""
+    from maelstream.jobs.profiling.data_stages import measure_rate
+    from maelstream.pipeline.decode import decode_device
+
     share = seconds / 4
     figures: dict[str, Any] = {}
     if data_path.batch_plan is not None:
@@ -104,6 +114,8 @@ def main(args: list[str]) -> int:
         raise RecipeError("--batch-size, --threads and --prefetch are at least 1, --seconds is more than 0")
     data_path = data_path_of(command)
     if command.save_grid is not None:
+        from maelstream.pipeline.batch_plan import BatchSplit
+
         with replace(data_path, batch_split=BatchSplit(min(64, len(data_path.dataset)), 1, 1)).loader() as loader:
             images = next(iter(loader)).images.cpu()
         try:
