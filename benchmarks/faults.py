@@ -74,9 +74,9 @@ def losses(folder: RunFolder) -> list[float]:
     return [line["loss"] for line in folder.read_metrics()]
 
 
-def same(ours: RunFolder, theirs: RunFolder) -> bool:
-    """Whether all losses and all parameters are bit-identical."""
-    one, other = ours.checkpoints.weights(STEPS), theirs.checkpoints.weights(STEPS)
+def same(ours: RunFolder, theirs: RunFolder, steps: int = STEPS) -> bool:
+    """Whether all losses, and all parameters after `steps` steps, are bit-identical."""
+    one, other = ours.checkpoints.weights(steps), theirs.checkpoints.weights(steps)
     return losses(ours) == losses(theirs) and all(torch.equal(one[name], other[name]) for name in other)
 
 
@@ -189,6 +189,66 @@ def stops(bench: Bench, times: int) -> Outcome:
     return Outcome(times, passed, f"at most {lost} steps lost, ended within {longest:.1f} s; {in_start} at the start")
 
 
+LONG_STEPS = 120
+SIGNALS = (
+    *(signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGXCPU),  # save
+    *(signal.SIGQUIT, signal.SIGUSR2, signal.SIGALRM),  # end the run at once
+)
+
+
+def signals(bench: Bench, times: int) -> Outcome:
+    """One of eight signals at a random moment to the launcher or one rank, on 1 and 2 ranks; then the run resumes."""
+    options = ("--optim.epochs", str(LONG_STEPS / 5), "--checkpoint.every-steps", "10")
+    launch = (sys.executable, "-m", "maelstream.jobs.command", "launch", "--nproc")
+    unbroken, whole_s = {}, {}
+    for ranks in (1, 2):
+        unbroken[ranks] = bench.run(f"unbroken-{ranks}")
+        began = time.monotonic()
+        arguments = ("pretrain", bench.recipe, "--run", str(unbroken[ranks].path), *options)
+        subprocess.run([*launch, str(ranks), *arguments], check=True, capture_output=True)
+        whole_s[ranks] = time.monotonic() - began
+    passed, longest, before_first_step, saved = 0, 0.0, 0, 0
+    for number in range(times):
+        rng = random.Random(number)  # so that one failing number can be repeated
+        ranks, kind, folder = 1 + number % 2, SIGNALS[number // 2 % len(SIGNALS)], bench.run("signalled")
+        output = (bench.folder / "output").open("w+")
+        arguments = ("pretrain", bench.recipe, "--run", str(folder.path), *options)
+        launcher = psutil.Popen([*launch, str(ranks), *arguments], stdout=output, stderr=output, start_new_session=True)
+        if number % 4 < 2:  # half of the signals come at any time, the others while steps are taken
+            time.sleep(rng.uniform(0.0, whole_s[ranks]))
+        else:
+            while launcher.poll() is None and not folder.read_metrics():
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0.0, 2.0))
+        children = launcher.children(recursive=True) if launcher.is_running() else []
+        target = rng.choice([launcher, *children]) if rng.random() < 0.5 else launcher
+        before_first_step += not folder.read_metrics()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            target.send_signal(kind)
+        began, hangs = time.monotonic(), False
+        try:
+            code = launcher.wait(60)
+        except psutil.TimeoutExpired:
+            hangs, code = True, None
+        longest = max(longest, time.monotonic() - began)
+        _, orphans = psutil.wait_procs(children, 10)
+        for process in (launcher, *orphans):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        saved += code == 128 + kind and bool(folder.checkpoints.steps())
+        output.seek(0)
+        printed = output.read()
+        bench.finish(ranks, folder, *options)
+        good = not hangs and not orphans and "Traceback" not in printed and same(folder, unbroken[ranks], LONG_STEPS)
+        passed += good
+        if not good:
+            print(
+                f"{number}: {ranks} ranks, {kind.name}, code {code}, hangs {hangs}, {len(orphans)} orphans\n{printed}"
+            )
+    result = f"ended within {longest:.1f} s, no process left; {before_first_step} before the first step"
+    return Outcome(times, passed, f"{result}; {saved} saved and ended with the signal's code; all bits equal")
+
+
 def elastic(bench: Bench, times: int) -> Outcome:
     """2 -> 1 -> 3 -> 4 -> 2 ranks in mid-epoch, with ZeRO 1, 2 and 3, in bf16 and float32."""
     passed, done, worst = 0, 0, {"bf16": 0.0, "fp32": 0.0}
@@ -267,6 +327,7 @@ ROWS: dict[str, tuple[str, int, Callable[[Bench, int], Outcome]]] = {
     "damage": ("checkpoint file cut, removed, one bit flipped", 100, damage),
     "orphans": ("launcher, or one rank, killed", 10, orphans),
     "stops": ("SIGTERM at the start, in a step, in a save", 20, stops),
+    "signals": ("one of eight signals to the launcher or one rank, at any moment, on 1 and 2 ranks", 200, signals),
     "elastic": ("ranks 2 -> 1 -> 3 -> 4 -> 2 in mid-epoch, ZeRO 1, 2, 3, each in bf16 and float32", 5, elastic),
     "disk": ("disk full during a save (small tmpfs)", 15, full_disk),
     "nan": ("NaN injected on one rank", 3, nan),
@@ -279,7 +340,7 @@ class Options:
     """Measure the fault table."""
 
     rows: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROW")] = tuple(ROWS)
-    """Rows to run: kills, operations, damage, orphans, stops, elastic, disk, nan, silence."""
+    """Rows to run: kills, operations, damage, orphans, stops, signals, elastic, disk, nan, silence."""
     times: int | None = None
     """Repetitions per row; the table's own numbers if not given."""
 
