@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -30,9 +31,14 @@ class Runs:
 def runs_table(folders: list[RunFolder]) -> Table:
     """One row per run."""
     best = [best_of_each(evaluations(folder)) for folder in folders]
-    table = Table("run", "state", "step", "loss", "images/s", "ranks", "last update")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for text in ("run", "state"):
+        table.add_column(text, overflow="fold")  # the end of a name often tells two runs apart
+    for number in ("step", "loss", "images/s", "ranks"):
+        table.add_column(number, no_wrap=True, justify="right")
+    table.add_column("last update")
     if any(best):  # otherwise the column would only make a wide table wider
-        table.add_column("best top-1, %")
+        table.add_column("best top-1, %", overflow="fold")
     for folder, evaluated in zip(folders, best, strict=True):
         status, metrics = read_status(folder.status), folder.read_metrics()
         last = metrics[-1] if metrics else {}
@@ -73,6 +79,8 @@ def is_readable(folder: RunFolder) -> bool:
 def main(args: list[str]) -> int:
     """Entry point of `maelstream runs`."""
     command = parse_arguments(Runs, args, "runs")
+    if not command.dir.is_dir():
+        raise MaelstreamError(f"there is no folder {command.dir}; give one that holds runs: `maelstream runs DIR`")
     found = {*command.dir.rglob("config.yaml"), *command.dir.glob("*/config.yaml")}  # rglob follows no links
     folders = [RunFolder(path.parent) for path in sorted(found)]
     if not folders:

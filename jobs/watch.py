@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -61,7 +62,7 @@ def progress_view(folder: RunFolder, metrics: list[dict[str, Any]], width: int) 
     checkpoints = folder.checkpoints.steps()
     facts.add_row("saved", f"step {checkpoints[-1]:,}" if checkpoints else "no checkpoint yet")
     bar = ProgressBar(total=status.total_steps, completed=status.step, width=width)
-    return Group(facts, bar, Text(curve(losses, width)) if losses else "")
+    return Group(facts, Padding(bar), Text(curve(losses, width)) if losses else "")  # a bar alone ends no line
 
 
 def main(args: list[str]) -> int:
@@ -74,12 +75,12 @@ def main(args: list[str]) -> int:
     if not console.is_terminal:
         console.print(progress_view(folder, folder.complete_metrics(), width))
         return 0
-    with Live(console=console, auto_refresh=False) as live:
-        try:
+    try:
+        with Live(console=console, auto_refresh=False) as live:
             while True:
                 live.update(progress_view(folder, folder.complete_metrics(), width), refresh=True)
                 if state_of(folder) != "running":
                     return 0
                 time.sleep(_REFRESH_S)
-        except KeyboardInterrupt:
-            return 0
+    except KeyboardInterrupt:
+        return 0

@@ -1,6 +1,7 @@
 """`maelstream runs` and `maelstream watch`: the state of runs from their files."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,9 +37,34 @@ def test_a_folder_without_runs_is_an_error(tmp_path: Path, capsys: pytest.Captur
     assert "holds no run" in capsys.readouterr().err
 
 
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("runs", [str(tmp_path / "typo")]) == 2
+    assert f"there is no folder {tmp_path / 'typo'}" in capsys.readouterr().err
+
+
+def test_no_name_is_cut_at_80_columns(
+    folder: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that differ only in their last letter, and figures of a large run."""
+    names = [f"pretrain_vit_b16_imagenet_800_epochs_seed_{seed}" for seed in (0, 1)]
+    for name in names:
+        shutil.copytree(folder.path, folder.path.with_name(name))
+        Status("running", 123_456, 250_000, 128).write(folder.path.with_name(name) / "status.json")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.chdir(folder.path.parent.parent)
+    assert run("runs", ["runs"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80 and "…" not in printed
+    assert printed.count("123,456/250,000") == 2
+    width = printed.index("state")
+    column = "".join(line[:width].strip() for line in printed.splitlines())
+    assert all(f"runs/{name}" in column for name in names)
+
+
 def test_watch_prints_the_run_once_without_a_terminal(folder: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("watch", [str(folder.path)]) == 0
     printed = capsys.readouterr().out
+    assert [line[0] for line in printed.splitlines()[-2:]] == ["━", "█"]  # the bar, and the curve below it
     assert "7 of 100" in printed and "0.2500, lowest 0.2500, first 0.5000" in printed and "1 steps skipped" in printed
     assert run("watch", [str(folder.path.parent)]) == 2
 
