@@ -5,32 +5,22 @@ In place of a run it takes weights with a decoder, such as a published full chec
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.recipe import Recipe
-from maelstream.jobs.reporting.reconstruction import (
-    InputImages,
-    check_shows_pixels,
-    dataset_images,
-    folder_images,
-    possible_ratios,
-    reconstruct,
-    run_dataset,
-    trained_model,
-)
 from maelstream.jobs.reporting.reconstruction_files import ReconstructionInfo, draw_grid, write_reconstructions
 from maelstream.jobs.run_folder.folder import RunFolder
-from maelstream.jobs.weights.reading import read_weights
-from maelstream.jobs.weights.stored_mae import stored_mae
-from maelstream.jobs.weights.tensor_files import FOLDER_NAMES
 from maelstream.model.config import MAEConfig
-from maelstream.model.mae import Reconstruction
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.durable import can_write
 from maelstream.shards.errors import MaelstreamError
+
+if TYPE_CHECKING:  # torch and DALI take seconds to import, and the options are checked without them
+    from maelstream.jobs.reporting.reconstruction import InputImages
+    from maelstream.model.mae import Reconstruction
 
 
 @dataclass(frozen=True)
@@ -66,6 +56,8 @@ class Reconstruct:
 def ratios_from(text: str | None, config: MAEConfig) -> list[float]:
     """Parses --ratios, ascending; MaelstreamError for text that is no list of ratios that the model can have."""
     if text is None:
+        from maelstream.jobs.reporting.reconstruction import possible_ratios
+
         return possible_ratios(config)
     try:
         ratios = sorted({float(part) for part in text.split(",") if part.strip()})
@@ -97,6 +89,8 @@ def _reconstruct_run(command: Reconstruct, folder: RunFolder) -> int:
     recipe = folder.recipe()
     ratios = ratios_from(command.ratios, recipe.model)
     weights = command.weights or folder.checkpoints.at(folder.last_step())
+    from maelstream.jobs.reporting.reconstruction import check_shows_pixels, reconstruct, trained_model
+
     check_shows_pixels(recipe, folder)
     inputs = _inputs(command, recipe)
     results = reconstruct(trained_model(folder, weights), inputs, ratios)
@@ -115,6 +109,13 @@ def _reconstruct_weights(command: Reconstruct) -> int:
     """Weights without a run: sizes from their shapes, masks as in the first epoch of a run with seed 0."""
     if command.weights is not None:
         raise MaelstreamError(f"{command.run} is not a run: it has no config.yaml; give --weights alone, in its place")
+    if not command.run.exists():
+        raise MaelstreamError(f"{command.run} cannot be read (No such file or directory); give a run or a file")
+    from maelstream.jobs.reporting.reconstruction import reconstruct
+    from maelstream.jobs.weights.reading import read_weights
+    from maelstream.jobs.weights.stored_mae import stored_mae
+    from maelstream.jobs.weights.tensor_files import FOLDER_NAMES
+
     if command.run.is_dir() and not any((command.run / name).exists() for name in FOLDER_NAMES):
         raise MaelstreamError(
             f"{command.run} is not a run: it has no config.yaml; nor has it weights: give a run, or a file of weights"
@@ -135,11 +136,13 @@ def _name(weights: Path) -> str:
     return weights.stem if weights.is_file() else weights.absolute().name
 
 
-def _source_name(inputs: InputImages) -> str:
+def _source_name(inputs: "InputImages") -> str:
     return Path(inputs.source).absolute().name
 
 
-def _inputs(command: Reconstruct, recipe: Recipe) -> InputImages:
+def _inputs(command: Reconstruct, recipe: Recipe) -> "InputImages":
+    from maelstream.jobs.reporting.reconstruction import dataset_images, folder_images, run_dataset
+
     if command.images is not None:
         return folder_images(command.images, command.count, recipe)
     return dataset_images(
@@ -147,7 +150,7 @@ def _inputs(command: Reconstruct, recipe: Recipe) -> InputImages:
     )
 
 
-def _write(command: Reconstruct, results: dict[str, Reconstruction], info: ReconstructionInfo, out: Path) -> int:
+def _write(command: Reconstruct, results: "dict[str, Reconstruction]", info: ReconstructionInfo, out: Path) -> int:
     """Writes one picture to --out, or all files to the folder `out`."""
     if command.out is not None:
         out = command.out
