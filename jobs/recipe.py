@@ -118,7 +118,12 @@ def first_error(error: ValidationError) -> str:
 
 
 def check_kind(values: dict[str, Any], schema: type[AnyRecipe], where: str) -> None:
-    """Raises RecipeError if values, as they stand in a file, are a recipe of the other kind than `schema`."""
+    """Raises RecipeError if values, as they stand in a file, are a grid or a recipe of another kind than `schema`."""
+    if isinstance(values.get("rows"), list):
+        raise RecipeError(
+            f"{where} is a grid, not a recipe; use it with `maelstream pretrain {where} --row NAME`, or with --grid of "
+            "`maelstream sweep`"
+        )
     if schema is Recipe and isinstance(job := values.get("job"), str) and job in get_args(Job):
         names = "TRAIN VAL" if job == "scratch" else "WEIGHTS TRAIN VAL"
         raise RecipeError(f"{where} is a recipe of {job}; use it with `maelstream {job} {names} --recipe {where}`")

@@ -198,6 +198,8 @@ def test_a_name_that_does_not_exist_gets_a_hint(
         ),
         (ClassificationRecipe, "data: {dataset: a}", "is a recipe of pretrain; use it with `maelstream pretrain"),
         (ClassificationRecipe, "data: {datasets: a}", "unknown key data.datasets"),
+        (Recipe, "base: grids_masks", "is a grid, not a recipe; use it with `maelstream pretrain .* --row NAME`"),
+        (ClassificationRecipe, "base: grids_masks", "is a grid, not a recipe"),
     ],
 )
 def test_a_recipe_of_another_kind_says_what_it_is(tmp_path: Path, schema: type, text: str, complaint: str) -> None:
