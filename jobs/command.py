@@ -1,10 +1,10 @@
 """`maelstream COMMAND ...`: runs the command's module; an error of the user becomes one line and exit code 2."""
 
-import difflib
 import importlib
 import os
+import signal
 import sys
-from importlib.metadata import version
+from types import FrameType
 
 import maelstream.jobs.distributed.parent_death  # noqa: F401  must come before slow imports
 from maelstream.shards.errors import MaelstreamError
@@ -57,11 +57,32 @@ def run(command: str, args: list[str]) -> int:
 
 def main() -> None:
     """Entry point of the script `maelstream`."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a job in the background ignores Ctrl-C
+        signal.signal(signal.SIGINT, _on_ctrl_c)
     try:
         sys.exit(dispatch(sys.argv[1:]))
     except KeyboardInterrupt:
-        print("\nmaelstream: stopped by Ctrl-C", file=sys.stderr)
+        _report_ctrl_c()
         sys.exit(130)
+
+
+def _on_ctrl_c(number: int, frame: FrameType | None) -> None:
+    """Ends the process at once during an import, where there is nothing to clean up; otherwise the command cleans up.
+
+    Packages catch the KeyboardInterrupt of an import of theirs: numpy then imports itself until the stack is full.
+    """
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            _report_ctrl_c()
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _report_ctrl_c() -> None:
+    """Prints one line on stderr, by rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"\nmaelstream: stopped by Ctrl-C\n")
 
 
 def dispatch(args: list[str]) -> int:
@@ -76,8 +97,12 @@ def dispatch(args: list[str]) -> int:
         print(f"usage: maelstream COMMAND ...\n\n{listing}\n\n`maelstream COMMAND --help` lists its options.")
         return 0
     if command == "--version":
+        from importlib.metadata import version
+
         print(f"maelstream {version('maelstream')}")
         return 0
+    import difflib
+
     wanted = rest[0] if command == "help" else command
     near = difflib.get_close_matches(wanted, COMMANDS, 1)
     nearest = f"did you mean {near[0]}? The others are" if near else "one of"

@@ -86,7 +86,7 @@ def test_a_mistyped_command_gets_the_nearest_one(
     assert complaint in printed and printed.count("\n") == 1
 
 
-@pytest.mark.parametrize("after_s", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("after_s", [0.05, 0.3, 1.0, 2.0])
 def test_ctrl_c_while_a_command_starts_is_one_line(after_s: float, tmp_path: Path) -> None:
     """The command reads its recipe and imports torch, DALI and DeepSpeed for some seconds."""
     code = "import sys; from maelstream.jobs.command import main; sys.argv[1:] = ['pretrain', 'pretrain_demo']; "
@@ -101,3 +101,48 @@ def test_ctrl_c_while_a_command_starts_is_one_line(after_s: float, tmp_path: Pat
     if after_s < 0.5 or process.returncode != 2:  # otherwise it may have ended by itself
         assert process.returncode == 130, printed
         assert "Traceback" not in printed and printed.strip().splitlines()[-1] == "maelstream: stopped by Ctrl-C"
+
+
+_IMPORTED = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    import json  # a place where Python runs the signal's handler
+except BaseException:
+    print("swallowed")  # numpy does this, and then imports itself until the stack is full
+"""
+
+
+@pytest.mark.parametrize(("rank", "lines"), [(None, 1), ("0", 1), ("1", 0)])
+def test_ctrl_c_during_an_import_ends_the_process_although_a_package_catches_it(
+    rank: str | None, lines: int, tmp_path: Path
+) -> None:
+    (tmp_path / "catches.py").write_text(_IMPORTED)
+    code = "import maelstream.jobs.command as c; c.dispatch = lambda args: __import__('catches') and 0; c.main()"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)} | ({"RANK": rank} if rank else {})
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 130 and "swallowed" not in done.stdout
+    assert done.stderr.split("\n") == ["", *["maelstream: stopped by Ctrl-C"] * lines, *[""] * lines]
+
+
+def test_ctrl_c_during_work_lets_the_command_clean_up() -> None:
+    code = """
+import os, signal, maelstream.jobs.command as command
+def work(args):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    finally:
+        print("cleaned up")
+command.dispatch = work
+command.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "cleaned up\n")
+    assert done.stderr == "\nmaelstream: stopped by Ctrl-C\n"
+
+
+def test_a_command_in_the_background_keeps_ignoring_ctrl_c() -> None:
+    code = "import os, signal, maelstream.jobs.command as c; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    code += "c.dispatch = lambda args: os.kill(os.getpid(), signal.SIGINT) or 7; c.main()"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 7
