@@ -1,12 +1,14 @@
 """`maelstream index DST`: adopts existing tar shards; it writes an index and side files into their folder."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from maelstream.jobs.arguments import parse_arguments
 from maelstream.jobs.packing.options import Labels, Workers, dataset_name
+from maelstream.shards.errors import DatasetError
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Index:
 def main(args: list[str]) -> int:
     """`maelstream index`; returns 0 when the dataset is complete and 130 after Ctrl-C."""
     command = parse_arguments(Index, args, "index")
+    if "://" not in command.dst and not Path(command.dst).is_dir():
+        raise DatasetError(f"{command.dst}: no such folder; DST holds the .tar shards of one split")
     from maelstream.jobs.packing.build import run_build  # these take longer to import than the help to print
     from maelstream.shards.pack import index
     from maelstream.shards.plan import PackOptions

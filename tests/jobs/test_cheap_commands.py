@@ -1,6 +1,7 @@
 """Commands that only read files start fast: they import neither torch nor DeepSpeed nor DALI."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,6 +29,25 @@ except SystemExit as end:
 used = resource.getrusage(resource.RUSAGE_SELF)
 modules = sorted({name.partition(".")[0] for name in sys.modules})
 print(json.dumps([code, used.ru_utime + used.ru_stime, modules]))
+"""
+
+
+# Runs each command twice in one process, and prints the commands after which a slow package was imported.
+ALL = """
+import contextlib, io, sys
+from benchmarks.startup import MISTAKES
+from maelstream.jobs.command import COMMANDS, dispatch
+for command in COMMANDS:
+    for args, expected in (["--help"], 0), (MISTAKES[command], 2):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                code = dispatch([command, *args])
+            except SystemExit as end:
+                code = end.code
+        slow = {"torch", "deepspeed", "timm", "nvidia.dali"} & set(sys.modules)
+        if slow or code != expected:
+            print(command, *args, "code", code, *slow)
+            sys.exit(1)
 """
 
 
@@ -71,7 +91,7 @@ def folder(packed: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["bake"], 2, "no command 'bake'"),
         (["runs", "--help"], 0, "usage: maelstream runs"),
         (["runs"], 0, "7/100"),
-        (["runs", "nowhere"], 2, "holds no run"),
+        (["runs", "nowhere"], 2, "there is no folder nowhere"),
         (["runs", "--deep"], 2, "Unrecognized options: --deep"),
         (["watch", "--help"], 0, "usage: maelstream watch"),
         (["watch", "runs/one"], 0, "saved step 7"),
@@ -108,3 +128,10 @@ def test_a_command_that_only_reads_files_takes_less_than_half_a_second_of_cpu_ti
     args: list[str], folder: Path
 ) -> None:
     assert min(run_command(args, folder).cpu_s for _ in range(3)) < CPU_SECONDS
+
+
+def test_no_command_imports_a_slow_package_for_its_help_or_its_first_error(tmp_path: Path) -> None:
+    """benchmarks/startup.py measures the CPU time."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", ALL], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
