@@ -5,12 +5,18 @@ neither torch nor webdataset.
 """
 
 import hashlib
+import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import braceexpand
 
 from maelstream.shards.errors import MaelstreamError
+
+_MOST_SHARDS = 1_000_000  # their names are kept in memory
+_RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})[.}]")  # braceexpand makes a list of each
 
 
 @dataclass(frozen=True)
@@ -31,11 +37,25 @@ class Stream:
                 f"{self.urls}: samples {self.samples} and shuffle_buffer {self.shuffle_buffer} must be at least 1; "
                 "samples is how many its shards hold, which is the length of an epoch"
             )
+        if math.prod(abs(int(end) - int(first)) + 1 for first, end in _RANGE.findall(self.urls)) > _MOST_SHARDS or not (
+            0 < len(self.shards) <= _MOST_SHARDS
+        ):
+            raise MaelstreamError(f"{self.urls}: expands to no shard, or to more than {_MOST_SHARDS:,}")
 
     @cached_property
     def shards(self) -> list[str]:
-        """URLs with braces expanded."""
-        return list(braceexpand.braceexpand(self.urls))
+        """URLs with braces expanded.
+
+        Raises:
+            MaelstreamError: the braces are not balanced.
+        """
+        try:
+            return list(islice(braceexpand.braceexpand(self.urls), _MOST_SHARDS + 1))
+        except (ValueError, RecursionError) as error:
+            raise MaelstreamError(
+                f"{self.urls}: its braces cannot be expanded ({error}); write several shards as {{0000..0023}} or "
+                "{a,b}, and a brace in a name as \\{"
+            ) from None
 
     def __len__(self) -> int:
         return self.samples

@@ -7,18 +7,24 @@ masks are drawn from (seed, epoch, sample) as always. A resumed run begins with 
 position: samples of shards that had been started may come again in that epoch, or not at all.
 """
 
+import contextlib
+import io
+import os
 import random
 import re
+import select
+import subprocess
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import webdataset
-from webdataset.gopen import gopen
-from webdataset.tariterators import group_by_keys
+from webdataset.gopen import Pipe, gopen
+from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from maelstream.pipeline.augment_params import AugmentSampler
 from maelstream.pipeline.batch_plan import BatchSplit, MicroBatch, SampleId
@@ -26,13 +32,17 @@ from maelstream.pipeline.decode import EncodedBatch
 from maelstream.pipeline.order import SampleOrder
 from maelstream.pipeline.sample_source import BadSample, BadSamples
 from maelstream.pipeline.stream import Stream
-from maelstream.shards import retry
 from maelstream.shards.errors import StorageError
 from maelstream.shards.inspect import UnusableImageError, inspect
 from maelstream.shards.labels import cls_label, json_label, whole_number
 from maelstream.shards.layout import in_system_folder
+from maelstream.shards.retry import Attempts, connect_timeout_s, read_timeout_s
 from maelstream.shards.scan import image_extension, images_among
 
+_SAMPLE_BYTES = 2**29  # of all members of a sample, which are in memory together
+_EXTENSION_BYTES = 2**20  # of a long name or other extension of a header, which tarfile reads as a whole
+_ZERO_BYTES = 2**26  # between the tars of a shard; a tar has 10 KiB at its end, or is padded to its disk's blocks
+_SLOW_BYTES_PER_S = 2**12  # a command or server that delivers less is as good as stuck
 _SHARD_BITS = 32  # a sample's number is its shard's number shifted by this, plus its own number in the shard
 _IN_FLIGHT = 8  # micro-batches beyond the prefetched ones that DALI may have pulled and not yet returned
 
@@ -155,23 +165,22 @@ def _read_shard(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Key, and members by extension, of each sample of a shard.
 
     After a failure, the shard is read again from its start, with growing pauses; samples already yielded are skipped.
+    Attempts are counted from the last new sample.
 
     Raises:
         StorageError: every attempt failed.
     """
-    yielded = 0
-    for pause_s in (*retry.PAUSES_S, None):
+    yielded, attempts = 0, None
+    while True:
         try:
             for number, sample in enumerate(_whole_samples(url)):
                 if number >= yielded:
-                    yielded += 1
+                    yielded, attempts = yielded + 1, None
                     yield sample["__key__"], {name: part for name, part in sample.items() if isinstance(part, bytes)}
             return
         except Exception as error:  # webdataset passes on any exception of its openers and of tarfile
-            if pause_s is None:
-                reason = " ".join(str(error.args[0] if error.args else error).split())
-                raise StorageError(f"{url} cannot be read ({reason}); tried {len(retry.PAUSES_S) + 1} times") from None
-            time.sleep(pause_s)
+            attempts = attempts or Attempts()
+            attempts.wait(StorageError(f"{url} cannot be read ({' '.join(str(error).split())})"))
 
 
 def _whole_samples(url: str) -> Iterator[dict[str, Any]]:
@@ -183,35 +192,137 @@ def _whole_samples(url: str) -> Iterator[dict[str, Any]]:
     Raises:
         OSError, or another exception of webdataset: the shard is truncated or cannot be read.
     """
-    file = _CheckedTar(gopen(url))
-    last = None  # may lack a member until the shard is known to be complete
-    for sample in group_by_keys(_members(url, file)):
-        if last is not None:
-            yield last
-        last = sample
-    file.finish()
+    with contextlib.closing(_open_shard(url)) as shard:
+        file = _CheckedTar(shard)
+        last = None  # may lack a member until the shard is known to be complete
+        for sample in group_by_keys(_members(url, file)):
+            if last is not None:
+                yield last
+            last = sample
+        file.finish()
     if last is not None:
         yield last
 
 
 def _members(url: str, file: "_CheckedTar") -> Iterator[dict[str, Any]]:
     with tarfile.open(fileobj=file, mode="r|*", ignore_zeros=True, tarinfo=_StrictHeader) as tar:  # type: ignore[call-overload]
+        key, key_bytes = "", 0
         while (info := tar.next()) is not None:
             tar.members.clear()  # tarfile would keep all members in memory
             is_meta = re.match(r"__[^/]*__($|/)", info.name)  # of webdataset
             if info.isreg() and not is_meta and not in_system_folder(info.name):
+                last_key, key = key, base_plus_ext(info.name)[0]
+                key_bytes = info.size + (key_bytes if key == last_key else 0)
+                if key_bytes > _SAMPLE_BYTES:
+                    raise tarfile.ReadError(f"the members of sample {key} have more than {_SAMPLE_BYTES // 2**20} MiB")
                 yield {"fname": info.name, "data": tar.extractfile(info).read(), "__url__": url}
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """A member's header. `ignore_zeros`, which reads joined tars, would also skip damaged headers."""
+    """A member's header. `ignore_zeros`, which reads joined tars, would also skip damaged headers, and zeros for ever.
+    tarfile reads a header's extension as a whole, and a member's size may be anything."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "_StrictHeader":
         try:
-            return super().fromtarfile(tar)
+            info = super().fromtarfile(tar)
         except tarfile.InvalidHeaderError:  # type: ignore[attr-defined]
             raise tarfile.ReadError(f"it is damaged at byte {tar.offset:,}") from None
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros
+            tar.zero_blocks = getattr(tar, "zero_blocks", 0) + 1  # type: ignore[attr-defined]
+            if tar.zero_blocks * tarfile.BLOCKSIZE > _ZERO_BYTES:  # type: ignore[attr-defined]
+                raise tarfile.ReadError(f"it has more than {_ZERO_BYTES // 2**20} MiB of zeros") from None
+            raise
+        return _sized(info, _SAMPLE_BYTES)
+
+    @classmethod
+    def frombuf(cls, buffer: bytes | bytearray, encoding: str, errors: str) -> "_StrictHeader":
+        info = super().frombuf(buffer, encoding, errors)
+        return _sized(info, _EXTENSION_BYTES) if info.type in _EXTENSIONS else info
+
+
+_EXTENSIONS = {
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+}
+
+
+def _sized(info: _StrictHeader, most: int) -> _StrictHeader:
+    if not 0 <= info.size <= most:
+        raise tarfile.ReadError(f"member {info.name!a} has {info.size:,} bytes; 0 to {most:,} are possible")
+    return info
+
+
+def _open_shard(url: str) -> "io.BufferedIOBase | _CommandOutput":
+    """A shard to read from start to end. OSError if it cannot be opened."""
+    if re.match(r"(https?|ftps?|sftp|scp)://", url):
+        command = ["curl", "-gNfsSL", "--connect-timeout", f"{connect_timeout_s():g}", url]
+        errors = tempfile.TemporaryFile()  # noqa: SIM115  closed by _CommandOutput.close
+        try:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
+        except FileNotFoundError:
+            raise OSError("curl is not installed") from None
+        return _CommandOutput(process, [0], errors)
+    file = gopen(url)
+    return _CommandOutput(file.proc, file.ignore_status, None, file) if isinstance(file, Pipe) else file
+
+
+class _CommandOutput:
+    """What a command writes to its stdout. It fails if the command writes too little while `read` waits."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], good_codes: list[int], errors: IO[bytes] | None, owner: Any = None
+    ):
+        """`errors` is the file of the command's stderr; `owner` closes the command when it is deleted."""
+        self._process, self._good_codes, self._errors, self._owner = process, good_codes, errors, owner
+        assert process.stdout is not None
+        self._output = process.stdout
+        self._limit_s, self._poll = read_timeout_s(), select.poll()
+        self._poll.register(self._output, select.POLLIN)
+        self._waited_s, self._bytes = 0.0, 0
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes, fewer at the end. OSError if the command fails or stands still."""
+        parts = []
+        while size > 0 and (part := self._part(size)):
+            parts.append(part)
+            size -= len(part)
+        if size > 0:
+            self._check_code()
+        return b"".join(parts)
+
+    def _part(self, size: int) -> bytes:
+        start = time.monotonic()
+        if not self._poll.poll(1000 * self._limit_s):
+            raise OSError(f"it sent nothing for {self._limit_s:g} s")
+        data = os.read(self._output.fileno(), size)
+        # Only the time in which this process waits counts: training may take its samples as slowly as it likes.
+        self._waited_s, self._bytes = self._waited_s + time.monotonic() - start, self._bytes + len(data)
+        if self._waited_s > self._limit_s:
+            if self._bytes < self._waited_s * _SLOW_BYTES_PER_S:
+                raise OSError(f"it sent only {self._bytes:,} bytes in {self._waited_s:.0f} s")
+            self._waited_s, self._bytes = 0.0, 0
+        return data
+
+    def _check_code(self) -> None:
+        try:
+            code = self._process.wait(self._limit_s)
+        except subprocess.TimeoutExpired:
+            raise OSError("its command closed its output but does not end") from None
+        if code not in self._good_codes:
+            reason = ""
+            if self._errors is not None:
+                self._errors.seek(0)
+                reason = self._errors.read(1000).decode(errors="replace").strip()
+            raise OSError(reason or f"its command ended with exit code {code}")
+
+    def close(self) -> None:
+        """Ends the command."""
+        self._process.kill()
+        self._process.wait()
+        self._output.close()
+        if self._errors is not None:
+            self._errors.close()
 
 
 class _CheckedTar:
@@ -229,7 +340,6 @@ class _CheckedTar:
         """Reads the rest. Raises OSError if the command failed, or if the tar lacks its end: blocks of zeros."""
         while self.read(2**16):
             pass
-        self._file.close()
         uncompressed = self._head[257:262] == b"ustar"  # decompression detects truncation itself
         if uncompressed and self._tail != bytes(512):
             raise OSError("it is truncated")

@@ -102,14 +102,9 @@ class ShardReader:
 
     def _open_remote(self, shard: int) -> Read:
         storage, name = self._dataset.storage, self._dataset.shard_names[shard]
-        file = read_with_retries(lambda: storage.open(name))
+        file = storage.open(name)
         self._check_size(shard, file.size())
-
-        def read(offset: int, size: int) -> np.ndarray:
-            with storage.dataset_errors(name):
-                return np.frombuffer(file.read_at(size, offset), np.uint8)
-
-        return lambda offset, size: read_with_retries(lambda: read(offset, size))
+        return lambda offset, size: np.frombuffer(file.read_at(size, offset), np.uint8)
 
     def _check_size(self, shard: int, size: int) -> None:
         packed = self._dataset.manifest["shards"][shard]["bytes"]

@@ -255,7 +255,8 @@ _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 
 def _is_sent(name: str) -> bool:
     """Whether an environment variable is set on the other hosts too."""
-    return name.startswith(("NCCL_", "AWS_")) or name in ("PYTHONPATH", "OMP_NUM_THREADS")
+    limits = ("MAELSTREAM_CONNECT_TIMEOUT_S", "MAELSTREAM_READ_TIMEOUT_S")
+    return name.startswith(("NCCL_", "AWS_")) or name in ("PYTHONPATH", "OMP_NUM_THREADS", *limits)
 
 
 def _print(text: str) -> None:
