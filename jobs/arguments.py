@@ -18,6 +18,7 @@ from maelstream.shards.errors import MaelstreamError
 T = TypeVar("T")
 
 _RULE = re.compile(r"[─╭╮╰╯]{2,}|-{10,}")  # tyro draws with hyphens if stdout is not UTF-8
+_PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps")  # what matplotlib writes
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -83,6 +84,13 @@ def check_output_file(option: str, file: Path) -> None:
     else:
         return
     raise MaelstreamError(f"{option} {file} cannot be written ({reason})")
+
+
+def check_picture_file(option: str, file: Path) -> None:
+    """As `check_output_file`, for a picture, whose format follows from the suffix of its name."""
+    check_output_file(option, file)
+    if file.suffix.lower() not in _PICTURES:
+        raise MaelstreamError(f"{option} {file} cannot be written (its name must end in {', '.join(_PICTURES)})")
 
 
 def _cli(schema: type[T], args: list[str], prog: str, default: T | None) -> T:

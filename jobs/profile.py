@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from maelstream.jobs.arguments import asks_for_help, check_output_file, parse_arguments
+from maelstream.jobs.arguments import asks_for_help, check_output_file, check_picture_file, parse_arguments
 from maelstream.jobs.command import run
 from maelstream.jobs.profiling.stage_table import stage_table, summary
 from maelstream.jobs.recipe import Recipe, RecipeError, load_recipe
@@ -71,7 +71,8 @@ def main(args: list[str]) -> int:
         raise RecipeError(f"--seconds {command.seconds} must be more than 0")
     if command.trace is not None and "step" not in names:
         raise RecipeError("--trace records whole steps; add step to --stages")
-    for option, file in (("--out", command.out), ("--json", command.json), ("--trace", command.trace)):
+    check_picture_file("--out", command.out)
+    for option, file in (("--json", command.json), ("--trace", command.trace)):
         if file is not None:
             check_output_file(option, file)
     # torch, DALI and DeepSpeed take seconds to import; options and recipe are checked before.

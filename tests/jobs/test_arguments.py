@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import pytest
 import tyro
 
-from maelstream.jobs.arguments import check_output_file, parse_arguments
+from maelstream.jobs.arguments import check_output_file, check_picture_file, parse_arguments
 from maelstream.jobs.recipe import ClassificationRecipe, Recipe
 from maelstream.shards.errors import MaelstreamError
 
@@ -172,3 +172,13 @@ def test_an_output_file_is_checked_before_the_work(tmp_path: Path) -> None:
     ):
         with pytest.raises(MaelstreamError, match=f"^--out {re.escape(str(file))} cannot be written .*{reason}"):
             check_output_file("--out", file)
+
+
+def test_the_format_of_a_picture_is_checked_before_the_work(tmp_path: Path) -> None:
+    for name in ("a.png", "a.SVG", "a.b.pdf"):
+        check_picture_file("--out", tmp_path / name)
+    for name in ("a.txt", "a", "png"):
+        with pytest.raises(MaelstreamError, match=r"its name must end in \.png, "):
+            check_picture_file("--out", tmp_path / name)
+    with pytest.raises(MaelstreamError, match="there is no folder"):
+        check_picture_file("--out", tmp_path / "no" / "a.png")
