@@ -127,7 +127,7 @@ def data(setting: Setting) -> list[Row]:
         except MaelstreamError as error:
             raise CannotRun(str(error)) from None
     dataset = Dataset.open(setting.dataset)
-    mean = [float(side.mean()) for side in (dataset.width, dataset.height)]
+    mean = [float(side[:].mean()) for side in (dataset.width, dataset.height)]
     found = f"{len(dataset):,} images of {what}, {mean[0]:.0f} x {mean[1]:.0f} px on average"
     return [Row("images", "", found, True, {"images": len(dataset), "width": mean[0], "height": mean[1]})]
 

@@ -24,6 +24,7 @@ from rich.table import Table
 from maelstream.shards.dataset import FORMAT_VERSION, MANIFEST_NAME, Dataset, with_checksum
 from maelstream.shards.index import INDEX_NAME, SCHEMA, write_one_batch
 from maelstream.shards.reader import ShardReader
+from maelstream.shards.storage import Storage
 
 _CHUNK = 1_000_000
 _SAMPLE_BYTES, _PER_SHARD = 110_000, 2_400  # as in ImageNet
@@ -79,15 +80,30 @@ def write_dataset(folder: Path, rows: int) -> None:
     shards: list[dict] = []
     for number in range(-(-rows // _PER_SHARD)):
         name = f"made-train-{number:06d}.tar"
-        shards.append({"name": name, "samples": _PER_SHARD, "bytes": shard_bytes, "sha256": f"{number:064x}"})
+        shards.append(
+            {
+                "name": name,
+                "samples": min(_PER_SHARD, rows - number * _PER_SHARD),
+                "bytes": shard_bytes,
+                "sha256": f"{number:064x}",
+            }
+        )
         with (folder / name).open("wb") as file:
             file.truncate(shard_bytes)
     manifest = {
         "format_version": FORMAT_VERSION,
+        "name": "made",
+        "split": "train",
         "samples": rows,
+        "quarantined": 0,
+        "formats": {"jpg": rows},
+        "adopted": False,
+        "options": {"resize": None},
+        "plan": "",
         "classes": [f"n{number:08d}" for number in range(1000)],
         "shards": shards,
-        "side_files": {f"{shard['name'][:-4]}.idx": shard["sha256"] for shard in shards},
+        "side_files": {INDEX_NAME: Storage.at(folder).sha256(INDEX_NAME)}
+        | {f"{shard['name'][:-4]}.idx": shard["sha256"] for shard in shards},
     }
     (folder / MANIFEST_NAME).write_text(json.dumps(with_checksum(manifest), indent=1))
 

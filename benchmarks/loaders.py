@@ -116,7 +116,9 @@ def window_decode(data: Data) -> Iterator[Iterator[object]]:
     dataset = data.dataset
     samples = np.arange(len(dataset))
     encoded = [view.copy() for view in ShardReader(dataset, check_crc=False).read(samples)]
-    params = AugmentSampler(0, CropConfig(), SIZE).at(np.zeros_like(samples), samples, dataset.width, dataset.height)
+    params = AugmentSampler(0, CropConfig(), SIZE).at(
+        np.zeros_like(samples), samples, dataset.width[:], dataset.height[:]
+    )
 
     def source(iteration: int) -> tuple:
         chosen = (iteration * BATCH + np.arange(BATCH)) % len(dataset)

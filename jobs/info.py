@@ -7,6 +7,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from maelstream.jobs.arguments import parse_arguments
@@ -27,9 +28,9 @@ class Info:
 
 def summary(dataset: Dataset) -> Table:
     """One row per fact."""
-    table = Table(title=f"{dataset.manifest['name']} / {dataset.manifest['split']}", show_header=False)
+    table = Table(title=escape(f"{dataset.manifest['name']} / {dataset.manifest['split']}"), show_header=False)
     for name, value in facts(dataset).items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table
 
 
@@ -47,7 +48,7 @@ def plot(dataset: Dataset, file: Path) -> None:
     from matplotlib.figure import Figure  # takes a second to import; Figure needs no display
 
     short, long = np.minimum(dataset.width, dataset.height), np.maximum(dataset.width, dataset.height)
-    ratio, kib = long / short, dataset.size / 2**10
+    ratio, kib = long / short, dataset.size[:] / 2**10
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2).ravel()
     panels = [
@@ -85,9 +86,9 @@ def main(args: list[str]) -> int:
     if dataset.manifest["quarantined"]:
         table = Table("files", "reason", "first file", title="not packed")
         for row in quarantined_files(dataset):
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)
     if command.plot is not None:
         plot(dataset, command.plot)
-        console.print(f"distributions: {command.plot}")
+        console.print(f"distributions: {command.plot}", markup=False)
     return 0

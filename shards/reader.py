@@ -17,6 +17,7 @@ from jaxtyping import Int64
 
 from maelstream.shards.dataset import Dataset
 from maelstream.shards.errors import DatasetError, StorageError
+from maelstream.shards.index import INDEX_NAME
 from maelstream.shards.retry import read_with_retries
 
 _GAP_BYTES = 2**18  # A store sends this much in the time of one more request: 20 ms at 10 MB/s and more.
@@ -37,6 +38,7 @@ class ShardReader:
         # A shard is opened on first use; when too many are open, the least recently used one is closed.
         open_shard = self._open_local if dataset.storage.local else self._open_remote
         self._shard: Callable[[int], Read] = lru_cache(_max_open_shards())(open_shard)
+        self._shard_bytes = np.array([shard["bytes"] for shard in dataset.manifest["shards"]], np.uint64)
         self._threads = None if dataset.storage.local else ThreadPoolExecutor(_REQUESTS, "requests")
 
     def read(self, samples: Int64[np.ndarray, "b"]) -> list[np.ndarray]:
@@ -47,6 +49,12 @@ class ShardReader:
         """
         dataset = self._dataset
         shards, offsets, sizes = (column[samples] for column in (dataset.shard, dataset.offset, dataset.size))
+        beyond = np.flatnonzero(offsets + sizes > self._shard_bytes[shards])
+        if len(beyond):
+            raise DatasetError(
+                f"{dataset.folder}/{INDEX_NAME}: sample {samples[beyond[0]]} ends after the end of its shard: the "
+                "index is damaged; restore it or pack the dataset again"
+            )
         if self._threads is None:
             spans = zip(shards.tolist(), offsets.tolist(), sizes.tolist(), strict=True)
             found = [self._shard(shard)(offset, size) for shard, offset, size in spans]

@@ -132,7 +132,7 @@ def neighbour_scores(
     similarities, samples = (tensor.cpu() for tensor in neighbours.nearest())
     labels = torch.from_numpy(train.label[samples.numpy()]).long()
     class_votes = votes(similarities, labels, len(train.classes), temperature)  # (V, classes)
-    correct = hits(class_votes, torch.from_numpy(val.label.astype(np.int64))) & decoded[:, None].bool()
+    correct = hits(class_votes, torch.from_numpy(val.label[:].astype(np.int64))) & decoded[:, None].bool()
     top1, top5 = (100 * count / len(val) for count in correct.sum(0).tolist())
     return Scores(top1, top5, len(val), undecodable), left_out
 

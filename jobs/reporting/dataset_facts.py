@@ -54,13 +54,18 @@ def short_sides(dataset: Dataset) -> dict[str, int]:
 
 def quarantined_files(dataset: Dataset) -> list[tuple[str, str, str]]:
     """Files that were not packed: one row per reason, with the number of files, the reason and the first file."""
-    lines = dataset.storage.read(QUARANTINE_NAME).decode().splitlines()
+    lines = dataset.storage.read(QUARANTINE_NAME).decode(errors="replace").splitlines()
     rows = []
     firsts: dict[str, str] = {}
     counts: Counter[str] = Counter()
-    for line in map(json.loads, lines):
-        firsts.setdefault(line["reason"], line["source"])
-        counts[line["reason"]] += 1
+    for line in lines:
+        try:
+            found = json.loads(line)
+            source, reason = str(found["source"]), str(found["reason"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            source, reason = "", f"unreadable: a damaged line of {QUARANTINE_NAME}"
+        firsts.setdefault(reason, source)
+        counts[reason] += 1
     for reason, count in counts.most_common(_REASONS):
         rows.append((f"{count:,}", reason, firsts[reason]))
     if len(counts) > _REASONS:

@@ -238,8 +238,9 @@ def test_images_of_an_old_dataset_are_checked_before_dali_reads_them(
 def with_checksum_of_sample_7(dataset: Dataset) -> Dataset:
     """`dataset`, with the checksum of the bytes that are now in sample 7's place."""
     (sample,) = ShardReader(dataset, check_crc=False).read(np.array([7]))
-    dataset.crc32c = dataset.crc32c.copy()
-    dataset.crc32c[7] = google_crc32c.value(sample)
+    checksums = dataset.crc32c[:].copy()
+    checksums[7] = google_crc32c.value(sample)
+    dataset.crc32c = checksums
     return dataset
 
 

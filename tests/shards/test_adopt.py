@@ -36,7 +36,7 @@ def test_shards_are_indexed_in_place_and_not_rewritten(shards: Path, capsys: pyt
     dataset = Dataset.open(shards)
     assert samples_of(dataset) == {IMAGES[n]: str(n % 4) for n in range(8)}
     assert dataset.keys(np.arange(8)) == [f"{n:04d}" for n in range(8)]  # the order of the tars
-    assert (dataset.width.tolist(), set(dataset.height.tolist())) == ([40 + n for n in range(8)], {30})
+    assert (dataset.width[:].tolist(), set(dataset.height[:].tolist())) == ([40 + n for n in range(8)], {30})
     assert run("verify", [str(shards), "--deep"]) == run("info", [str(shards)]) == 0
     assert run("index", [str(shards), "--workers", "2"]) == 0
     assert "(0 built now)" in capsys.readouterr().out

@@ -81,7 +81,7 @@ def build(source: Source, destination: Path) -> tuple[Dataset, list[str]]:
 
 def by_ours(dataset: Dataset) -> list[Sample]:
     images = ShardReader(dataset, check_crc=True).read(np.arange(len(dataset)))
-    labels = [dataset.classes[label] if label >= 0 else "" for label in dataset.label]
+    labels = [dataset.classes[label] if label >= 0 else "" for label in dataset.label[:]]
     return [(image.tobytes(), label) for image, label in zip(images, labels, strict=True)]
 
 

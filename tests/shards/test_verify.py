@@ -70,8 +70,8 @@ def test_every_truncation_at_a_block_is_found(copy: Path) -> None:
 
 def test_a_flipped_byte_is_named_by_shard_and_sample(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = Dataset.open(copy)
-    shard, key = dataset.shard_names[1], dataset.keys(np.flatnonzero(dataset.shard == 1))[2]
-    position = int(dataset.offset[dataset.shard == 1][2]) + 30
+    shard, key = dataset.shard_names[1], dataset.keys(np.flatnonzero(dataset.shard[:] == 1))[2]
+    position = int(dataset.offset[dataset.shard[:] == 1][2]) + 30
     data = bytearray((copy / shard).read_bytes())
     data[position] ^= 4
     (copy / shard).write_bytes(data)

@@ -106,9 +106,8 @@ def test_measuring_comes_at_the_end_of_epochs_and_of_the_run(
 
 def test_an_empty_validation_set_is_rejected(packed: Dataset) -> None:
     """`pack` writes none; a manifest that is made by hand may be of one."""
-    empty = Dataset(
-        packed.storage, packed.manifest, packed.fingerprint, lambda names: packed._open_index(names).slice(0, 0)
-    )
+    no_rows = {"shard": replace(packed.shard, length=0)}
+    empty = Dataset(packed.storage, packed.manifest, packed.fingerprint, no_rows, {})
     assert len(empty) == 0
     with pytest.raises(MaelstreamError, match="holds no images; pack some"):
         check_datasets(packed, empty)
