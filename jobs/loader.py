@@ -2,7 +2,10 @@
 
 import json
 import os
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from maelstream.jobs.arguments import parse_arguments
+from maelstream.jobs.arguments import check_picture_file, parse_arguments
 from maelstream.jobs.recipe import Recipe, RecipeError, StreamConfig, load_recipe
 from maelstream.pipeline.config import DecodeConfig, LoaderConfig
 from maelstream.shards.dataset import Dataset
@@ -22,6 +25,8 @@ if TYPE_CHECKING:  # torch and DALI take seconds to import, and the options are 
     import torch
 
     from maelstream.jobs.profiling.data_stages import DataPath
+
+_TURNS = 3  # of each stage
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Loader:
     seconds: float = 10.0
     """Seconds to measure."""
     save_grid: Path | None = None
-    """Write the first images, as the model will see them, to this PNG file."""
+    """Write the first images, as the model will see them, to this file: .png, .jpg or .webp."""
     json: bool = False
     """Print the figures as JSON instead of a table."""
 
@@ -85,26 +90,50 @@ def image_grid(images: "torch.Tensor", columns: int) -> np.ndarray:
 
 
 def measure_stages(data_path: "DataPath", seconds: float) -> dict[str, Any]:
-    """Images/s of each stage alone, on the same batches, and of the whole loader; takes about `seconds`."""
+    """Images/s of each stage alone, on the same batches, and of the whole loader.
+
+    The stages are measured in turns, so that other processes on the machine slow all of them down alike; a figure is
+    the median of its turns. Takes about `seconds`, and the warm-up of each turn.
+    """
     from maelstream.jobs.profiling.data_stages import measure_rate
     from maelstream.pipeline.decode import decode_device
 
-    share = seconds / 4
-    figures: dict[str, Any] = {}
-    if data_path.batch_plan is not None:
-        figures["draws"] = data_path.plan_rate(data_path.batch_plan, share)
-    figures["read"] = data_path.read_rate(share)
-    figures["decode and resize"] = data_path.decoder_rate(share)
-    with data_path.loader() as loader:
-        batches = iter(loader)
-        figures["whole"] = measure_rate(lambda _: next(batches), data_path.batch_split.largest, share)
+    def whole_rate(seconds: float) -> float:
+        with data_path.loader() as loader:
+            batches = iter(loader)
+            return measure_rate(lambda _: next(batches), data_path.batch_split.largest, seconds)
+
+    stages: dict[str, Callable[[float], float]] = {}
+    if (plan := data_path.batch_plan) is not None:
+        stages["draws"] = partial(data_path.plan_rate, plan)
+    stages |= {"read": data_path.read_rate, "decode and resize": data_path.decoder_rate, "whole": whole_rate}
+    turns: dict[str, list[float]] = {name: [] for name in stages}
+    for _ in range(_TURNS):
+        for name, rate in stages.items():
+            turns[name].append(rate(seconds / _TURNS / len(stages)))
+    figures = {name: statistics.median(rates) for name, rates in turns.items()}
     return {
         "images_per_s": figures,
         "mb_per_s": figures["whole"] * data_path.bytes_per_image / 1e6,
         "threads": data_path.loader_config.threads,
         "device": str(decode_device(data_path.loader_config.decode)),
+        "spread": max((max(rates) - min(rates)) / statistics.median(rates) for rates in turns.values()),
         "limit": min(figures.keys() - {"whole"}, key=lambda name: figures[name]),
     }
+
+
+def limit_text(figures: dict[str, Any]) -> str:
+    """What limits the loader, by the figures of `measure_stages`.
+
+    The stages overlap, so the whole is at most as fast as the slowest of them; if it was faster, that is noise.
+    """
+    rates, limit = figures["images_per_s"], figures["limit"]
+    if rates["whole"] <= rates[limit]:
+        return f"the limit: {limit}"
+    return (
+        f"the limit: {limit}, although the whole was measured {rates['whole'] / rates[limit] - 1:.0%} faster: rates "
+        f"differed by up to {figures['spread']:.0%} between turns, because other processes run; give more --seconds"
+    )
 
 
 def main(args: list[str]) -> int:
@@ -112,6 +141,12 @@ def main(args: list[str]) -> int:
     command = parse_arguments(Loader, args, "loader")
     if command.batch_size < 1 or command.threads < 1 or command.prefetch < 1 or command.seconds <= 0:
         raise RecipeError("--batch-size, --threads and --prefetch are at least 1, --seconds is more than 0")
+    if command.save_grid is not None:
+        try:
+            command.save_grid.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MaelstreamError(f"--save-grid {command.save_grid} cannot be written ({error.strerror})") from None
+        check_picture_file("--save-grid", command.save_grid)
     data_path = data_path_of(command)
     if command.save_grid is not None:
         from maelstream.pipeline.batch_plan import BatchSplit
@@ -132,7 +167,7 @@ def main(args: list[str]) -> int:
         table.add_row(name, f"{value:,.0f}", style="bold" if name == "whole" else "")
     console = Console()
     console.print(table)
-    console.print(f"{figures['mb_per_s']:,.1f} MB/s; the limit: {figures['limit']}")
+    console.print(f"{figures['mb_per_s']:,.1f} MB/s; {limit_text(figures)}")
     if command.save_grid is not None:
         console.print(f"first images: {command.save_grid}")
     return 0
