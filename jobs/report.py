@@ -32,6 +32,14 @@ class Report:
     """Read every byte of the checkpoints instead of comparing their sizes."""
 
 
+def is_run(path: Path) -> bool:
+    """Whether the folder holds a run; prints a line if not: SWEEP/* also names what is no run."""
+    if RunFolder(path).config.exists():
+        return True
+    print(f"maelstream report: {path} is not a run (it has no config.yaml); it is left out", file=sys.stderr)
+    return False
+
+
 def read_metrics(folder: RunFolder) -> Metrics:
     """The log steps of a run; MaelstreamError for a folder that is not a run, or that has logged no step."""
     notes = faults(folder)  # raises if this user may not read the run
@@ -48,8 +56,11 @@ def main(args: list[str]) -> int:
     command = parse_arguments(Report, args, "report")
     if not command.runs:
         raise MaelstreamError("RUN is missing; give the folder of one or more runs")
-    runs = [(folder := RunFolder(path), read_metrics(folder)) for path in command.runs]
-    first = command.runs[0]
+    paths = [path for path in command.runs if len(command.runs) == 1 or is_run(path)]
+    if not paths:
+        raise MaelstreamError(f"none of the {len(command.runs)} folders is a run; give the folder of one or more runs")
+    runs = [(folder := RunFolder(path), read_metrics(folder)) for path in paths]
+    first = paths[0]
     out = first / "report.html" if len(runs) == 1 else first.absolute().parent / "compare.html"
     if not can_write(out.parent):  # another user's run
         name = f"report-{first.absolute().name}.html" if len(runs) == 1 else out.name

@@ -147,6 +147,24 @@ def test_several_runs_are_compared(reported: RunFolder, tiny: str, tmp_path: Pat
     assert '<td class="number best">50.00 %' in out.read_text() and '<td class="number best">41' not in out.read_text()
 
 
+def test_what_is_no_run_among_several_folders_is_left_out_with_a_line(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SWEEP/* names the sweep's recipes and its table, too."""
+    runs = [make_run(tmp_path / name, tiny).path for name in ("a", "z")]
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "table.md").write_text("")
+    assert run("report", list(map(str, sorted(tmp_path.iterdir())))) == 0
+    printed = capsys.readouterr().err.splitlines()
+    assert [line.split(" is not a run")[0].rpartition("/")[2] for line in printed] == ["recipes", "table.md"]
+    names = [one["name"] for one in json.loads(Page(tmp_path / "compare.html").data)["runs"]]
+    assert names == [str(path) for path in runs]
+    assert run("report", [str(tmp_path / "recipes"), str(tmp_path / "table.md")]) == 2
+    assert "none of the 2 folders is a run" in capsys.readouterr().err
+    assert run("report", [str(runs[0]), str(tmp_path / "table.md")]) == 0  # one run is left: its own page
+    assert (runs[0] / "report.html").exists()
+
+
 def evaluation(folder: Path, top1: float) -> Evaluation:
     known: dict[str, Any] = {
         "job": "linprobe",
