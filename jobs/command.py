@@ -1,12 +1,14 @@
 """`maelstream COMMAND ...`: runs the command's module; an error of the user becomes one line and exit code 2."""
 
+import maelstream.jobs.distributed.ctrl_c
+import maelstream.jobs.distributed.parent_death  # noqa: F401  both must come before slow imports
+
+# isort: split
 import importlib
 import os
-import signal
 import sys
-from types import FrameType
 
-import maelstream.jobs.distributed.parent_death  # noqa: F401  must come before slow imports
+from maelstream.jobs.distributed.ctrl_c import handle_ctrl_c, report_ctrl_c
 from maelstream.shards.errors import MaelstreamError
 
 # One line per command for `maelstream --help`. A command's module is imported only when it runs, because torch, DALI
@@ -57,32 +59,12 @@ def run(command: str, args: list[str]) -> int:
 
 def main() -> None:
     """Entry point of the script `maelstream`."""
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # a job in the background ignores Ctrl-C
-        signal.signal(signal.SIGINT, _on_ctrl_c)
+    handle_ctrl_c()
     try:
         sys.exit(dispatch(sys.argv[1:]))
     except KeyboardInterrupt:
-        _report_ctrl_c()
+        report_ctrl_c()
         sys.exit(130)
-
-
-def _on_ctrl_c(number: int, frame: FrameType | None) -> None:
-    """Ends the process at once during an import, where there is nothing to clean up; otherwise the command cleans up.
-
-    Packages catch the KeyboardInterrupt of an import of theirs: numpy then imports itself until the stack is full.
-    """
-    while frame is not None:
-        if frame.f_globals.get("__name__") == "importlib._bootstrap":
-            _report_ctrl_c()
-            os._exit(130)
-        frame = frame.f_back
-    raise KeyboardInterrupt
-
-
-def _report_ctrl_c() -> None:
-    """Prints one line on stderr, by rank 0 alone."""
-    if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"\nmaelstream: stopped by Ctrl-C\n")
 
 
 def dispatch(args: list[str]) -> int:

@@ -5,12 +5,7 @@ the runner that the user started and leaves the ranks running (measured with 0.1
 runner. A process without a launcher is not affected: `nohup maelstream pretrain` survives its shell.
 """
 
-import ctypes
 import os
-import signal
-import threading
-import time
-from pathlib import Path
 
 ORPHANED = 71  # exit code
 _PR_SET_PDEATHSIG = 1
@@ -18,6 +13,8 @@ _PR_SET_PDEATHSIG = 1
 
 def _parent_of(process: int) -> int:
     """Process id of the parent; 0 if the process has ended."""
+    from pathlib import Path
+
     try:
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
@@ -25,6 +22,12 @@ def _parent_of(process: int) -> int:
 
 
 def _end_with_launcher() -> None:
+    import ctypes  # these imports take 10 ms, and a command without a launcher needs none of them
+    import signal
+    import threading
+    import time
+    from pathlib import Path
+
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # `maelstream launch` passes its process id; it may have ended before the call above.
