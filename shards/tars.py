@@ -11,6 +11,14 @@ from maelstream.shards.errors import DatasetError
 from maelstream.shards.layout import in_system_folder
 
 _CHUNK_BYTES = 2**16
+_EXTENDED_BYTES = 2**20  # long names and PAX fields; names have at most a few thousand bytes
+_EXTENDED = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 
 
 class Member(NamedTuple):
@@ -51,9 +59,11 @@ def _members_of_one(file: BinaryIO, shown: str, position: int, end: int) -> Gene
     """Yields the members up to an end mark or damage, and returns where that is."""
     try:
         file.seek(position)
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_BoundedHeader) as tar:
             while (info := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all members in memory
+                if info.size < 0:  # from an extended header; the next header would be one that was read before
+                    raise DatasetError(f"{shown}: member {info.name!a} has a negative size; download the tar again")
                 if info.isdir() or in_system_folder(info.name):
                     continue
                 _check(info, shown)
@@ -61,8 +71,25 @@ def _members_of_one(file: BinaryIO, shown: str, position: int, end: int) -> Gene
                     raise DatasetError(f"{shown} is truncated inside {info.name}; download it again")
                 yield Member(info.name, info.offset_data, info.size)
             return tar.offset
+    except RecursionError:  # tarfile reads the header after an extended one by a nested call
+        raise DatasetError(
+            f"{shown} is damaged: hundreds of extended headers follow each other; download it again"
+        ) from None
     except (tarfile.TarError, ValueError, IndexError) as error:  # the last two: numbers in a damaged extended header
         raise DatasetError(f"{shown} is damaged or not a tar ({error}); download it again") from None
+
+
+class _BoundedHeader(tarfile.TarInfo):
+    """A member's header. tarfile reads an extended header as a whole, and a negative size leads it backwards."""
+
+    @classmethod
+    def frombuf(cls, buffer: bytes | bytearray, encoding: str, errors: str) -> "_BoundedHeader":
+        info = super().frombuf(buffer, encoding, errors)
+        if info.size < 0:
+            raise tarfile.ReadError(f"member {info.name!a} has a negative size")
+        if info.type in _EXTENDED and info.size > _EXTENDED_BYTES:
+            raise tarfile.ReadError(f"an extended header of {info.size:,} bytes")
+        return info
 
 
 def _check(info: tarfile.TarInfo, shown: str) -> None:
@@ -73,8 +100,6 @@ def _check(info: tarfile.TarInfo, shown: str) -> None:
         raise DatasetError(f"{shown}: member {name} leads out of the folder; repack the tar without it")
     if info.issparse():  # its data lack the holes, so no other reader of a shard gets its bytes
         raise DatasetError(f"{shown}: member {name} is a sparse file; unpack the tar and repack it without --sparse")
-    if info.size < 0:
-        raise DatasetError(f"{shown}: member {name} has a negative size; download the tar again")
 
 
 def _end_of_zeros(file: BinaryIO, position: int, end: int) -> int:

@@ -48,14 +48,14 @@ def test_joined_tars_are_an_error_where_only_one_is_read() -> None:
 # --- sparse files, as GNU tar --sparse writes them: a file of 4,096 bytes with data at 1,024
 
 
-def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+def any_header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     info = tarfile.TarInfo(name)
     info.size, info.type = size, kind
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
 def old_gnu() -> bytes:
-    block = bytearray(header("0.bmp", 512, tarfile.GNUTYPE_SPARSE))
+    block = bytearray(any_header("0.bmp", 512, tarfile.GNUTYPE_SPARSE))
     block[386:410] = b"00000002000\0" + b"00000001000\0"  # the first of four pairs of offset and size
     block[483:495] = b"00000010000\0"  # the real size
     block[148:156] = b" " * 8
@@ -70,7 +70,7 @@ def pax(records: dict[str, str], name: str, data: bytes) -> bytes:
         size = len(line) + len(str(len(line) + 2))
         lines += str(size).encode() + line
     padded = lines.ljust(-(-len(lines) // 512) * 512, b"\0")
-    return header("PaxHeaders/0", len(lines), tarfile.XHDTYPE) + padded + header(name, len(data)) + data
+    return any_header("PaxHeaders/0", len(lines), tarfile.XHDTYPE) + padded + any_header(name, len(data)) + data
 
 
 SIZES = {"GNU.sparse.size": "4096", "GNU.sparse.numblocks": "1"}
@@ -103,3 +103,52 @@ def test_a_damaged_sparse_map_is_one_clear_error() -> None:
 def test_files_of_operating_systems_are_skipped(tmp_path: Path) -> None:
     skipped = ["__MACOSX/._a.jpg", "cat/._a.jpg", ".DS_Store", "./.cache/x.jpg", "cat/Thumbs.db", "@eaDir/x.jpg"]
     assert names(tar_bytes([(name, b"x") for name in [*skipped, "./cat/a.jpg"]])) == ["./cat/a.jpg"]
+
+
+def signed_header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A member's header with any size, also a negative one, which only GNU's form of numbers can hold."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    block[124:136] = (size % 2**88 | (0xFF if size < 0 else 0x80) << 88).to_bytes(12)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pax(size: int) -> bytes:
+    """An extended header that gives the next member this size."""
+    length = f"size={size}\n"
+    record = f"{len(length) + 3} {length}".encode()
+    assert len(record) == len(length) + 3
+    return signed_header("pax", len(record), tarfile.XHDTYPE) + record.ljust(512, b"\0")
+
+
+LONG_NAME = signed_header("././@LongLink", 5, tarfile.GNUTYPE_LONGNAME) + b"abcd".ljust(512, b"\0")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a", ".DS_Store", "__MACOSX/a", "folder/"])
+@pytest.mark.parametrize("size", [-1, -512, -1024, -(2**40)])
+def test_a_negative_size_is_an_error_and_no_endless_loop(name: str, size: int) -> None:
+    kind = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+    with pytest.raises(DatasetError, match=r"^x\.tar.* has a negative size"):
+        read(signed_header("first.jpg", 0) + signed_header(name, size, kind) + bytes(1024))
+
+
+@pytest.mark.parametrize("size", [-512, -1024])
+@pytest.mark.parametrize("name", ["a", ".DS_Store"])
+def test_a_negative_size_in_an_extended_header_is_an_error(name: str, size: int) -> None:
+    with pytest.raises(DatasetError, match=r"^x\.tar.* has a negative size"):
+        read(pax(size) + signed_header(name, 0) + bytes(1024))
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_huge_extended_header_is_an_error_before_it_is_read(kind: bytes) -> None:
+    with pytest.raises(DatasetError, match="an extended header of 1,099,511,627,776 bytes"):
+        read(signed_header("a", 2**40, kind) + bytes(2048))
+
+
+@pytest.mark.parametrize("repeated", [pax(0), LONG_NAME])
+def test_endless_extended_headers_are_an_error(repeated: bytes) -> None:
+    with pytest.raises(DatasetError, match="extended headers follow each other"):
+        read(repeated * 3000 + signed_header("a", 0) + bytes(1024))
