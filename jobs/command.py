@@ -9,6 +9,7 @@ import os
 import sys
 
 from maelstream.jobs.distributed.ctrl_c import handle_ctrl_c, report_ctrl_c
+from maelstream.jobs.output import flush_output, guard_output, stdout_failed
 from maelstream.shards.errors import MaelstreamError
 
 # One line per command for `maelstream --help`. A command's module is imported only when it runs, because torch, DALI
@@ -60,11 +61,20 @@ def run(command: str, args: list[str]) -> int:
 def main() -> None:
     """Entry point of the script `maelstream`."""
     handle_ctrl_c()
+    guard_output(sys.argv[1] if len(sys.argv) > 1 else "")
     try:
-        sys.exit(dispatch(sys.argv[1:]))
+        code = dispatch(sys.argv[1:])
+        flush_output()
     except KeyboardInterrupt:
         report_ctrl_c()
-        sys.exit(130)
+        code = 130
+    except OSError as error:
+        if not stdout_failed():
+            raise
+        if not isinstance(error, BrokenPipeError):
+            print(f"maelstream: stdout cannot be written ({error.strerror})", file=sys.stderr)
+        code = 2
+    sys.exit(code)
 
 
 def dispatch(args: list[str]) -> int:

@@ -17,7 +17,7 @@ MAY_IMPORT = {
 }
 JOBS = (
     # Modules that every part of jobs/ may import.
-    *("arguments", "yaml_files", "recipe_schema", "recipe", "hardware", "format"),
+    *("arguments", "yaml_files", "recipe_schema", "recipe", "hardware", "format", "output"),
     *("distributed", "checkpointing", "run_folder", "training", "weights", "evaluation", "reporting", "profiling"),
     *("packing", "sweeps", "command"),  # command.py dispatches; only commands import it
 )

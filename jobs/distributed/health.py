@@ -7,12 +7,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from maelstream.jobs.distributed.errors import AgreedError
 
 SILENT = 70  # exit code of a rank whose watchdog reports a rank without progress
 _HISTORY = 50  # losses
+_BEATS_BYTES = 40
 
 
 class DivergedError(AgreedError):
@@ -113,17 +115,23 @@ class Watchdog:
                 return
 
     def _write(self, ticks: int) -> None:
-        (self._folder / f"{self._rank:05d}").write_text(f"{self._beats} {ticks}")
+        # In place and of one length: a full disk takes it, and no other rank reads an empty file.
+        with suppress(OSError):  # this thread must not end; the run says what cannot be written
+            file = os.open(self._folder / f"{self._rank:05d}", os.O_WRONLY | os.O_CREAT, 0o666)
+            try:
+                os.pwrite(file, f"{self._beats} {ticks}".ljust(_BEATS_BYTES).encode(), 0)
+            finally:
+                os.close(file)
 
     def _read(self) -> dict[int, tuple[str, str]]:
-        """Heartbeats and ticks of the watchdog thread by rank, as text; a file that is being written is read again."""
+        """Heartbeats and ticks of the watchdog thread by rank, as text."""
         found: dict[int, tuple[str, str]] = {}
         for rank in range(self._world_size):
-            path = self._folder / f"{rank:05d}"
-            # A rank that has not started has no file yet.
-            while len(parts := path.read_text().split() if path.exists() else ["0", "0"]) != 2:
-                time.sleep(0.01)
-            found[rank] = (parts[0], parts[1])
+            parts: list[str] = []
+            with suppress(OSError, ValueError):
+                parts = (self._folder / f"{rank:05d}").read_text().split()
+            # A rank that has not started has no file yet; on a full disk the file is empty.
+            found[rank] = (parts[0], parts[1]) if len(parts) == 2 and all(map(str.isdecimal, parts)) else ("0", "0")
         return found
 
 

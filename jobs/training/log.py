@@ -2,9 +2,12 @@
 
 import json
 import resource
+import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from signal import Signals
 from typing import Any, Protocol
 
@@ -21,7 +24,7 @@ from maelstream.jobs.run_folder.status import Status, read_status
 from maelstream.jobs.training.schedule import Schedule
 from maelstream.jobs.training.trackers import Tracker
 from maelstream.model.flops import training_flops
-from maelstream.shards.errors import MaelstreamError
+from maelstream.shards.errors import DatasetError
 
 
 class Clock:
@@ -66,23 +69,12 @@ def run_log(name: str, folder: RunFolder, start: int, total: int, trackers: list
     bar = Progress(*columns, console=console, disable=not console.is_terminal)
     task = bar.add_task(name, total=total, completed=start)
     began = time.monotonic()
-    with (
-        folder.metrics.open("a") as metrics,
-        SummaryWriter(str(folder.tensorboard), purge_step=start + 1) as curves,
-        bar,
-    ):
+    metrics = Metrics(folder.metrics)
+    with _curves(folder.tensorboard, start) as add_to_curves, bar:
 
         def log(step: int, values: dict[str, Any]) -> None:
-            try:
-                metrics.write(json.dumps({"step": step, **values}) + "\n")
-                metrics.flush()
-            except OSError as error:
-                raise MaelstreamError(
-                    f"{folder.metrics} cannot be written ({error.strerror}); free some space, then start the run again"
-                ) from None
-            for name, value in values.items():
-                if value is not None and name != "epoch":
-                    curves.add_scalar(name, float(value), step)
+            metrics.add(json.dumps({"step": step, **values}) + "\n")
+            add_to_curves(step, values)
             for tracker in trackers:
                 tracker(step, values)
             text = described(values)
@@ -92,6 +84,74 @@ def run_log(name: str, folder: RunFolder, start: int, total: int, trackers: list
                 print(f"step {step}/{total}  {text}  ETA {left_s / 60:.1f} min", flush=True)
 
         yield log
+
+
+class Metrics:
+    """Appends lines to `metrics.jsonl`; lines that a full disk does not take are kept and written later."""
+
+    def __init__(self, path: Path):
+        self._path, self._unwritten = path, b""
+
+    def add(self, line: str) -> None:
+        """Adds a line, which ends with a line feed. A failure is reported and does not end the run."""
+        lines = self._unwritten + line.encode()
+        try:
+            with self._path.open("ab", buffering=0) as file:
+                while lines:
+                    lines = lines[file.write(lines) :]
+        except OSError as error:
+            if not self._unwritten:
+                _report(self._path, error)
+        self._unwritten = lines
+
+
+@contextmanager
+def _curves(folder: Path, start: int) -> Iterator[Log]:
+    """Yields a function that adds a step's values to TensorBoard. A failure is reported once; training continues."""
+    writer: SummaryWriter | None = None
+    reported = False
+
+    def fail(error: OSError) -> None:
+        nonlocal writer, reported
+        if not reported:
+            _report(folder, error)
+        writer, reported = None, True
+
+    def in_thread(failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread, whose traceback would follow."""
+        if isinstance(failure.exc_value, OSError):
+            fail(failure.exc_value)
+        else:
+            threading.__excepthook__(failure)
+
+    def add(step: int, values: dict[str, Any]) -> None:
+        try:
+            for name, value in values.items():
+                if writer is not None and value is not None and name != "epoch":
+                    writer.add_scalar(name, float(value), step)
+        except OSError as error:
+            fail(error)
+
+    before, threading.excepthook = threading.excepthook, in_thread
+    try:
+        try:
+            writer = SummaryWriter(str(folder), purge_step=start + 1)
+        except OSError as error:
+            fail(error)
+        yield add
+    finally:
+        try:
+            if writer is not None:
+                writer.close()
+        except OSError as error:
+            fail(error)
+        threading.excepthook = before
+
+
+def _report(path: Path, error: OSError) -> None:
+    """Says that a by-product of the run is not written."""
+    why = error.strerror or error
+    print(f"maelstream: {path} cannot be written ({why}); training continues without it", file=sys.stderr, flush=True)
 
 
 def described(values: dict[str, Any]) -> str:
@@ -138,6 +198,7 @@ class Reporter:
     def __init__(self, recipe: AnyRecipe, folder: RunFolder, schedule: Schedule, ranks: Ranks, step: int, log: Log):
         self._recipe, self._folder, self._schedule, self._ranks, self._log = recipe, folder, schedule, ranks, log
         self._step = self._logged = step
+        self._status_failed = False
         self.clock = Clock()
 
     def __enter__(self) -> "Reporter":
@@ -148,9 +209,9 @@ class Reporter:
         """The first rank that meets an error records it; the ranks that lose it do not overwrite that."""
         status = read_status(self._folder.status)
         if error is not None and (status is None or status.state != "failed"):
-            Status("failed", self._step, self._schedule.total_steps, self._ranks.world_size, str(error)).write(
-                self._folder.status
-            )
+            failed = Status("failed", self._step, self._schedule.total_steps, self._ranks.world_size, str(error))
+            with suppress(DatasetError):  # a full disk; the error itself is reported
+                failed.write(self._folder.status)
 
     def step(
         self,
@@ -195,6 +256,10 @@ class Reporter:
 
     def _write_status(self, state: Any, why: str = "") -> None:
         if self._ranks.rank == 0:
-            Status(state, self._step, self._schedule.total_steps, self._ranks.world_size, why).write(
-                self._folder.status
-            )
+            status = Status(state, self._step, self._schedule.total_steps, self._ranks.world_size, why)
+            try:
+                status.write(self._folder.status)
+            except DatasetError as error:  # a full disk
+                if not self._status_failed:
+                    print(f"maelstream: {error}; training continues", file=sys.stderr, flush=True)
+                self._status_failed = True

@@ -1,5 +1,6 @@
 """Skipped steps, loss spikes and ranks without progress are detected, and healthy runs are not reported."""
 
+import errno
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,3 +59,24 @@ def test_no_rank_is_reported_while_one_makes_progress(watchdogs: Callable[..., l
             first.heartbeat()
             time.sleep(0.02)
     assert printed == []
+
+
+def test_a_full_disk_ends_no_watchdog_and_its_empty_file_is_read(
+    watchdogs: Callable[..., list[Watchdog]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed: list[str] = []
+    first, second = watchdogs(2, printed)
+    with first, second:
+        for file in (tmp_path / "ranks").iterdir():
+            file.write_bytes(b"")
+
+        def full(*arguments: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("maelstream.jobs.distributed.health.os.pwrite", full)
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            first.heartbeat(), second.heartbeat()
+            time.sleep(0.02)
+        assert first._thread.is_alive() and second._thread.is_alive() and printed == []
+        assert first._read() == {0: ("0", "0"), 1: ("0", "0")}
