@@ -86,6 +86,14 @@ def check_output_file(option: str, file: Path) -> None:
     raise MaelstreamError(f"{option} {file} cannot be written ({reason})")
 
 
+def make_folder(option: str, file: Path) -> None:
+    """Makes the folder of `file`, which `option` names; MaelstreamError if that is not possible."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MaelstreamError(f"{option} {file} cannot be written ({error.strerror})") from None
+
+
 def check_picture_file(option: str, file: Path) -> None:
     """As `check_output_file`, for a picture, whose format follows from the suffix of its name."""
     check_output_file(option, file)

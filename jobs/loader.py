@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from maelstream.jobs.arguments import check_picture_file, parse_arguments
+from maelstream.jobs.arguments import check_picture_file, make_folder, parse_arguments
 from maelstream.jobs.recipe import Recipe, RecipeError, StreamConfig, load_recipe
 from maelstream.pipeline.config import DecodeConfig, LoaderConfig
 from maelstream.shards.dataset import Dataset
@@ -142,10 +142,7 @@ def main(args: list[str]) -> int:
     if command.batch_size < 1 or command.threads < 1 or command.prefetch < 1 or command.seconds <= 0:
         raise RecipeError("--batch-size, --threads and --prefetch are at least 1, --seconds is more than 0")
     if command.save_grid is not None:
-        try:
-            command.save_grid.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MaelstreamError(f"--save-grid {command.save_grid} cannot be written ({error.strerror})") from None
+        make_folder("--save-grid", command.save_grid)
         check_picture_file("--save-grid", command.save_grid)
     data_path = data_path_of(command)
     if command.save_grid is not None:

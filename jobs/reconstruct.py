@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from maelstream.jobs.arguments import parse_arguments
+from maelstream.jobs.arguments import check_picture_file, make_folder, parse_arguments
 from maelstream.jobs.recipe import Recipe
 from maelstream.jobs.reporting.reconstruction_files import ReconstructionInfo, draw_grid, write_reconstructions
 from maelstream.jobs.run_folder.folder import RunFolder
@@ -78,6 +78,9 @@ def main(args: list[str]) -> int:
     folder = RunFolder(command.run)
     if command.images is not None and command.dataset is not None:
         raise MaelstreamError("--images and --dataset both name images to reconstruct; give one")
+    if command.out is not None:
+        make_folder("--out", command.out)
+        check_picture_file("--out", command.out)
     if folder.config.exists():
         return _reconstruct_run(command, folder)
     return _reconstruct_weights(command)

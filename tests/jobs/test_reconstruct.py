@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -212,3 +213,30 @@ def test_weights_that_cannot_be_shown_are_one_line(
         assert run("reconstruct", [str(tmp_path / name), *options]) == 2
         err = capsys.readouterr().err
         assert expected in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [
+        ("x.txt", "its name must end in .png"),
+        ("", "it is a folder"),
+        ("file/x.png", "File exists"),
+        ("sealed/x.png", "ermission denied"),
+    ],
+)
+def test_out_is_checked_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str, reason: str
+) -> None:
+    """The weights do not exist: a check after the work would report them first."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "sealed").mkdir(mode=0o555)
+    if "sealed" in out and os.access(tmp_path / "sealed", os.W_OK):
+        pytest.skip("root may write everywhere")
+    assert run("reconstruct", [str(tmp_path / "no.pth"), "--images", "x", "--out", str(tmp_path / out)]) == 2
+    printed = capsys.readouterr().err
+    assert reason in printed and printed.count("\n") == 1
+
+
+def test_out_makes_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("reconstruct", [str(tmp_path / "no.pth"), "--images", "x", "--out", str(tmp_path / "a/b/x.png")]) == 2
+    assert "no.pth" in capsys.readouterr().err and (tmp_path / "a" / "b").is_dir()
