@@ -76,7 +76,8 @@ def test_a_full_disk_ends_no_watchdog_and_its_empty_file_is_read(
         monkeypatch.setattr("maelstream.jobs.distributed.health.os.pwrite", full)
         end = time.monotonic() + 1.5
         while time.monotonic() < end:
-            first.heartbeat(), second.heartbeat()
+            first.heartbeat()
+            second.heartbeat()
             time.sleep(0.02)
         assert first._thread.is_alive() and second._thread.is_alive() and printed == []
         assert first._read() == {0: ("0", "0"), 1: ("0", "0")}
