@@ -30,6 +30,7 @@ from maelstream.shards.storage import Entry, Storage
 _DEVKIT = "ILSVRC2012_devkit*.tar.gz"
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _TARS = (".tar", *_COMPRESSED)
+_MAX_EXPANDED = 1_000_000
 _IMAGES = r"(?i)\.(jpe?g|png|webp|bmp|gif|tiff?)$"
 
 FILES = pa.schema([("path", pa.large_string()), ("size", pa.uint64()), ("class", pa.large_string())])
@@ -242,7 +243,7 @@ def _matching_files(folder: Storage, patterns: str) -> dict[str, int]:
     """Files whose names match, after brace expansion; each expanded pattern must match a file."""
     present = {entry.name: entry.size for entry in folder.entries() if entry.is_file}
     found: dict[str, int] = {}
-    for pattern in braceexpand.braceexpand(patterns):
+    for pattern in _expanded(patterns):
         names = fnmatch.filter(present, pattern)
         if not names:
             raise DatasetError(
@@ -250,6 +251,20 @@ def _matching_files(folder: Storage, patterns: str) -> dict[str, int]:
             )
         found |= {name: present[name] for name in names}
     return found
+
+
+def _expanded(patterns: str) -> Iterator[str]:
+    """Patterns without braces; a brace without its partner is a letter like any other."""
+    count = 1
+    for group in re.findall(r"\{([^{}]*)\}", patterns[:4096]):
+        ends = re.match(r"(-?\d+)\.\.(-?\d+)", group)
+        count *= abs(int(ends[2]) - int(ends[1])) + 1 if ends else group.count(",") + 1
+    if count > _MAX_EXPANDED or len(patterns) > 4096:
+        raise DatasetError(f"{patterns[:200]}: a pattern may stand for at most {_MAX_EXPANDED:,} files")
+    try:
+        yield from braceexpand.braceexpand(patterns)
+    except braceexpand.UnbalancedBracesError:
+        yield patterns
 
 
 def _size(where: Storage) -> int:

@@ -57,8 +57,10 @@ class Storage:
 
     @classmethod
     def at(cls, where: str | Path) -> "Storage":
-        """The folder at a path or URI; it need not exist. DatasetError if no file system supports the URI."""
+        """The folder at a path or URI; it need not exist. DatasetError if no file system supports it."""
         text = str(where)
+        if not is_utf8(text):
+            raise DatasetError(f"{text!a}: the path is not UTF-8; rename the folder")
         if "://" not in text:
             return cls(fs.LocalFileSystem(), os.path.abspath(text), text.rstrip("/") or text)
         scheme = text.partition("://")[0]

@@ -19,6 +19,8 @@ from maelstream.shards.executors import Local
 from maelstream.shards.pack import pack
 from maelstream.shards.plan import PackOptions
 from maelstream.shards.reader import ShardReader
+from maelstream.shards.sources import _matching_files
+from maelstream.shards.storage import Storage
 from tests.conftest import encoded, photograph
 
 IMAGES = [encoded(photograph(40 + number, 30, seed=number), "JPEG").tobytes() for number in range(12)]
@@ -404,3 +406,19 @@ def test_a_name_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "src" / "class" / b"\xff.jpg".decode("utf-8", "surrogateescape")).write_bytes(IMAGES[0])
     with pytest.raises(DatasetError, match="the name is not UTF-8"):
         build(tmp_path / "src", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a{-0.tar", "a}-0.tar", "a{b,c-0.tar"])
+def test_a_single_brace_in_a_name_is_a_letter(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    assert list(_matching_files(Storage.at(tmp_path), name.replace("0", "*"))) == [name]
+    with pytest.raises(DatasetError, match="no such file"):
+        _matching_files(Storage.at(tmp_path), f"no{name}")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a-{0..99999999999}.tar", "{0..9999}/{0..9999}.tar", "a-{5..-99999999}.tar", "{a,b}" * 30]
+)
+def test_a_pattern_of_too_many_files_is_an_error_before_it_is_expanded(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(DatasetError, match="at most 1,000,000 files"):
+        _matching_files(Storage.at(tmp_path), pattern)

@@ -31,3 +31,9 @@ def test_a_broken_link_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(DatasetError, match=r"link cannot be read .*make it readable or remove it"):
         Storage.at(tmp_path).entries()
+
+
+def test_a_path_that_is_not_utf8_is_one_clear_error() -> None:
+    """Python holds its bytes as surrogates, which pyarrow cannot open and a terminal cannot print."""
+    with pytest.raises(DatasetError, match=r"^'data/\\udcff': the path is not UTF-8; rename the folder$"):
+        Storage.at("data/\udcff")
