@@ -74,6 +74,11 @@ def main() -> None:
         if not isinstance(error, BrokenPipeError):
             print(f"maelstream: stdout cannot be written ({error.strerror})", file=sys.stderr)
         code = 2
+    except (ImportError, MemoryError) as error:
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):
+            raise
+        print(f"maelstream: not enough memory ({error}); see `ulimit -v` and `free -g`", file=sys.stderr)
+        code = 2
     sys.exit(code)
 
 

@@ -204,8 +204,17 @@ class Storage:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A temporary local folder. Its files can be large, so it is on the same disk if this folder is local."""
-        with tempfile.TemporaryDirectory(dir=f"{self.path}/{WORK}" if self.local else None) as folder:
+        """A temporary local folder. Its files can be large, so it is on the same disk if this folder is local.
+
+        Raises:
+            DatasetError: the block raises OSError, such as on a full disk.
+        """
+        where = f"{self.path}/{WORK}" if self.local else None
+        shown = where or tempfile.gettempdir()
+        with (
+            _dataset_errors(shown, "be written", "; all finished files are kept"),
+            tempfile.TemporaryDirectory(dir=where) as folder,
+        ):
             yield Path(folder)
 
     def remove_work(self) -> None:

@@ -54,3 +54,15 @@ def test_an_ascii_terminal_gets_question_marks() -> None:
         [sys.executable, "-c", PRINTS, "info"], capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"a?b\n", b"")
+
+
+def test_too_little_memory_for_an_import_is_one_line() -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 * 2**29, 3 * 2**29));"
+    start = "import sys; sys.argv[1:] = ['profile', 'nowhere.yaml']; from maelstream.jobs import command;"
+    broken = (
+        "command.dispatch = lambda args: (_ for _ in ()).throw(ImportError('libtorch.so: failed to map segment from "
+        "shared object')); command.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", limit + start + broken], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "maelstream: not enough memory (libtorch.so" in done.stderr

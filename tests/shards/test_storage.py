@@ -1,5 +1,6 @@
 """Listing a folder while other processes write to it."""
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,3 +38,11 @@ def test_a_path_that_is_not_utf8_is_one_clear_error() -> None:
     """Python holds its bytes as surrogates, which pyarrow cannot open and a terminal cannot print."""
     with pytest.raises(DatasetError, match=r"^'data/\\udcff': the path is not UTF-8; rename the folder$"):
         Storage.at("data/\udcff")
+
+
+def test_a_full_disk_under_temporary_files_is_one_line(tmp_path: Path) -> None:
+    storage = Storage.at(tmp_path)
+    storage.make()
+    with pytest.raises(DatasetError, match=r"\.pack cannot be written \(No space left on device\)"), storage.scratch():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list((tmp_path / ".pack").iterdir()) == []
