@@ -104,7 +104,7 @@ def _read_inaturalist(folder: Storage, name: str) -> Annotations:
 def _load_json(folder: Storage, name: str) -> Any:
     try:
         return json.loads(folder.read(name))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f"{folder}/{name} is not JSON ({error}); download it again") from None
 
 

@@ -21,7 +21,9 @@ def atomic_write(path: Path, temporary_folder: Path | None = None) -> Iterator[B
     block raises, the file is deleted and `path` does not change.
     """
     # A random name, not the process id: two hosts that share the folder may have the same id.
-    temporary = (temporary_folder or path.parent) / f".{path.name}.{secrets.token_hex(4)}.writing"
+    # A file name has at most 255 bytes.
+    start = path.name.encode()[:200].decode(errors="ignore")
+    temporary = (temporary_folder or path.parent) / f".{start}.{secrets.token_hex(4)}.writing"
     try:
         with temporary.open("wb") as file:
             yield file

@@ -113,7 +113,7 @@ def _containers(folder: Storage, sizes: dict[str, int]) -> dict[str, int]:
         above = state.removesuffix("state.json")
         try:  # of a saved dataset, next to which `datasets` may put caches
             listed = {above + entry["filename"] for entry in json.loads(folder.read(state))["_data_files"]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DatasetError(f"{folder}/{state} is damaged ({error!r}); save the dataset again") from None
         if missing := sorted(listed - set(arrow)):
             raise DatasetError(f"{folder}/{missing[0]} is missing, but listed in {state}; save the dataset again")

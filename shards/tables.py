@@ -150,7 +150,7 @@ def _class_names(job: ScanJob, schema: pa.Schema, label: str, facts: Facts) -> l
         if isinstance(features, list):  # as in a dataset card
             features = {feature["name"]: feature for feature in features}
         return _names_in(features.get(label))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         facts.choose(_UNREADABLE_NAMES, job.file)
         return None
 

@@ -11,6 +11,8 @@ from maelstream.shards.executors import EXECUTORS, Executor
 from maelstream.shards.labels import nfc
 from maelstream.shards.layout import SPLITS
 
+_NAME_LETTERS = 200  # of a shard's name, which may have 255 with its number and suffix
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -70,6 +72,11 @@ def dataset_name(given: str | None, src: str, split: str) -> str:
         raise DatasetError(
             f"--name {name}, --split {split}: use only letters, digits, _ and -, because both are part of file names"
         )
+    if len(name) + len(split) > _NAME_LETTERS:
+        raise DatasetError(
+            f"--name {name[:40]}..., --split {split[:40]}: use at most {_NAME_LETTERS} letters in all, because "
+            "both are part of file names"
+        )
     return name
 
 
@@ -81,5 +88,5 @@ def default_name(src: str) -> str:
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", re.split(r"[.{*?\[]", part)[0])
         name = re.sub(rf"[-_]({'|'.join(words)})$", "", name.strip("-_"))
         if name and name.lower() not in words | {"data"}:
-            return name
+            return name[:100]
     return "images"

@@ -49,3 +49,18 @@ def failing(folders: bool, code: int):  # type: ignore[no-untyped-def]
         fsync(descriptor)
 
     return fail
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127])
+def test_a_name_as_long_as_file_systems_allow_is_written(tmp_path: Path, name: str) -> None:
+    with atomic_write(tmp_path / name) as file:
+        file.write(b"whole")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(name, b"whole")]
+
+
+def test_a_longer_name_is_one_clear_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(DatasetError, match="cannot be written \\(File name too long\\)"),
+        atomic_write(tmp_path / ("x" * 256)),
+    ):
+        pass
