@@ -9,8 +9,8 @@ import pytest
 
 from maelstream.jobs.command import run
 from maelstream.jobs.distributed.ranks import Ranks
-from maelstream.jobs.reporting.exporting import class_names
 from maelstream.jobs.recipe import ClassificationRecipe, DataConfig, LabelledData, Recipe
+from maelstream.jobs.reporting.exporting import class_names
 from maelstream.jobs.reporting.reconstruction import run_dataset
 from maelstream.jobs.run_folder.data_paths import located
 from maelstream.jobs.run_folder.environment import read_starts, record_start
