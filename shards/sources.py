@@ -263,7 +263,7 @@ def _expanded(patterns: str) -> Iterator[str]:
         raise DatasetError(f"{patterns[:200]}: a pattern may stand for at most {_MAX_EXPANDED:,} files")
     try:
         yield from braceexpand.braceexpand(patterns)
-    except braceexpand.UnbalancedBracesError:
+    except ValueError:  # UnbalancedBracesError
         yield patterns
 
 

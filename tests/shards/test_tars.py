@@ -116,7 +116,7 @@ def signed_header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     return bytes(block)
 
 
-def pax(size: int) -> bytes:
+def pax_size(size: int) -> bytes:
     """An extended header that gives the next member this size."""
     length = f"size={size}\n"
     record = f"{len(length) + 3} {length}".encode()
@@ -139,7 +139,7 @@ def test_a_negative_size_is_an_error_and_no_endless_loop(name: str, size: int) -
 @pytest.mark.parametrize("name", ["a", ".DS_Store"])
 def test_a_negative_size_in_an_extended_header_is_an_error(name: str, size: int) -> None:
     with pytest.raises(DatasetError, match=r"^x\.tar.* has a negative size"):
-        read(pax(size) + signed_header(name, 0) + bytes(1024))
+        read(pax_size(size) + signed_header(name, 0) + bytes(1024))
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
@@ -148,7 +148,7 @@ def test_a_huge_extended_header_is_an_error_before_it_is_read(kind: bytes) -> No
         read(signed_header("a", 2**40, kind) + bytes(2048))
 
 
-@pytest.mark.parametrize("repeated", [pax(0), LONG_NAME])
+@pytest.mark.parametrize("repeated", [pax_size(0), LONG_NAME])
 def test_endless_extended_headers_are_an_error(repeated: bytes) -> None:
     with pytest.raises(DatasetError, match="extended headers follow each other"):
         read(repeated * 3000 + signed_header("a", 0) + bytes(1024))
