@@ -40,6 +40,7 @@ from maelstream.jobs.recipe import Recipe, RecipeError
 from maelstream.jobs.training.data import batch_split_of, open_data
 from maelstream.jobs.training.engine import build_engine, build_model
 from maelstream.model.flops import training_flops
+from maelstream.model.mae import MAE
 from maelstream.model.memory import update_bytes
 from maelstream.model.targets import PCATarget, TokenTarget
 from maelstream.pipeline.augment_params import AugmentSampler
@@ -132,6 +133,8 @@ class StageProfiler:
             update_bytes_per_s(self.device),
         )
         self.stages: dict[str, Stage] = {}
+        self.model: MAE | None = None
+        """Without an engine; the stage `step` makes it."""
 
     def stage(self, name: str) -> Stage:
         """Measures storage, read, decode, augment, copy or step."""
@@ -188,8 +191,10 @@ class StageProfiler:
         micro_batch = self.data_path.batch_split.largest
         if self.device.type == "cpu":
             check_memory(self.recipe, micro_batch, self.control_group.ranks)
-        model = model_without_engine(self.recipe, self.target, self.device)
-        rate = step_rate(model, DeviceBatch.random(micro_batch, self.recipe, self.device), self.device, self.seconds)
+        self.model = model_without_engine(self.recipe, self.target, self.device)
+        rate = step_rate(
+            self.model, DeviceBatch.random(micro_batch, self.recipe, self.device), self.device, self.seconds
+        )
         limit = self.machine.matrix_flops_per_s / training_flops(self.recipe.model)
         return Stage(rate, None, limit, f"{self.machine.matrix_dtype} matrix products")
 
@@ -245,7 +250,8 @@ def profile_recipe(
         engine = build_engine(recipe, batch_split, build_model(recipe, target))
         steps = max(3, int(seconds * control_group.sums([bare.images_per_s])[0] / batch_split.batch_size))
         batch = DeviceBatch.random(batch_split.largest, recipe, engine.device)
-        times = time_engine(engine, batch, batch_split.micro_batches, steps)
+        model, profiler.model = profiler.model if recipe.engine.zero < 3 else None, None
+        times = time_engine(engine, model, batch, batch_split.micro_batches, steps)
         if "optimizer" in names:
             stages["optimizer"] = profiler.optimizer(times)
         if "step" in names:
@@ -284,16 +290,15 @@ def figures_of(
         measured_batch, recipe_batch = data_path.batch_split.batch_size, recipe.optim.batch_size
         # The recipe's batch spreads one optimizer step over more images than the measured batch.
         image_s = 1 / end_to_end.images_per_s + times.optimizer_s * (1 / recipe_batch - 1 / measured_batch)
-        with_engine = recipe_split.largest * ranks.world_size / times.micro_batch_s
         figures["whole"] = end_to_end._asdict() | {
             "images_per_s_with_the_recipe_s_batch": 1 / image_s,
             "bytes_per_s": end_to_end.images_per_s * data_path.bytes_per_image,
             "mfu_measured": end_to_end.images_per_s * flops / peak,
             "mfu_datasheet": machine.datasheet_flops_per_s
             and end_to_end.images_per_s * flops / (machine.datasheet_flops_per_s * ranks.world_size),
-            "engine_images_per_s": with_engine,
-            "engine_share": 1 - with_engine / step,
-            "engine_noise": times.spread,
+            "engine_images_per_s": recipe_split.largest * ranks.world_size / times.micro_batch_s,
+            "engine_share": times.share,
+            "engine_noise": times.noise,
         }
     rates = {name: stage.images_per_s for name, stage in stages.items() if stage.images_per_s is not None}
     if not rates:

@@ -39,11 +39,10 @@ def stage_table(figures: dict[str, Any]) -> Table:
     return result
 
 
-def engine_line(share: float, noise: float) -> str:
-    """What the engine adds to forward and backward; no figure that the noise of the measurement exceeds.
-
-    A negative share is noise: the machine was faster while the engine ran than while the model ran without it.
-    """
+def engine_line(share: float | None, noise: float | None) -> str:
+    """What the engine adds to forward and backward; no figure that the noise of the measurement exceeds."""
+    if share is None or noise is None:
+        return "DeepSpeed's engine: not measured at ZeRO 3, where no rank has the whole model to run without it"
     if share > noise:
         return f"DeepSpeed's engine: {share:.1%} of the time of forward and backward"
     return f"DeepSpeed's engine: less than the noise of this measurement ({max(noise, -share):.1%})"

@@ -76,15 +76,9 @@ def step_rate(model: MAE, batch: DeviceBatch, device: torch.device, seconds: flo
         RecipeError: the micro-batch does not fit into memory; the message names the largest one that does.
     """
 
-    def run(images: Tensor, keys: Tensor) -> None:
-        model(images, keys).backward()
-        for parameter in model.parameters():
-            parameter.grad = None
-        synchronise(device)
-
     def step(_: int) -> None:
         began = time.perf_counter()
-        run(*batch)
+        _forward_and_backward(model, batch, device)
         times.append(time.perf_counter() - began)
 
     times: list[float] = []
@@ -94,7 +88,10 @@ def step_rate(model: MAE, batch: DeviceBatch, device: torch.device, seconds: flo
     except torch.OutOfMemoryError:
         pass  # continue outside of the handler, whose traceback keeps the activations alive
     model.zero_grad(set_to_none=True)
-    most = largest_fitting_batch(lambda count: run(batch.images[:count], batch.keys[:count]), len(batch.keys))
+    most = largest_fitting_batch(
+        lambda count: _forward_and_backward(model, DeviceBatch(batch.images[:count], batch.keys[:count]), device),
+        len(batch.keys),
+    )
     raise too_large_error(len(batch.keys), most, device)
 
 
@@ -150,13 +147,23 @@ class EngineTimes(NamedTuple):
     """Forward and backward."""
     optimizer_s: float
     """Once per step: AdamW, and the exchange of weights between ranks."""
-    spread: float
-    """Interquartile range of the micro-batches' times, as a share of their median."""
+    share: float | None
+    """Share of `micro_batch_s` that the engine adds: the median over steps, in each of which the model ran with and
+    without the engine, in turns. None if it did not run without."""
+    noise: float | None
+    """Interquartile range of these shares."""
 
 
-def time_engine(engine: Any, batch: DeviceBatch, micro_batches: int, steps: int) -> EngineTimes:
-    """Takes two steps that do not count and then `steps` steps; every rank must take the same number."""
-    micro_batch_s, update_s = [], []
+def time_engine(engine: Any, model: MAE | None, batch: DeviceBatch, micro_batches: int, steps: int) -> EngineTimes:
+    """Takes two steps that do not count and then `steps` steps; every rank must take the same number.
+
+    `model` is the one of `model_without_engine`; it gets the engine's weights, so both need no more memory than the
+    engine. At ZeRO 3 a rank has no whole weights, so it is None.
+    """
+    if model is not None:
+        for mine, engines in zip(model.parameters(), engine.module.parameters(), strict=True):
+            mine.data = engines.data
+    micro_batch_s, update_s, shares = [], [], []
     for _ in range(_WARM_UP + steps):
         for number in range(micro_batches):
             began = time.perf_counter()
@@ -169,8 +176,24 @@ def time_engine(engine: Any, batch: DeviceBatch, micro_batches: int, steps: int)
         engine.step()
         synchronise(engine.device)
         update_s.append(time.perf_counter() - began)
-    low, median, high = statistics.quantiles(micro_batch_s[_WARM_UP * micro_batches :], n=4, method="inclusive")
-    return EngineTimes(median, statistics.median(update_s[_WARM_UP:]), (high - low) / median)
+        if model is not None:
+            began = time.perf_counter()
+            _forward_and_backward(model, batch, engine.device)
+            shares.append(1 - (time.perf_counter() - began) / statistics.median(micro_batch_s[-micro_batches:]))
+    median_s, median_update_s = statistics.median(micro_batch_s[_WARM_UP * micro_batches :]), update_s[_WARM_UP:]
+    share, noise = None, None
+    if shares:
+        low, share, high = statistics.quantiles(shares[_WARM_UP:], n=4, method="inclusive")
+        noise = high - low
+    return EngineTimes(median_s, statistics.median(median_update_s), share, noise)
+
+
+def _forward_and_backward(model: MAE, batch: DeviceBatch, device: torch.device) -> None:
+    """Runs the model without an engine; its gradients are discarded."""
+    model(*batch).backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    synchronise(device)
 
 
 def all_reduce_s(count: int, device: torch.device, repeats: int) -> float:

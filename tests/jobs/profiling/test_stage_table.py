@@ -65,8 +65,12 @@ def test_the_measured_rate_comes_first_and_a_computed_rate_has_its_own_row(micro
     [
         (0.1, 0.02, "10.0% of the time of forward and backward"),
         (0.01, 0.02, "less than the noise of this measurement (2.0%)"),
-        (-1.397, 0.02, "less than the noise of this measurement (139.7%)"),
+        (-0.05, 0.02, "less than the noise of this measurement (5.0%)"),
     ],
 )
 def test_no_figure_is_printed_that_the_noise_exceeds(share: float, noise: float, line: str) -> None:
     assert engine_line(share, noise) == f"DeepSpeed's engine: {line}"
+
+
+def test_at_zero_3_the_share_of_the_engine_is_not_measured() -> None:
+    assert engine_line(None, None).startswith("DeepSpeed's engine: not measured at ZeRO 3")
