@@ -63,7 +63,7 @@ def main(args: list[str]) -> int:
     count = len(found.components)
     for first in sorted({number for number in (1, 3, 10, 30, count) if number <= count}):
         table.add_row(str(first), f"{shares[:first].sum():.2%}")
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(table)
     console.print(f"{command.out}: {count} components of {len(shares)}", soft_wrap=True)
     return 0

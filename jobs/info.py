@@ -7,7 +7,6 @@ from typing import Annotated
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from maelstream.jobs.arguments import parse_arguments
@@ -28,9 +27,9 @@ class Info:
 
 def summary(dataset: Dataset) -> Table:
     """One row per fact."""
-    table = Table(title=escape(f"{dataset.manifest['name']} / {dataset.manifest['split']}"), show_header=False)
+    table = Table(title=f"{dataset.manifest['name']} / {dataset.manifest['split']}", show_header=False)
     for name, value in facts(dataset).items():
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
     return table
 
 
@@ -80,15 +79,15 @@ def main(args: list[str]) -> int:
     """Entry point of `maelstream info`."""
     command = parse_arguments(Info, args, "info")
     dataset = Dataset.open(command.dst)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(summary(dataset))
     console.print(resolutions(dataset))
     if dataset.manifest["quarantined"]:
         table = Table("files", "reason", "first file", title="not packed")
         for row in quarantined_files(dataset):
-            table.add_row(*map(escape, row))
+            table.add_row(*row)
         console.print(table)
     if command.plot is not None:
         plot(dataset, command.plot)
-        console.print(f"distributions: {command.plot}", markup=False)
+        console.print(f"distributions: {command.plot}")
     return 0

@@ -162,7 +162,7 @@ def main(args: list[str]) -> int:
     table = Table("stage", "images/s", title=title)
     for name, value in figures["images_per_s"].items():
         table.add_row(name, f"{value:,.0f}", style="bold" if name == "whole" else "")
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(table)
     console.print(f"{figures['mb_per_s']:,.1f} MB/s; {limit_text(figures)}")
     if command.save_grid is not None:

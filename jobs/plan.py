@@ -248,7 +248,7 @@ def step_table(step: dict[str, float | None], seconds: float) -> Table:
 
 def show(run: PlannedRun, device: Device, memory: Memory, figures: dict[str, Any]) -> None:
     """Prints the tables and a summary."""
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(memory_table(run, device))
     console.print(
         f"activations per image: {memory.image / 1e6:,.1f} MB"

@@ -91,7 +91,7 @@ def main(args: list[str]) -> int:
     if ranks.rank > 0:
         return 0
     figures["recipe"] = command.recipe_file.stem
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(stage_table(figures))
     for line in summary(figures):
         console.print(line)

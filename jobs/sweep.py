@@ -59,7 +59,7 @@ def main(args: list[str]) -> int:
     if not can_write(command.dir):
         raise RecipeError(f"--dir {command.dir} cannot be written (permission denied, or part of it is a file)")
     folder = SweepFolder(command.dir, command.train, command.val)
-    console = Console(width=max(Console().width, 120))
+    console = Console(width=max(Console().width, 120), markup=False, emoji=False)
     start = launched(command.nproc or max(1, gpu_count()), command.max_restarts)
     code = run_cells(folder, cells, steps, start, console)
     found = outcomes(folder, cells, steps)

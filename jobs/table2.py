@@ -50,7 +50,7 @@ def main(args: list[str]) -> int:
     for row in measured:
         numbers = f"{row['images_per_s']:,.3g}", f"{row['hours']:,.0f}", f"{row['faster_by']:.2f}"
         table.add_row(row["size"], row["model"], *numbers, f"{row['paper_faster_by']:.1f}", f"{row['paper_hours']}")
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
     if command.json is not None:
         command.json.write_text(
             json.dumps({"machine": name, "devices": command.devices, "rows": measured}, indent=1) + "\n"

@@ -105,5 +105,5 @@ def main(args: list[str]) -> int:
         raise RecipeError(f"--out {out} is the recipe itself; give another file")
     check_output_file("--out", out)
     recipe = load_recipe(command.recipe)
-    tune(command, recipe, out, Console(width=max(Console().width, 120)))
+    tune(command, recipe, out, Console(width=max(Console().width, 120), markup=False, emoji=False))
     return 0

@@ -1,4 +1,4 @@
-"""Imports run downwards only, between the four rooms and between the sub-rooms of jobs/ (docs/design.md)."""
+"""Imports run downwards only, between the four rooms and the sub-rooms of jobs/ (docs/design.md); consoles print no markup."""
 
 import ast
 import re
@@ -129,3 +129,18 @@ def test_every_package_that_the_code_imports_is_declared(folder: str) -> None:
 
 def canonical(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").rglob("*.py")), ids=lambda path: path.stem)
+def test_a_console_prints_names_from_data_as_they_are(path: Path) -> None:
+    """rich would read `[red]` in the name of a class, a file or a run as markup, and `:smile:` as a picture."""
+    tree = ast.parse(path.read_text())
+    only_measured = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "width"
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Console":
+            off = {
+                word.arg for word in node.keywords if isinstance(word.value, ast.Constant) and word.value.value is False
+            }
+            assert id(node) in only_measured or off >= {"markup", "emoji"}, f"{path}, line {node.lineno}"

@@ -64,7 +64,7 @@ def run_log(name: str, folder: RunFolder, start: int, total: int, trackers: list
 
     `start` is the step that the run resumes from, `total` its number of steps.
     """
-    console = Console()
+    console = Console(markup=False, emoji=False)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=console, disable=not console.is_terminal)
     task = bar.add_task(name, total=total, completed=start)

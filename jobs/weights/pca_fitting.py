@@ -27,7 +27,7 @@ def fit(
     config, count, batch = recipe.model, min(images, len(dataset)), min(_BATCH, len(dataset))
     moments = PatchMoments(config.patch_dim, decode_device(recipe.loader.decode))
     with image_stream(dataset, recipe, batch, threads) as batches:
-        for start in track(range(0, count, batch), "patches", console=Console(stderr=True)):
+        for start in track(range(0, count, batch), "patches", console=Console(stderr=True, markup=False, emoji=False)):
             moments.add(patchify(next(batches)[: count - start], config.patch_size))
     try:
         found = principal_components(moments, config.components, config.mean, config.std)

@@ -45,7 +45,7 @@ def fit(command: FitTokenizer, dataset: Dataset) -> None:
         encoder, decoder = Encoder(shape), Decoder(shape)
     initialise(encoder, recipe.seed)
     initialise(decoder, recipe.seed)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
         image_stream(dataset, recipe, command.batch_size, command.threads) as images,
