@@ -1,5 +1,6 @@
 """`maelstream runs DIR`: lists the runs below a folder with their state, from their files only."""
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -81,8 +82,10 @@ def main(args: list[str]) -> int:
     command = parse_arguments(Runs, args, "runs")
     if not command.dir.is_dir():
         raise MaelstreamError(f"there is no folder {command.dir}; give one that holds runs: `maelstream runs DIR`")
-    found = {*command.dir.rglob("config.yaml"), *command.dir.glob("*/config.yaml")}  # rglob follows no links
-    folders = [RunFolder(path.parent) for path in sorted(found)]
+    # `walk` follows no links, and passes over folders that cannot be read or that another program removes meanwhile.
+    found = {Path(folder) for folder, _, files in os.walk(command.dir) if "config.yaml" in files}
+    linked = {path.parent for path in command.dir.glob("*/config.yaml")}
+    folders = [RunFolder(folder) for folder in sorted(found | linked)]
     if not folders:
         raise MaelstreamError(f"{command.dir} holds no run; start one with `maelstream pretrain RECIPE --run DIR`")
     Console(markup=False, emoji=False).print(runs_table([folder for folder in folders if is_readable(folder)]))

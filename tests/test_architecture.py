@@ -1,4 +1,4 @@
-"""Imports run downwards only, between the four rooms and the sub-rooms of jobs/ (docs/design.md); consoles print no markup."""
+"""Imports run downwards only, between rooms and between sub-rooms of jobs/ (docs/design.md); no console reads markup."""
 
 import ast
 import re

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from maelstream.jobs.distributed.errors import AgreedError
+from maelstream.shards.errors import MaelstreamError
 
 SILENT = 70  # exit code of a rank whose watchdog reports a rank without progress
 _HISTORY = 50  # losses
@@ -75,7 +76,12 @@ class Watchdog:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MaelstreamError(
+                f"{self._folder} cannot be made ({error.strerror}); make space or repair it"
+            ) from None
         self._write(0)
         self._thread.start()
         return self

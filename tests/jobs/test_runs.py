@@ -1,8 +1,10 @@
 """`maelstream runs` and `maelstream watch`: the state of runs from their files."""
 
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,3 +85,20 @@ def test_a_link_to_a_run_on_another_disk_is_listed(
     monkeypatch.chdir(tmp_path)
     assert run("runs", ["runs"]) == 0
     assert "runs/linked" in capsys.readouterr().out
+
+
+def test_folders_that_vanish_or_cannot_be_read_hide_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    RunFolder(tmp_path / "runs" / "one").start(Recipe(), 0)
+    (tmp_path / "runs" / "gone").mkdir()
+    scandir = os.scandir
+
+    def vanishing(path: Any) -> Any:
+        if Path(path).name == "gone":
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert run("runs", [str(tmp_path / "runs")]) == 0
+    assert "one" in capsys.readouterr().out

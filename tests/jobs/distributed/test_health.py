@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from maelstream.jobs.distributed.health import BadSteps, DivergedError, Spikes, Watchdog
+from maelstream.shards.errors import MaelstreamError
 
 
 def test_only_bad_steps_in_a_row_stop_a_run() -> None:
@@ -81,3 +82,12 @@ def test_a_full_disk_ends_no_watchdog_and_its_empty_file_is_read(
             time.sleep(0.02)
         assert first._thread.is_alive() and second._thread.is_alive() and printed == []
         assert first._read() == {0: ("0", "0"), 1: ("0", "0")}
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with (
+        pytest.raises(MaelstreamError, match=r"run/ranks cannot be made \(Not a directory\); make space or repair it"),
+        Watchdog(tmp_path / "run" / "ranks", 0, 1, 0.5),
+    ):
+        pass

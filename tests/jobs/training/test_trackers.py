@@ -74,3 +74,43 @@ def test_mlflow_receives_the_numbers_and_continues_its_run(tmp_path: Path, monke
             track(7, VALUES)
     logged = (7, {"lr": 0.5, "spike": 1.0})  # MLflow accepts no null
     assert calls == [{"run_name": tmp_path.name}, logged, "end", {"run_id": "r1"}, logged, "end"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"wandb": 7}'])
+def test_a_damaged_file_of_ids_starts_a_new_run_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    stub: Any = ModuleType("wandb")
+    ids: list[Any] = []
+
+    def init(**options: Any) -> Any:
+        ids.append(options["id"])
+        return SimpleNamespace(id="new", finish=lambda: None)
+
+    stub.init = init
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    (tmp_path / "trackers.json").write_text(content)
+    with trackers(import_trackers(recipe(wandb=True)), recipe(wandb=True), RunFolder(tmp_path)):
+        pass
+    assert ids == [None] and capsys.readouterr().err.count("trackers.json is damaged: the trackers start new runs") == 1
+
+
+def test_a_tracker_that_fails_is_reported_once_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub: Any = ModuleType("wandb")
+    steps: list[int] = []
+
+    def log(values: dict[str, Any], step: int) -> None:
+        steps.append(step)
+        if step == 8:
+            raise OSError("No space left\non device")
+
+    stub.init, stub.log = lambda **_: SimpleNamespace(id="a", finish=lambda: None), log
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    with trackers(import_trackers(recipe(wandb=True)), recipe(wandb=True), RunFolder(tmp_path)) as (track,):
+        for step in (7, 8, 9, 10):
+            track(step, VALUES)
+    assert steps == [7, 8]
+    expected = "W&B gets no values from step 8 on (No space left on device); training continues\n"
+    assert capsys.readouterr().err == expected
