@@ -1,4 +1,4 @@
-"""Imports run downwards only, between rooms and between sub-rooms of jobs/ (docs/design.md); no console reads markup."""
+"""Imports run downwards only, between rooms and sub-rooms of jobs/ (docs/design.md); no console reads markup."""
 
 import ast
 import re
