@@ -695,3 +695,26 @@ def test_a_manifest_of_another_program_is_not_overwritten(tmp_path: Path) -> Non
     with pytest.raises(DatasetError, match="holds something else"):
         build(refused(tmp_path, {"cat/0.jpg": IMAGES[0]}), tmp_path / "wds")
     assert (tmp_path / "wds" / "dataset.json").read_bytes() == b'{"name": "birds"}'
+
+
+@pytest.mark.parametrize("text", ["--5", "9" * 5000, "99999999999999999999", "inf"], ids=lambda text: text[:9])
+def test_a_label_that_is_no_class_number_is_a_class_name(tmp_path: Path, text: str) -> None:
+    source = Source(in_tar(tmp_path / "src", [("0.jpg", IMAGES[0]), ("0.cls", text.encode())]), [])
+    dataset, _ = build(source, tmp_path / "out")
+    assert by_ours(dataset) == [(IMAGES[0], text)]
+
+
+@pytest.mark.parametrize("text", [b"\xed\xa0\x80", b"\xff"], ids=["surrogate", "no UTF-8"])
+def test_a_label_that_is_no_text_quarantines_its_image(tmp_path: Path, text: bytes) -> None:
+    content = [("0.jpg", IMAGES[0]), ("0.cls", text), ("1.jpg", IMAGES[1]), ("1.cls", b"3")]
+    dataset, _ = build(Source(in_tar(tmp_path / "src", content), []), tmp_path / "out")
+    assert by_ours(dataset) == [(IMAGES[1], "3")]
+    (reason,) = quarantine(tmp_path / "out").values()
+    assert reason.startswith("its label cannot be read")
+
+
+def test_json_that_is_nested_too_deeply_has_no_label(tmp_path: Path) -> None:
+    content = [("0.jpg", IMAGES[0]), ("0.json", b"[" * 100_000)]
+    source = Source(in_tar(tmp_path / "src", content), [], options={"label_field": "label"})
+    with pytest.raises(DatasetError, match="no sample has a label in label, which --label-field names"):
+        build(source, tmp_path / "out")
