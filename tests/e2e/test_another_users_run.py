@@ -42,7 +42,7 @@ def contents(run: Path) -> dict[Path, bytes]:
         ("runs", None),
         ("watch", None),
         ("report", "runs/report-run.html"),
-        ("reconstruct", "runs/reconstruct-run/step-00000004/grid.png"),
+        ("reconstruct", "runs/reconstruct-run/step-00000004-*/grid.png"),
     ],
 )
 def test_reading_commands_need_no_write_permission(
@@ -53,7 +53,7 @@ def test_reading_commands_need_no_write_permission(
     argument = others.parent if command == "runs" else others
     printed = run_ranks(1, str(argument), output=tmp_path / "output", command=command, fault=f"{USER}").printed
     assert "Traceback" not in printed and "Permission" not in printed and contents(others) == before
-    assert written is None or (tmp_path / written).stat().st_size
+    assert written is None or [path for path in tmp_path.glob(written) if path.stat().st_size]
 
 
 @pytest.mark.parametrize("options", [("--folder", "mine"), ()])

@@ -80,7 +80,7 @@ def test_the_configuration_follows_from_the_weights(shape: TokenizerConfig) -> N
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"hidden": 6}, "not a multiple of 4"), ({"codes": 1}, "at least 2 codes")]
+    ("options", "message"), [({"hidden": 6}, "not a multiple of 4"), ({"codes": 1}, "codes 1 must be at least 2")]
 )
 def test_an_invalid_configuration_raises(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

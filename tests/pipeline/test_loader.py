@@ -5,8 +5,10 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import google_crc32c
@@ -365,37 +367,37 @@ def test_a_bad_sample_of_a_block_shuffle_is_replaced(packed: Dataset, tmp_path: 
     assert [before[0] for before, now in zip(undamaged, actual, strict=True) if before != now] == [7]
 
 
-class FlakyFile:
-    """A file of an object store whose requests often fail."""
+@dataclass
+class FlakyFileSystem:
+    """An object store, of which only one in `succeeds_every` reads of a shard succeeds."""
 
-    def __init__(self, store: "FlakyStorage", file: Any):
-        self.store, self.file = store, file
+    files: Any
+    succeeds_every: int
+    reads: int = 0
 
-    def size(self) -> int:
-        return self.file.size()
+    def get_file_info(self, selector: Any) -> Any:
+        return self.files.get_file_info(selector)
 
-    def read_at(self, size: int, offset: int) -> bytes:
-        self.store.requests[0] += 1
-        if self.store.requests[0] % self.store.succeeds_every:
+    def open_input_file(self, path: str) -> Any:
+        file = self.files.open_input_file(path)
+        return SimpleNamespace(size=file.size, read_at=partial(self.read_at, file)) if path.endswith(".tar") else file
+
+    def read_at(self, file: Any, size: int, offset: int) -> bytes:
+        self.reads += 1
+        if self.reads % self.succeeds_every:
             raise OSError("the store is busy")
-        return self.file.read_at(size, offset)
-
-
-@dataclass(frozen=True)
-class FlakyStorage(SlowStorage):
-    succeeds_every: int = 1
-
-    def open(self, name: str) -> Any:
-        return FlakyFile(self, Storage.open(self, name)) if name.endswith(".tar") else Storage.open(self, name)
+        return file.read_at(size, offset)
 
 
 def test_failed_requests_to_an_object_store_are_repeated(packed: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maelstream.shards.retry.PAUSES_S", (0.001,) * 4)
-    arguments = packed.storage.filesystem, packed.storage.path, packed.storage.shown, 0.0, [0]
-    remote = Dataset.open_storage(FlakyStorage(*arguments, succeeds_every=3))
+
+    def remote(succeeds_every: int) -> Dataset:
+        files: Any = FlakyFileSystem(packed.storage.filesystem, succeeds_every)
+        return Dataset.open_storage(Storage(files, packed.storage.path, packed.storage.shown))
+
     samples = np.array([3])
-    (data,) = ShardReader(remote, check_crc=True).read(samples)
+    (data,) = ShardReader(remote(3), check_crc=True).read(samples)
     assert data.tobytes() == ShardReader(packed, check_crc=True).read(samples)[0].tobytes()
-    never = Dataset.open_storage(FlakyStorage(*arguments, succeeds_every=10**9))
     with pytest.raises(DatasetError, match=r"\.tar cannot be read \(the store is busy\); tried 5 times"):
-        take(never, BatchSplit(8, 1, 1), 1)
+        take(remote(10**9), BatchSplit(8, 1, 1), 1)
