@@ -38,9 +38,9 @@ from maelstream.shards.labels import cls_label, json_label, whole_number
 from maelstream.shards.layout import in_system_folder
 from maelstream.shards.retry import Attempts, connect_timeout_s, read_timeout_s
 from maelstream.shards.scan import image_extension, images_among
+from maelstream.shards.tars import EXTENDED, EXTENDED_BYTES
 
 _SAMPLE_BYTES = 2**29  # of all members of a sample, which are in memory together
-_EXTENSION_BYTES = 2**20  # of a long name or other extension of a header, which tarfile reads as a whole
 _ZERO_BYTES = 2**26  # between the tars of a shard; a tar has 10 KiB at its end, or is padded to its disk's blocks
 _SLOW_BYTES_PER_S = 2**12  # a command or server that delivers less is as good as stuck
 _SHARD_BITS = 32  # a sample's number is its shard's number shifted by this, plus its own number in the shard
@@ -238,13 +238,7 @@ class _StrictHeader(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buffer: bytes | bytearray, encoding: str, errors: str) -> "_StrictHeader":
         info = super().frombuf(buffer, encoding, errors)
-        return _sized(info, _EXTENSION_BYTES) if info.type in _EXTENSIONS else info
-
-
-_EXTENSIONS = {
-    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
-    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
-}
+        return _sized(info, EXTENDED_BYTES) if info.type in EXTENDED else info
 
 
 def _sized(info: _StrictHeader, most: int) -> _StrictHeader:

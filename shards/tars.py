@@ -11,14 +11,16 @@ from maelstream.shards.errors import DatasetError
 from maelstream.shards.layout import in_system_folder
 
 _CHUNK_BYTES = 2**16
-_EXTENDED_BYTES = 2**20  # long names and PAX fields; names have at most a few thousand bytes
-_EXTENDED = (
+EXTENDED_BYTES = 2**20
+"""Most bytes of a long name or of PAX fields, which tarfile reads as a whole; names have at most a few thousand."""
+EXTENDED = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )
+"""The types of an extended header."""
 
 
 class Member(NamedTuple):
@@ -87,7 +89,7 @@ class _BoundedHeader(tarfile.TarInfo):
         info = super().frombuf(buffer, encoding, errors)
         if info.size < 0:
             raise tarfile.ReadError(f"member {info.name!a} has a negative size")
-        if info.type in _EXTENDED and info.size > _EXTENDED_BYTES:
+        if info.type in EXTENDED and info.size > EXTENDED_BYTES:
             raise tarfile.ReadError(f"an extended header of {info.size:,} bytes")
         return info
 
