@@ -5,18 +5,14 @@ neither torch nor webdataset.
 """
 
 import hashlib
-import math
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 
 import braceexpand
 
+from maelstream.shards.braces import MAX_EXPANDED, expanded_count
 from maelstream.shards.errors import MaelstreamError
-
-_MOST_SHARDS = 1_000_000  # their names are kept in memory
-_RANGE = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})[.}]")  # braceexpand makes a list of each
 
 
 @dataclass(frozen=True)
@@ -37,10 +33,8 @@ class Stream:
                 f"{self.urls}: samples {self.samples} and shuffle_buffer {self.shuffle_buffer} must be at least 1; "
                 "samples is how many its shards hold, which is the length of an epoch"
             )
-        if math.prod(abs(int(end) - int(first)) + 1 for first, end in _RANGE.findall(self.urls)) > _MOST_SHARDS or not (
-            0 < len(self.shards) <= _MOST_SHARDS
-        ):
-            raise MaelstreamError(f"{self.urls}: expands to no shard, or to more than {_MOST_SHARDS:,}")
+        if expanded_count(self.urls) > MAX_EXPANDED or not 0 < len(self.shards) <= MAX_EXPANDED:
+            raise MaelstreamError(f"{self.urls}: expands to no shard, or to more than {MAX_EXPANDED:,}")
 
     @cached_property
     def shards(self) -> list[str]:
@@ -50,7 +44,7 @@ class Stream:
             MaelstreamError: the braces are not balanced.
         """
         try:
-            return list(islice(braceexpand.braceexpand(self.urls), _MOST_SHARDS + 1))
+            return list(islice(braceexpand.braceexpand(self.urls), MAX_EXPANDED + 1))
         except (ValueError, RecursionError) as error:
             raise MaelstreamError(
                 f"{self.urls}: its braces cannot be expanded ({error}); write several shards as {{0000..0023}} or "

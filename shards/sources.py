@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from pyarrow.fs import FileType
 
 from maelstream.shards.annotations import is_list, list_from_image_root, published_lists, read_annotations
+from maelstream.shards.braces import MAX_EXPANDED, expanded_count
 from maelstream.shards.errors import DatasetError
 from maelstream.shards.index import INDEX_NAME
 from maelstream.shards.labels import nfc
@@ -30,7 +31,6 @@ from maelstream.shards.storage import Entry, Storage
 _DEVKIT = "ILSVRC2012_devkit*.tar.gz"
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _TARS = (".tar", *_COMPRESSED)
-_MAX_EXPANDED = 1_000_000
 _IMAGES = r"(?i)\.(jpe?g|png|webp|bmp|gif|tiff?)$"
 
 FILES = pa.schema([("path", pa.large_string()), ("size", pa.uint64()), ("class", pa.large_string())])
@@ -255,12 +255,8 @@ def _matching_files(folder: Storage, patterns: str) -> dict[str, int]:
 
 def _expanded(patterns: str) -> Iterator[str]:
     """Patterns without braces; a brace without its partner is a letter like any other."""
-    count = 1
-    for group in re.findall(r"\{([^{}]*)\}", patterns[:4096]):
-        ends = re.match(r"(-?\d+)\.\.(-?\d+)", group)
-        count *= abs(int(ends[2]) - int(ends[1])) + 1 if ends else group.count(",") + 1
-    if count > _MAX_EXPANDED or len(patterns) > 4096:
-        raise DatasetError(f"{patterns[:200]}: a pattern may stand for at most {_MAX_EXPANDED:,} files")
+    if len(patterns) > 4096 or expanded_count(patterns) > MAX_EXPANDED:
+        raise DatasetError(f"{patterns[:200]}: a pattern may stand for at most {MAX_EXPANDED:,} files")
     try:
         yield from braceexpand.braceexpand(patterns)
     except ValueError:  # UnbalancedBracesError
