@@ -1,14 +1,15 @@
 """`maelstream COMMAND ...`: runs the command's module; an error of the user becomes one line and exit code 2."""
 
-import maelstream.jobs.distributed.ctrl_c
-import maelstream.jobs.distributed.parent_death  # noqa: F401  both must come before slow imports
+from maelstream.jobs.distributed.ctrl_c import handle_ctrl_c, report_ctrl_c  # first: importing it sets it up
+
+# isort: split
+import maelstream.jobs.distributed.parent_death  # noqa: F401  must come before slow imports
 
 # isort: split
 import importlib
 import os
 import sys
 
-from maelstream.jobs.distributed.ctrl_c import handle_ctrl_c, report_ctrl_c
 from maelstream.jobs.output import flush_output, guard_output, stdout_failed
 from maelstream.shards.errors import MaelstreamError
 

@@ -46,7 +46,8 @@ def plot(dataset: Dataset, file: Path) -> None:
     """Plots the distributions of resolution, shape, bytes and class sizes; the suffix selects the file format."""
     from matplotlib.figure import Figure  # takes a second to import; Figure needs no display
 
-    short, long = np.minimum(dataset.width, dataset.height), np.maximum(dataset.width, dataset.height)
+    width, height = dataset.width[:], dataset.height[:]
+    short, long = np.minimum(width, height), np.maximum(width, height)
     ratio, kib = long / short, dataset.size[:] / 2**10
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2).ravel()

@@ -59,8 +59,8 @@ class Loader:
 
 def data_path_of(command: Loader) -> "DataPath":
     """The data path of the command's options and of its recipe, if there is one."""
-    if command.samples is None:
-        Dataset.open(command.dst)  # reports a folder that holds no dataset before the slow imports
+    # Opened before the slow imports, because it may not be there.
+    packed = Dataset.open(command.dst) if command.samples is None else None
     recipe = Recipe() if command.recipe is None else load_recipe(command.recipe)
     size = recipe.model.image_size if command.recipe is not None else (command.image_size, command.image_size)
     stream = StreamConfig(command.dst, command.samples) if command.samples is not None else StreamConfig()
@@ -69,8 +69,12 @@ def data_path_of(command: Loader) -> "DataPath":
     from maelstream.jobs.training.data import open_data
     from maelstream.pipeline.augment_params import AugmentSampler
     from maelstream.pipeline.batch_plan import BatchSplit
+    from maelstream.pipeline.order import SampleOrder
 
-    dataset, order = open_data(data, recipe.seed)
+    if packed is None:
+        dataset, order = open_data(data, recipe.seed)
+    else:
+        dataset, order = packed, SampleOrder(len(packed), recipe.seed, data.shuffle)
     sampler = AugmentSampler(recipe.seed, data.crop, size)
     batch_split = BatchSplit(min(command.batch_size, len(dataset)), 1, 1)
     return DataPath(

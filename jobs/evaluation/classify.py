@@ -148,7 +148,7 @@ def check_datasets(train: Dataset, val: Dataset) -> None:
     for dataset in (train, val):
         if not len(dataset):
             raise MaelstreamError(f"{dataset.folder} holds no images; pack some")
-        if not dataset.classes or dataset.label.min() < 0:
+        if not dataset.classes:
             raise MaelstreamError(f"{dataset.folder} has no labels; pack class folders or another source with labels")
     if difference := first_difference(train.classes, val.classes):
         raise MaelstreamError(

@@ -28,10 +28,14 @@ def facts(dataset: Dataset) -> dict[str, str]:
         "shards": f"{len(shard_bytes):,}, {format_bytes(sum(shard_bytes))} in all",
         "formats": ", ".join(f"{extension} {count:,}" for extension, count in sorted(manifest["formats"].items())),
         "images": "in the shards that `maelstream index` adopted" if manifest["adopted"] else stored,
-        "bytes per sample": f"{dataset.size.min():,} to {dataset.size.max():,}, median {np.median(dataset.size):,.0f}",
-        "width": f"{dataset.width.min():,} to {dataset.width.max():,} px, median {np.median(dataset.width):,.0f}",
-        "height": f"{dataset.height.min():,} to {dataset.height.max():,} px, median {np.median(dataset.height):,.0f}",
+        "bytes per sample": _range(dataset.size[:], ""),
+        "width": _range(dataset.width[:], " px"),
+        "height": _range(dataset.height[:], " px"),
     }
+
+
+def _range(numbers: np.ndarray, unit: str) -> str:
+    return f"{numbers.min():,} to {numbers.max():,}{unit}, median {np.median(numbers):,.0f}"
 
 
 def _classes(dataset: Dataset) -> str:
