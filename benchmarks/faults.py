@@ -70,6 +70,14 @@ class Bench:
         return run_ranks(ranks, self.recipe, "--run", str(folder.path), *args, output=self.folder / "output")
 
 
+def tiny_recipe(folder: Path) -> str:
+    """Packs images below `folder` into `folder`/shards, and writes a recipe that trains on them; returns its path."""
+    write_images(folder / "images", classes=3, per_class=20)
+    pack([str(folder / "images"), str(folder / "shards"), "--shard-size", "40KiB", "--workers", "1"])
+    (folder / "tiny.yaml").write_text(TINY + f"data: {{dataset: {folder / 'shards'}}}\n")
+    return str(folder / "tiny.yaml")
+
+
 def losses(folder: RunFolder) -> list[float]:
     return [line["loss"] for line in folder.read_metrics()]
 
@@ -351,10 +359,7 @@ def main() -> None:
     table = Table("fault", "times", "passed", "result", "seconds")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_images(folder / "images", classes=3, per_class=20)
-        pack([str(folder / "images"), str(folder / "shards"), "--shard-size", "40KiB", "--workers", "1"])
-        (folder / "tiny.yaml").write_text(TINY + f"data: {{dataset: {folder / 'shards'}}}\n")
-        bench = Bench(folder, str(folder / "tiny.yaml"), random.Random(0))
+        bench = Bench(folder, tiny_recipe(folder), random.Random(0))
         control_group()
         for row in options.rows:
             title, times, act = ROWS[row]

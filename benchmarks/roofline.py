@@ -1,11 +1,11 @@
-"""Upper bound of the MFU of a training step on an H100: computed without a GPU.
+"""Upper bound of the MFU of a training step on an H100, without a GPU.
 
     python -m benchmarks.roofline
 
-Nothing is computed: the forward and backward passes run on fake tensors, and every operator that they call is counted
-as eager PyTorch would run it on the GPU: it takes its FLOPs or its bytes, whichever takes longer. The bound assumes the
-data sheet's peaks of products and of memory, so a measured MFU is lower. A fused step has a higher bound, because
-operators that are fused do not move their results.
+The forward and backward passes run on fake tensors, which compute nothing. Every operator is counted as eager PyTorch
+would run it on the GPU: it takes the time of its FLOPs or of its bytes, whichever is longer. The bound assumes the data
+sheet's peaks of products and of memory, so a measured MFU is lower. A fused step has a higher bound, because operators
+that are fused do not move their results.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.fake_tensors import fake_mae
+from maelstream.jobs.hardware import DEVICES
 from maelstream.model.config import MAEConfig
 from maelstream.model.flops import training_flops
 from maelstream.model.sizes import PAPER_SIZES
 
-PEAK_FLOPS, BANDWIDTH = 989.5e12, 3.35e12
-"""Of an H100 SXM: dense bf16 FLOP/s of products, and bytes/s of its memory."""
+H100 = DEVICES["h100"]
 MICRO_BATCH = 128
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -54,7 +54,7 @@ class Roofline(TorchDispatchMode):
         if not in_place and all(each.untyped_storage()._cdata in storages for each in outputs):
             return result  # a view
         flops = _flops(func, args, kwargs or {}, result)
-        seconds = max(flops / PEAK_FLOPS, sum(map(_bytes, inputs + outputs)) / BANDWIDTH)
+        seconds = max(flops / H100.flops_per_s, sum(map(_bytes, inputs + outputs)) / H100.memory_bytes_per_s)
         self.seconds += seconds
         self.product_seconds += seconds if flops else 0.0
         self.kernels += 1
@@ -73,7 +73,7 @@ def step_roofline(config: MAEConfig, batch: int) -> Roofline:
 
 def bound(config: MAEConfig, batch: int, roofline: Roofline) -> float:
     """The largest MFU that `roofline` allows: FLOPs of the model per second, divided by the peak."""
-    return training_flops(config) * batch / roofline.seconds / PEAK_FLOPS
+    return training_flops(config) * batch / roofline.seconds / H100.flops_per_s
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> float:
@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Upper bound of the MFU on an H100, without a GPU")
     parser.add_argument("--batch", type=int, default=MICRO_BATCH, help="images per step")
     batch = parser.parse_args().batch
-    table = Table("model", "operators", "step", "of it products", "bound of MFU", title=f"H100 SXM, {batch} images")
+    table = Table("model", "operators", "step", "of it products", "bound of MFU", title=f"{H100.name}, {batch} images")
     for name, size in PAPER_SIZES.items():
         config = MAEConfig(**size._asdict(), attention="sdpa")
         roofline = step_roofline(config, batch)

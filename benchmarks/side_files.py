@@ -22,8 +22,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from maelstream.jobs.pack import main as pack
-from tests.conftest import TINY, write_images
+from benchmarks.faults import tiny_recipe
 from tests.helpers.forked import run_ranks, start
 
 TIMEOUT_S = 60
@@ -48,7 +47,6 @@ class Options:
 class Tried:
     """What the commands did after the edits of one file."""
 
-    edits: int = 0
     codes: Counter[str] = field(default_factory=Counter)
     """Number of runs by command and exit code."""
     failures: list[str] = field(default_factory=list)
@@ -88,7 +86,6 @@ def try_edits(folder: Path, whole: Path, file: Path, options: Options, recipe: s
         shutil.copytree(whole, copy, symlinks=True)
         changed = edit(copy / file.relative_to(whole), random.Random(f"{file.name} {number}"))
         where = f"{file.relative_to(whole)}, edit {number}, {changed}"
-        tried.edits += 1
         if whole.name == "shards":
             try_command(folder, tried, where, "info", str(copy))
             try_command(folder, tried, where, "verify", str(copy))
@@ -108,21 +105,19 @@ def main() -> None:
     table = Table("file", "edits", "failures", "commands by exit code", "seconds")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_images(folder / "images", classes=3, per_class=20)
-        (folder / "images" / "class00" / "broken.jpg").write_bytes(b"no image")  # for the list of quarantined files
-        pack([str(folder / "images"), str(folder / "shards"), "--shard-size", "40KiB", "--workers", "1"])
-        recipe = folder / "tiny.yaml"
-        recipe.write_text(TINY + f"data: {{dataset: {folder / 'shards'}}}\n")
-        run_ranks(1, str(recipe), "--run", str(folder / "run"), "--stop-at-step", "8", output=folder / "output")
+        (folder / "images").mkdir()
+        (folder / "images" / "broken.jpg").write_bytes(b"no image")  # for the list of quarantined files
+        recipe = tiny_recipe(folder)
+        run_ranks(1, recipe, "--run", str(folder / "run"), "--stop-at-step", "8", output=folder / "output")
         for whole in (folder / "shards", folder / "run"):
             for file in side_files(whole):
                 if options.files and file.name not in options.files:
                     continue
                 began = time.monotonic()
-                tried = try_edits(folder, whole, file, options, str(recipe))
+                tried = try_edits(folder, whole, file, options, recipe)
                 codes = ", ".join(f"{name}: {count}" for name, count in sorted(tried.codes.items()))
                 seconds = f"{time.monotonic() - began:.0f}"
-                row = (str(file.relative_to(whole)), str(tried.edits), str(len(tried.failures)), codes, seconds)
+                row = (str(file.relative_to(whole)), str(options.edits), str(len(tried.failures)), codes, seconds)
                 table.add_row(*row)
                 print(f"| {' | '.join(row)} |", flush=True)
     Console().print(table)

@@ -180,12 +180,12 @@ def time_engine(engine: Any, model: MAE | None, batch: DeviceBatch, micro_batche
             began = time.perf_counter()
             _forward_and_backward(model, batch, engine.device)
             shares.append(1 - (time.perf_counter() - began) / statistics.median(micro_batch_s[-micro_batches:]))
-    median_s, median_update_s = statistics.median(micro_batch_s[_WARM_UP * micro_batches :]), update_s[_WARM_UP:]
     share, noise = None, None
     if shares:
         low, share, high = statistics.quantiles(shares[_WARM_UP:], n=4, method="inclusive")
         noise = high - low
-    return EngineTimes(median_s, statistics.median(median_update_s), share, noise)
+    micro_batch, update = micro_batch_s[_WARM_UP * micro_batches :], update_s[_WARM_UP:]
+    return EngineTimes(statistics.median(micro_batch), statistics.median(update), share, noise)
 
 
 def _forward_and_backward(model: MAE, batch: DeviceBatch, device: torch.device) -> None:
