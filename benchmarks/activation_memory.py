@@ -8,7 +8,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maelstream.model.config import MAEConfig
@@ -41,12 +41,17 @@ class LiveTensors(TorchDispatchMode):
         self.live -= size
 
 
+def discard_gradients(model: nn.Module) -> None:
+    """Frees each gradient of a weight at once; otherwise these would dominate the peak of a small batch."""
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+
+
 def bytes_per_image(config: MAEConfig, checkpointing: bool, device: torch.device, bf16: bool) -> float:
     """Bytes that each further image adds to the peak of a forward and backward pass."""
     model = MAE(config).to(device)
     model.activation_checkpointing = checkpointing
-    for parameter in model.parameters():  # or gradients of weights would dominate the peak of a small batch
-        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    discard_gradients(model)
     peaks = {}
     for batch in (2, 4) if device.type == "cpu" else (16, 32):
         images = torch.zeros(batch, 3, *config.image_size, dtype=torch.uint8, device=device)

@@ -86,6 +86,12 @@ def check_output_file(option: str, file: Path) -> None:
     raise MaelstreamError(f"{option} {file} cannot be written ({reason})")
 
 
+def check_output_folder(option: str, folder: Path) -> None:
+    """Raises a MaelstreamError if files cannot be written below `folder`, which `option` names; it need not exist."""
+    if not can_write(folder):
+        raise MaelstreamError(f"{option} {folder} cannot be written (permission denied, or part of it is a file)")
+
+
 def make_folder(option: str, file: Path) -> None:
     """Makes the folder of `file`, which `option` names; MaelstreamError if that is not possible."""
     try:

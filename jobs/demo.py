@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from maelstream.jobs.arguments import parse_arguments
+from maelstream.jobs.arguments import check_output_folder, parse_arguments
 from maelstream.jobs.recipe import RECIPES
 from maelstream.shards.dataset import Dataset
-from maelstream.shards.durable import can_write
 from maelstream.shards.errors import MaelstreamError
 
 STEPS = 800
@@ -79,8 +78,7 @@ def clear(out: Path, src: Path | None) -> None:
         raise MaelstreamError(f"--src {src} is inside --out {out}, which the demo empties; choose another --out")
     if out.exists() and not marker.exists() and (not out.is_dir() or any(out.iterdir())):
         raise MaelstreamError(f"--out {out} holds files that no demo wrote; choose another folder")
-    if not can_write(out):
-        raise MaelstreamError(f"--out {out} cannot be written (permission denied, or part of it is a file)")
+    check_output_folder("--out", out)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     marker.touch()

@@ -231,7 +231,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _nearest(path: Path) -> str:
-    """Of a file that does not exist: a hint at the recipe that was probably meant; empty if there is none."""
+    """A hint at the recipe that was probably meant by `path`, which does not exist; empty without one."""
     name = f"{path.parent.name}_{path.stem}"
     if not path.suffix:
         near = difflib.get_close_matches(str(path), named_recipes(), 1)

@@ -34,7 +34,7 @@ def runs_table(folders: list[RunFolder]) -> Table:
     best = [best_of_each(evaluations(folder)) for folder in folders]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for text in ("run", "state"):
-        table.add_column(text, overflow="fold")  # the end of a name often tells two runs apart
+        table.add_column(text, overflow="fold")  # names of two runs often differ only at their end
     for number in ("step", "loss", "images/s", "ranks"):
         table.add_column(number, no_wrap=True, justify="right")
     table.add_column("last update")

@@ -10,13 +10,12 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from maelstream.jobs.arguments import parse_arguments
+from maelstream.jobs.arguments import check_output_folder, parse_arguments
 from maelstream.jobs.distributed.launching import gpu_count
 from maelstream.jobs.recipe import RecipeError, load_recipe
 from maelstream.jobs.sweeps.grid import cells_of, grid_of
 from maelstream.jobs.sweeps.sweeping import SweepFolder, launched, outcomes, run_cells, seeds_of, steps_of
 from maelstream.jobs.sweeps.table import draw, table, write_results
-from maelstream.shards.durable import can_write
 from maelstream.shards.errors import MaelstreamError
 
 
@@ -56,8 +55,7 @@ def main(args: list[str]) -> int:
         raise RecipeError(f"--then {steps[0].name} needs --val: a packed dataset to score it on")
     if (command.nproc is not None and command.nproc < 1) or command.max_restarts < 0:
         raise RecipeError("--nproc starts at 1 and --max-restarts at 0")
-    if not can_write(command.dir):
-        raise RecipeError(f"--dir {command.dir} cannot be written (permission denied, or part of it is a file)")
+    check_output_folder("--dir", command.dir)
     folder = SweepFolder(command.dir, command.train, command.val)
     console = Console(width=max(Console().width, 120), markup=False, emoji=False)
     start = launched(command.nproc or max(1, gpu_count()), command.max_restarts)

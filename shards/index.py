@@ -52,7 +52,7 @@ class Column:
     """File and name of the column, for messages."""
     read: Read
     offset: int
-    """Of the first row in the file, in bytes."""
+    """Position of the first row in the file, in bytes."""
     length: int
     dtype: np.dtype
     low: int
@@ -119,7 +119,7 @@ class TextColumn:
     starts: Column
     """Where each text starts in the bytes of all texts, and where the last one ends: one more than there are texts."""
     offset: int
-    """Of the first text in the file, in bytes."""
+    """Position of the first text in the file, in bytes."""
 
     def __getitem__(self, samples: Int64[np.ndarray, "b"]) -> list[str]:
         """Texts of `samples`. DatasetError if the index is damaged."""
