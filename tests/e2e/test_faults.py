@@ -149,6 +149,9 @@ def test_a_run_whose_terminal_is_closed_saves(tiny: str, folder: RunFolder) -> N
 def test_a_rank_that_exceeds_the_grace_time_is_ended_and_older_checkpoints_stay(tiny: str, folder: RunFolder) -> None:
     running = begin(1, tiny, folder, "--health.grace-s", "1", fault="sleep_in_step:14")  # two forward passes per step
     wait_for_step(folder, 6, running)
+    end = time.monotonic() + 30
+    while not folder.checkpoints.steps() and time.monotonic() < end:  # a thread writes it, on a busy machine slowly
+        time.sleep(0.01)
     running.kill(signal.SIGTERM)
     assert running.wait(20) == [143]
     assert folder.checkpoints.steps() == [4] and folder.checkpoints.fault(4) == ""
